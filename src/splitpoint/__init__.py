@@ -1,0 +1,21 @@
+"""Compile a PyTorch model once per range of sizes; send each call to the graph of its range."""
+
+from .api import CompiledModel, Stats, compile
+from .config import Config
+from .errors import SplitpointError
+from .passes.base import Pass, current_range
+from .ranges import Plan, PlannedRange, Range
+
+__all__ = [
+    "CompiledModel",
+    "Config",
+    "Pass",
+    "Plan",
+    "PlannedRange",
+    "Range",
+    "SplitpointError",
+    "Stats",
+    "compile",
+    "current_range",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,325 @@
+"""`Config`: everything a user decides, validated where it is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from .errors import (
+    ConfigError,
+    ConflictingFields,
+    DuplicatePoint,
+    InvalidField,
+    InvalidJSON,
+    InvalidMaxSize,
+    InvalidRange,
+    NonIntegerPoint,
+    NonPositivePoint,
+    NotSerializable,
+    PointAboveMax,
+    UnknownField,
+    UnsortedPoints,
+)
+from .passes.base import Pass
+from .passes.noop import NoopElimination
+from .ranges import PlannedRange, Range
+
+LARGEST_MAX_SIZE = 2**20
+
+Backend = Literal["inductor", "eager"]
+OnGuard = Literal["split", "error"]
+OnOutOfPlan = Literal["error", "eager"]
+Hint = Literal["start", "middle", "end"]
+ModuleGuards = Literal["every_call", "first_call"]
+
+ATTENTION_OPS = ("aten::scaled_dot_product_attention", "flex_attention")
+"""The splitting ops that apply unless others are named."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to compile and how. Immutable; every field is checked on construction.
+
+    The names of vLLM's `--compilation-config` are accepted for split points
+    (`compile_ranges_split_points`, `compile_ranges_endpoints`), so that one can be pasted.
+
+    Raises:
+        ConfigError: one subclass per failure; the message names the field, the value
+            and the mend.
+    """
+
+    max_size: int = 8192
+    """Largest size served, from 1 to 2**20."""
+    split_points: Sequence[int] = ()
+    """Ends (inclusive) of the ranges, ascending: [8, 32] with max_size 100 gives
+    [1,8] [9,32] [33,100]."""
+    compile_sizes: Sequence[int] = ()
+    """Single sizes with a fully static graph of their own, ascending; each wins over the
+    range around it."""
+    splitting_ops: Sequence[str] = ATTENTION_OPS
+    """Operators the graph is split at, as "namespace::name"; they run as they are between
+    the compiled pieces. () compiles the whole graph as one piece."""
+    on_guard: OnGuard = "split"
+    """What to do when a graph turns out to be valid for a part of its range only: "split"
+    the range there and compile both parts, or raise an "error" that names the guard."""
+    on_out_of_plan: OnOutOfPlan = "error"
+    """What to do with a size above max_size: raise an "error" or run the model "eager"."""
+    backend: Backend = "inductor"
+    """What compiles the pieces; "eager" runs them uncompiled, as a reference."""
+    inductor_options: Mapping[str, Any] = field(default_factory=dict)
+    """Inductor options for all ranges ({"max_autotune": True}), or for one range when
+    the key is a range ({"1-8": {"max_autotune": True}}); a range's own win."""
+    passes: Sequence[Pass] = (NoopElimination(),)
+    """Graph passes, in the order in which they run; each decides which ranges it is for."""
+    lazy: bool = False
+    """Compile a range when its first call comes, instead of all ranges at the first call."""
+    hint: Hint = "end"
+    """The size inside each range that the compiler tunes for."""
+    module_guards: ModuleGuards = "every_call"
+    """When to check that the module and the globals it reads are as they were at capture:
+    at "every_call", or only at the "first_call" of each range, for an engine that never
+    changes its module. Tensors updated in place are followed either way."""
+    compile_ranges_split_points: InitVar[Sequence[int] | None] = None
+    compile_ranges_endpoints: InitVar[Sequence[int] | None] = None
+
+    def __post_init__(
+        self,
+        compile_ranges_split_points: Sequence[int] | None,
+        compile_ranges_endpoints: Sequence[int] | None,
+    ) -> None:
+        for alias, given in (
+            ("compile_ranges_split_points", compile_ranges_split_points),
+            ("compile_ranges_endpoints", compile_ranges_endpoints),
+        ):
+            if given is None:
+                continue
+            if self.split_points and list(self.split_points) != list(given):
+                raise ConflictingFields(
+                    f"{alias}={list(given)} and split_points={list(self.split_points)} name "
+                    f"the same thing: give one of them"
+                )
+            self._set("split_points", given)
+        self._set("max_size", _max_size(self.max_size))
+        for name in ("split_points", "compile_sizes"):
+            self._set(name, _points(name, getattr(self, name), self.max_size))
+        self._set("splitting_ops", _names("splitting_ops", self.splitting_ops))
+        for name, kind in (
+            ("on_guard", OnGuard),
+            ("on_out_of_plan", OnOutOfPlan),
+            ("backend", Backend),
+            ("hint", Hint),
+            ("module_guards", ModuleGuards),
+        ):
+            _choice(name, getattr(self, name), get_args(kind))
+        if not isinstance(self.lazy, bool):
+            raise InvalidField(f"lazy must be True or False, got {self.lazy!r}")
+        self._set("passes", _passes(self.passes))
+        self._set("inductor_options", _options(self.inductor_options))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def hint_for(self, range_: Range) -> int:
+        """The size inside a range that the compiler tunes for."""
+        if self.hint == "start":
+            return range_.start
+        if self.hint == "middle":
+            return (range_.start + range_.end) // 2
+        return range_.end
+
+    def options_for(self, range_: Range) -> dict[str, Any]:
+        """Inductor options of a range: those for all ranges, then those of the range it is in."""
+        common = {k: v for k, v in self.inductor_options.items() if not _is_range(k)}
+        own: dict[str, Any] = {}
+        for key, value in self.inductor_options.items():
+            if _is_range(key):
+                given = Range.parse(key)
+                if given.start <= range_.start and range_.end <= given.end:
+                    own |= value
+        return common | own
+
+    def planned(
+        self, range_: Range, only: tuple[tuple[int, int], ...] = (), note: str = ""
+    ) -> PlannedRange:
+        """The line of the plan that this configuration gives a range."""
+        return PlannedRange(
+            range_,
+            self.hint_for(range_),
+            tuple(p.name for p in self.passes if p.applies_to(range_)),
+            self.options_for(range_),
+            only,
+            note,
+        )
+
+    def to_json(self) -> str:
+        """The configuration as JSON text; `from_json` gives an equal one back.
+
+        Raises:
+            NotSerializable: when a pass cannot be imported by name, or an option is
+                not JSON.
+        """
+        data: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data["passes"] = [_pass_to_json(p) for p in self.passes]
+        data["inductor_options"] = {
+            k: dict(v) if isinstance(v, Mapping) else v for k, v in self.inductor_options.items()
+        }
+        try:
+            return json.dumps(data, indent=2)
+        except TypeError as error:
+            raise NotSerializable(f"inductor_options cannot be written as JSON: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """Read a configuration; fields left out keep their defaults.
+
+        Raises:
+            InvalidJSON: when the text is not a JSON object.
+            UnknownField: for a field that `Config` does not have.
+            ConfigError: as the constructor.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InvalidJSON(f"this is not JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise InvalidJSON(f"expected a JSON object of Config fields, got {type(data).__name__}")
+        if isinstance(data.get("passes"), list):
+            data["passes"] = [_pass_from_json(entry) for entry in data["passes"]]
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Config:
+        """A configuration from keyword arguments in a mapping.
+
+        Raises:
+            UnknownField: for a field that `Config` does not have.
+            ConfigError: as the constructor.
+        """
+        known = set(cls.__dataclass_fields__)
+        for name in data:
+            if name not in known:
+                raise UnknownField(
+                    f"Config has no field {name!r}; its fields are {', '.join(sorted(known))}"
+                )
+        return cls(**data)
+
+
+def _max_size(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidMaxSize(f"max_size must be an integer, got {value!r}")
+    if not 1 <= value <= LARGEST_MAX_SIZE:
+        raise InvalidMaxSize(f"max_size must be from 1 to {LARGEST_MAX_SIZE}, got {value}")
+    return value
+
+
+def _points(name: str, values: object, max_size: int) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise InvalidField(f"{name} must be a list of integers, got {values!r}")
+    points: list[int] = []
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise NonIntegerPoint(f"{name} must hold integers, got {value!r}")
+        point = operator.index(value)
+        if point <= 0:
+            raise NonPositivePoint(f"{name} must be 1 or more, got {point}: remove it")
+        if point > max_size:
+            raise PointAboveMax(
+                f"{name} holds {point}, above max_size={max_size}: remove it or raise max_size"
+            )
+        if points and point == points[-1]:
+            raise DuplicatePoint(f"{name} holds {point} twice: keep one")
+        if points and point < points[-1]:
+            if point in points:
+                raise DuplicatePoint(f"{name} holds {point} twice: keep one")
+            raise UnsortedPoints(
+                f"{name} must ascend, but {point} follows {points[-1]}: "
+                f"sort it, {sorted({*points, point})}"
+            )
+        points.append(point)
+    return tuple(points)
+
+
+def _names(name: str, values: object) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise InvalidField(
+            f"{name} must be a list of operator names such as 'mylib::attention', got {values!r}"
+        )
+    for value in values:
+        if not isinstance(value, str) or not value:
+            raise InvalidField(f"{name} must hold names such as 'mylib::attention', got {value!r}")
+    return tuple(values)
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidField(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _passes(values: object) -> tuple[Pass, ...]:
+    if not isinstance(values, Sequence):
+        raise InvalidField(f"passes must be a list of splitpoint.Pass objects, got {values!r}")
+    for value in values:
+        if not isinstance(value, Pass):
+            mend = f": write {value.__name__}()" if isinstance(value, type) else ""
+            raise InvalidField(f"passes must hold splitpoint.Pass objects, got {value!r}{mend}")
+    return tuple(values)
+
+
+def _is_range(key: str) -> bool:
+    return key[:1].isdigit() or key.startswith("[")
+
+
+def _options(values: object) -> Mapping[str, Any]:
+    if not isinstance(values, Mapping):
+        raise InvalidField(
+            f"inductor_options must be a dict such as {{'max_autotune': True}}, got {values!r}"
+        )
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise InvalidField(f"inductor_options keys must be strings, got {key!r}")
+        if not _is_range(key):
+            continue
+        try:
+            Range.parse(key)
+        except InvalidRange as error:
+            raise InvalidField(f"inductor_options: {error}") from error
+        if not isinstance(value, Mapping):
+            raise InvalidField(
+                f"inductor_options[{key!r}] must be a dict of options for that range, got {value!r}"
+            )
+    return MappingProxyType(dict(values))
+
+
+def _pass_to_json(given: Pass) -> dict[str, Any]:
+    kind = type(given)
+    if "<locals>" in kind.__qualname__ or kind.__module__ == "__main__":
+        raise NotSerializable(
+            f"pass {kind.__qualname__} cannot be imported by name: move its class to the top "
+            f"level of a module to write it as JSON"
+        )
+    return {"pass": f"{kind.__module__}:{kind.__qualname__}", "settings": dict(given.settings())}
+
+
+def _pass_from_json(entry: object) -> Pass:
+    if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
+        raise InvalidJSON(f"expected {{'pass': 'module:Class', 'settings': {{}}}}, got {entry!r}")
+    module, _, name = entry["pass"].partition(":")
+    try:
+        kind = operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidJSON(f"cannot import pass {entry['pass']!r}: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, Pass)):
+        raise InvalidJSON(f"{entry['pass']!r} is not a splitpoint.Pass class")
+    try:
+        return kind(**entry.get("settings", {}))
+    except TypeError as error:
+        raise InvalidJSON(f"cannot make pass {entry['pass']!r}: {error}") from error
+
+
+__all__ = ["ATTENTION_OPS", "Config", "ConfigError"]

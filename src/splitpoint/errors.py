@@ -1,0 +1,180 @@
+"""Every error a user of Splitpoint can meet: one class per failure.
+
+All derive from `SplitpointError`. The message of each names what was given, what was
+expected and what to do about it. The classes also derive from the built-in class that a
+caller would expect (`ValueError`, `TypeError`, ...), so that existing handlers work.
+"""
+
+from __future__ import annotations
+
+
+class SplitpointError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+# --- configuration ---------------------------------------------------------------------
+
+
+class ConfigError(SplitpointError, ValueError):
+    """A `Config` (or `Range`) field holds something that cannot be used."""
+
+
+class UnknownField(ConfigError):
+    """A field name that `Config` does not have."""
+
+
+class ConflictingFields(ConfigError):
+    """Two names of one field were given different values."""
+
+
+class InvalidField(ConfigError):
+    """A field holds a value of the wrong type or outside its choices."""
+
+
+class InvalidMaxSize(ConfigError):
+    """`max_size` is not an integer from 1 to 2**20."""
+
+
+class NonIntegerPoint(ConfigError):
+    """A split point or compile size is not an integer."""
+
+
+class NonPositivePoint(ConfigError):
+    """A split point or compile size is zero or negative."""
+
+
+class PointAboveMax(ConfigError):
+    """A split point or compile size lies above `max_size`."""
+
+
+class UnsortedPoints(ConfigError):
+    """Split points or compile sizes are not in ascending order."""
+
+
+class DuplicatePoint(ConfigError):
+    """A split point or compile size is given twice."""
+
+
+class InvalidRange(ConfigError):
+    """A `Range` that is empty or does not start at 1 or above."""
+
+
+class InvalidJSON(ConfigError):
+    """Text that is not the JSON of a `Config` or a `Plan`."""
+
+
+class NotSerializable(ConfigError):
+    """A pass in `Config.passes` that cannot be written as JSON."""
+
+
+class UnknownInductorOption(ConfigError):
+    """`inductor_options` names an option this torch's Inductor does not have."""
+
+
+# --- the arguments of a call -----------------------------------------------------------
+
+
+class InputError(SplitpointError, ValueError):
+    """A call's arguments do not fit what the model was captured with."""
+
+
+class WrongArguments(InputError, TypeError):
+    """Arguments are missing, unknown, or nested differently than at capture."""
+
+
+class WrongValue(InputError):
+    """A non-tensor argument differs from the value it had at capture."""
+
+
+class WrongDtype(InputError, TypeError):
+    """A tensor argument has another dtype than at capture."""
+
+
+class WrongDevice(InputError):
+    """A tensor argument is on another device than at capture."""
+
+
+class WrongRank(InputError):
+    """A tensor argument has another number of dimensions than at capture."""
+
+
+class WrongDimension(InputError):
+    """A static dimension of a tensor argument differs from capture."""
+
+
+class WrongStrides(InputError):
+    """A tensor argument is laid out in memory differently than at capture."""
+
+
+class SizeMismatch(InputError):
+    """Two arguments that share the size have different sizes."""
+
+
+class SizeOutOfPlan(InputError):
+    """The size of a call lies outside [1, max_size]."""
+
+
+class SizeNotServed(InputError):
+    """The model itself refuses this size, as eager PyTorch would."""
+
+
+class GradientRequired(InputError):
+    """An argument requires gradients: compiled models are for inference."""
+
+
+class InvalidDynamicDims(InputError):
+    """`dynamic_dims` names an argument or dimension that does not exist, or finds no size."""
+
+
+# --- capture, compilation and what they assumed ----------------------------------------
+
+
+class CaptureError(SplitpointError, RuntimeError):
+    """The model could not be captured as one graph."""
+
+
+class SideEffect(CaptureError):
+    """The model changes Python state in its forward, which a graph cannot repeat."""
+
+
+class SizeSpecialized(CaptureError):
+    """The model's graph depends on the size in too many ways to serve the plan."""
+
+
+class UnsupportedGraph(CaptureError):
+    """The captured graph holds something that cannot be split into pieces."""
+
+
+class UnknownSplittingOp(CaptureError):
+    """`splitting_ops` names an operator that is not registered."""
+
+
+class GuardError(SplitpointError, RuntimeError):
+    """A graph is only valid for a part of its range, and `on_guard` forbids splitting."""
+
+
+class StateChanged(SplitpointError, RuntimeError):
+    """The module or a global it reads changed since capture."""
+
+
+class CompileError(SplitpointError, RuntimeError):
+    """The compiler failed on a piece."""
+
+
+class PassError(CompileError):
+    """A pass raised, returned something unexpected, or left a broken graph."""
+
+
+class NotCompiling(SplitpointError, RuntimeError):
+    """`current_range()` was called outside a pass."""
+
+
+# --- the command line ------------------------------------------------------------------
+
+
+class UsageError(SplitpointError):
+    """The command line was asked for something it cannot do."""
+
+
+class ModelNotFound(UsageError):
+    """MODEL is neither a known name, nor a folder, nor a model that can be fetched."""

@@ -1,0 +1,1 @@
+"""Graph passes that apply by range."""
