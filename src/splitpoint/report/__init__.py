@@ -1,0 +1,1 @@
+"""Measurements made into pictures and pages."""

@@ -1,0 +1,70 @@
+"""Curves of time against size, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from ..ranges import Plan
+
+# An opaque light paper and dark ink: the picture brings its background with it, so that it
+# reads the same on a light page and on a dark one.
+PAPER, INK, FAINT = "#f7f7f5", "#26282b", "#c9cbcf"
+STYLES = ("#8a8f98", "#d9822b", "#1f6fb2", "#7a4fa3", "#2f8f5b")
+"""One colour for each line, told apart also by their lightness."""
+MARKERS = "so^Dv"
+
+
+def save_curves(
+    path: Path,
+    sizes: Sequence[int],
+    series: Mapping[str, Sequence[float]],
+    plan: Plan,
+    *,
+    title: str,
+) -> None:
+    """Draw one line for each of `series` (name -> milliseconds a call at each of `sizes`).
+
+    Both axes are logarithmic. The ends of the plan's ranges are faint vertical lines, and each
+    range wide enough is named above the plot. The folder of `path` must exist.
+    """
+    figure = Figure(figsize=(8.4, 5.2), dpi=150, facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(facecolor=PAPER)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for (name, times), colour, marker in zip(series.items(), STYLES, MARKERS, strict=False):
+        axes.plot(sizes, times, marker, ls="-", color=colour, lw=2, ms=5, label=name)
+    _boundaries(axes, plan, sizes)
+    _axes(axes, sizes)
+    figure.suptitle(title, color=INK, fontsize=11)
+    axes.legend(frameon=False, labelcolor=INK, loc="upper left")
+    figure.savefig(path, format="png", facecolor=PAPER)
+
+
+def _boundaries(axes: Axes, plan: Plan, sizes: Sequence[int]) -> None:
+    low, high = min(sizes), max(sizes)
+    for range_ in plan.ranges:
+        # Between the last size of a range and the first of the next.
+        if low <= range_.end < high:
+            axes.axvline(range_.end + 0.5, color=FAINT, lw=1, zorder=0)
+
+
+def _axes(axes: Axes, sizes: Sequence[int]) -> None:
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel("size (tokens)", color=INK)
+    axes.set_ylabel("time per call (ms)", color=INK)
+    axes.set_xticks(list(sizes))
+    axes.xaxis.set_major_formatter(plain)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(plain)
+    axes.tick_params(which="both", colors=INK)
+    axes.grid(axis="y", which="major", color=FAINT, lw=0.5, alpha=0.7)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)

@@ -1,0 +1,1 @@
+"""Measuring, and choosing by what was measured."""
