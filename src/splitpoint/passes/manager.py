@@ -1,4 +1,4 @@
-"""Run passes as the one custom pass that Inductor calls, and count what they match."""
+"""Run the passes of one (piece, range) and count what they match."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .. import _torch
-from ..errors import PassError
+from ..errors import PassError, SplitpointError
 from ..ranges import Range
 from .base import Pass, compiling
 
@@ -26,14 +25,14 @@ class MatchCount:
     """None when the piece came compiled from Inductor's cache, where no pass runs."""
 
 
-class PassManager(_torch.CustomGraphPass):
-    """The passes of one (piece, range), as the one custom pass Inductor calls."""
+class PassManager:
+    """The passes that apply to a range, as the one graph pass that Inductor calls."""
 
     def __init__(self, passes: Sequence[Pass], piece: str, range_: Range) -> None:
         self.passes = [p for p in passes if p.applies_to(range_)]
         self.piece = piece
         self.range = range_
-        self.counts: dict[str, int] = {}
+        self._counts: dict[int, int] = {}
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run the passes in order.
@@ -42,23 +41,26 @@ class PassManager(_torch.CustomGraphPass):
             PassError: when one raises, returns no count, or leaves a broken graph.
         """
         with compiling(self.range):
-            for given in self.passes:
+            for index, given in enumerate(self.passes):
                 where = f"pass {given.name} on {self.range}"
                 try:
                     matches = given(graph)
                     graph.lint()
-                except Exception as error:
+                except SplitpointError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - a user's pass may raise anything
                     raise PassError(f"{where} failed: {type(error).__name__}: {error}") from error
-                if not isinstance(matches, int):
+                if isinstance(matches, bool) or not isinstance(matches, int):
                     raise PassError(f"{where} must return its number of matches, got {matches!r}")
-                self.counts[given.name] = self.counts.get(given.name, 0) + matches
+                self._counts[index] = self._counts.get(index, 0) + matches
 
     def uuid(self) -> str:
-        """Identifies the passes and the range in Inductor's cache keys."""
-        return json.dumps([str(self.range), [p.uuid() for p in self.passes]])
+        """Identifies the passes, in order, with their settings."""
+        return json.dumps([p.uuid() for p in self.passes])
 
     def matches(self) -> list[MatchCount]:
-        """What was counted, one entry a pass."""
+        """What was counted, one entry a pass, in order."""
         return [
-            MatchCount(p.name, self.piece, self.range, self.counts.get(p.name)) for p in self.passes
+            MatchCount(p.name, self.piece, self.range, self._counts.get(index))
+            for index, p in enumerate(self.passes)
         ]

@@ -1,0 +1,514 @@
+"""Every private torch name the project touches, and nothing else.
+
+Checked on torch 2.13.0. Modules of Dynamo and Inductor are imported inside the functions
+that need them, so that importing this package costs no more than importing torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+tree_flatten = pytree.tree_flatten
+tree_unflatten = pytree.tree_unflatten
+tree_flatten_with_path = pytree.tree_flatten_with_path
+keystr = pytree.keystr
+TreeSpec = pytree.TreeSpec
+
+set_grad_enabled = torch._C._set_grad_enabled
+"""Sets grad mode and returns nothing; 50 ns, where `torch.no_grad()` takes over 500."""
+
+SIZE = sympy.Symbol("size", integer=True, nonnegative=True)
+"""The one symbol that all of a graph's size symbols are written as."""
+
+
+# --- operators -------------------------------------------------------------------------
+
+
+def op_name(target: object) -> str:
+    """The name of what an FX node calls: "namespace::name" for a torch operator, with
+    ".overload" unless it is the default one; else a Python qualified name."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.name()
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name()
+    if isinstance(target, str):
+        return target
+    module = getattr(target, "__module__", None) or ""
+    name = getattr(target, "__qualname__", None) or getattr(target, "__name__", repr(target))
+    if inspect.isbuiltin(target) and isinstance(owner := getattr(target, "__self__", None), type):
+        name = f"{owner.__qualname__}.{name}"
+    return f"{module}.{name}"
+
+
+def operator_aliases(name: str) -> set[str]:
+    """The names under which Dynamo's graph may hold the operator "namespace::name".
+
+    Raises:
+        LookupError: when no such operator is registered.
+    """
+    if "::" not in name:
+        found = getattr(torch.ops.higher_order, name, None)
+        if not isinstance(found, torch._ops.HigherOrderOperator):
+            raise LookupError(name)
+        return {name}
+    namespace, _, rest = name.partition("::")
+    packet_name, _, overload = rest.partition(".")
+    try:
+        packet = getattr(getattr(torch.ops, namespace), packet_name)
+        wanted = [overload] if overload else packet.overloads()
+        names = {getattr(packet, each).name() for each in wanted}
+    except (AttributeError, RuntimeError) as error:
+        raise LookupError(name) from error
+    names |= {name.removesuffix(".default"), f"{namespace}::{packet_name}"} if not overload else {name}
+    if namespace == "aten":
+        # torch.nn.functional holds these as built-in functions of torch._C._nn and torch.
+        for owner in (torch._C._nn, torch._C._VariableFunctions, torch):
+            if (function := getattr(owner, packet_name, None)) is not None:
+                names.add(op_name(function))
+        if packet_name == "scaled_dot_product_attention":
+            names.add(op_name(torch.nn.functional.scaled_dot_product_attention))
+    return names
+
+
+def is_higher_order(target: object) -> bool:
+    """Whether an FX target is a higher-order operator, such as flex_attention."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+PAIRED_STATE = {
+    op_name(torch.amp.autocast_mode._enter_autocast): (1, "autocast"),
+    op_name(torch.amp.autocast_mode._exit_autocast): (-1, "autocast"),
+    op_name(torch.autograd.grad_mode._enter_inference_mode): (1, "inference mode"),
+    op_name(torch.autograd.grad_mode._exit_inference_mode): (-1, "inference mode"),
+}
+"""Calls in a Dynamo graph that open (1) or close (-1) a state around others."""
+
+GRAD_STATE = frozenset({op_name(torch._C._set_grad_enabled)})
+"""Calls that set grad mode: without effect here, where nothing ever records gradients."""
+
+
+# --- symbolic sizes --------------------------------------------------------------------
+
+
+def statically_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for every size of the range, without adding a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))
+
+
+def expression(value: object) -> sympy.Basic | None:
+    """The expression of a symbolic int, float or bool; the number of a plain one; or None."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.expr
+    if isinstance(value, (bool, int)):
+        return sympy.sympify(value)
+    return None
+
+
+def in_terms_of_size(expr: sympy.Basic, symbols: frozenset[sympy.Symbol]) -> sympy.Basic:
+    """The expression with every size symbol written as `SIZE`."""
+    return expr.xreplace({symbol: SIZE for symbol in expr.free_symbols & symbols})
+
+
+def size_symbols(values: Sequence[Any]) -> frozenset[sympy.Symbol]:
+    """The symbols that occur in tensors' shapes and strides and in symbolic integers."""
+    found: set[sympy.Symbol] = set()
+    for value in values:
+        parts = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+        for part in parts:
+            if isinstance(part, torch.SymInt):
+                found |= part.node.expr.free_symbols
+    return frozenset(found)
+
+
+def size_finder(
+    values: Sequence[Any], symbols: frozenset[sympy.Symbol]
+) -> Callable[[Sequence[Any]], int] | None:
+    """A function that reads the size off a graph's inputs; None when it has no symbol.
+
+    Raises:
+        LookupError: when no input is the size itself or has it as a dimension.
+    """
+    if not symbols:
+        return None
+    for index, value in enumerate(values):
+        if isinstance(value, torch.SymInt) and value.node.expr in symbols:
+            return lambda args: int(args[index])
+    for index, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            for dim, length in enumerate(value.shape):
+                if isinstance(length, torch.SymInt) and length.node.expr in symbols:
+                    return lambda args: int(args[index].shape[dim])
+    raise LookupError(str(symbols))
+
+
+def python_code(expr: sympy.Basic) -> str:
+    """Python source that computes an expression over the variable `size` (and `math`)."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return str(PythonPrinter().doprint(expr))
+
+
+def as_nodes(expr: sympy.Basic, size: fx.Node) -> Any:
+    """Insert nodes into `size`'s graph that compute an expression from it."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    tracer = fx.proxy.GraphAppendingTracer(size.graph)
+    value = sympy_interp(PythonReferenceAnalysis, {SIZE: fx.Proxy(size, tracer)}, expr)
+    return value.node if isinstance(value, fx.Proxy) else value
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """One fact about the size that a compile step relied on, as read from a ShapeEnv."""
+
+    expr: sympy.Basic
+    origin: str
+
+
+def assumptions(
+    env: Any, symbols: frozenset[sympy.Symbol], bounds: tuple[int, int] | None = None
+) -> list[Assumed]:
+    """What a ShapeEnv came to assume of its size symbols, over the one symbol `SIZE`.
+
+    Reads guards, replacements, deferred run-time asserts and narrowed intervals. `bounds`
+    is the interval the symbols started with, None for [0, infinity). Facts about other
+    (unbacked) symbols stay in the graph as run-time asserts and are left out.
+    """
+    found: list[Assumed] = []
+
+    def add(expr: sympy.Basic, origin: str) -> None:
+        if isinstance(expr, bool):
+            expr = sympy.sympify(expr)
+        if expr.free_symbols <= symbols and expr.free_symbols:
+            expr = in_terms_of_size(expr, symbols)
+            if expr is not sympy.true and all(expr != a.expr for a in found):
+                found.append(Assumed(expr, origin))
+
+    for guard in env.guards:
+        add(guard.expr, str(guard.sloc).strip())
+    for asserts in env.deferred_runtime_asserts.values():
+        for entry in asserts:
+            add(entry.expr, str(entry.msg))
+    for symbol, replacement in env.replacements.items():
+        if symbol in symbols:
+            add(sympy.Eq(symbol, replacement), f"{symbol} was replaced by {replacement}")
+    for symbol in symbols:
+        interval = env.var_to_range.get(symbol)
+        if interval is None:
+            continue
+        lower, upper = bounds or (0, None)
+        if interval.lower > lower:
+            add(symbol >= interval.lower, "the compiler narrowed the interval of the size")
+        if isinstance(interval.upper, sympy.Integer) and (upper is None or interval.upper < upper):
+            add(symbol <= interval.upper, "the compiler narrowed the interval of the size")
+    return found
+
+
+# --- capture ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DynamoCapture:
+    """What one run of Dynamo over a callable gives."""
+
+    graph_module: fx.GraphModule
+    placeholders: tuple[Any, ...]
+    """The value (fake tensor, SymInt, ...) of each graph input."""
+    inputs: Callable[[], tuple[Any, ...]]
+    """Fetches the graph inputs anew from the module, closures and example arguments."""
+    result: Callable[[Sequence[Any]], Any]
+    """What the callable returns for given graph outputs."""
+    check: Callable[[], bool]
+    """Whether everything that was guarded still is as it was."""
+    explain: Callable[[], str]
+    """Which guard no longer holds."""
+    assumed: tuple[Assumed, ...]
+    size_symbols: frozenset[sympy.Symbol]
+    side_effects: tuple[str, ...]
+    """Sources of the Python objects the callable changes, as Dynamo names them."""
+
+
+class DynamoFailure(Exception):
+    """Dynamo could not capture the callable; the cause says why."""
+
+
+class _Fetched(Exception):
+    pass
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let Dynamo treat a dimension as symbolic, without an error where it cannot."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    maybe_mark_dynamic(tensor, dim)
+
+
+def dynamo_capture(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> DynamoCapture:
+    """Capture a callable as one graph. Runs nothing of it and changes nothing of it.
+
+    Size 1 and size 0 are not special, equal dimensions do not share a symbol, floats are
+    constants, and nothing that was learnt from an earlier capture is used.
+
+    Raises:
+        DynamoFailure: when there is no full graph.
+    """
+    import torch._dynamo.config as dynamo_config
+    import torch.fx.experimental._config as fx_config
+    from torch._dynamo.convert_frame import (
+        _get_frame,
+        fullgraph_capture,
+        get_traced_fn,
+    )
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.utils import dynamo_timed, get_metrics_context
+    from torch._guards import TracingContext, tracing
+
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        fx_config.patch(backed_size_oblivious=True, use_duck_shape=False),
+        dynamo_config.patch(
+            specialize_float=True,
+            assume_static_by_default=True,
+            automatic_dynamic_shapes=False,
+            replay_side_effects=False,
+            side_effect_replay_policy="warn",
+        ),
+        get_metrics_context(),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always")
+        try:
+            out = fullgraph_capture(function, args, dict(kwargs))
+        except TorchDynamoException as error:
+            raise DynamoFailure(str(error).split("\n\nfrom user code")[0]) from error
+    effects: tuple[str, ...] = ()
+    for warning in caught:
+        if found := re.search(r"we found certain side effects.*?(\[.*\])$", str(warning.message)):
+            effects = tuple(ast.literal_eval(found[1]))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    if out.backend_input is None:
+        raise DynamoFailure("the function computes nothing with tensors")
+
+    traced, owner = get_traced_fn(function)
+    variadic = {
+        f"L[{name!r}]"
+        for name, parameter in inspect.signature(traced, follow_wrapped=False).parameters.items()
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    }
+    # A call's own **kwargs dict dies with the call.
+    effects = tuple(effect for effect in effects if effect not in variadic)
+
+    backend_input, captured = out.backend_input, out.graph_capture_output
+    graph_module = backend_input.graph_module
+    env = backend_input.fake_mode.shape_env
+    placeholders = tuple(
+        node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
+    )
+    symbols = frozenset(env.var_to_range) - frozenset(env.unbacked_renamings or ())
+    symbols = frozenset(s for s in symbols if not env.is_unbacked_symint(s))
+
+    # Guards are built once and then evaluated against the example arguments: what they
+    # hold of the module and of globals is live, what they hold of arguments is constant.
+    context = TracingContext(backend_input.fake_mode)
+    context.tensor_to_context = backend_input.tensor_to_context
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        tracing(context),
+        get_metrics_context(),
+        dynamo_timed("splitpoint_build_guards", log_pt2_compile_event=True),
+    ):
+        manager = captured.build_guards(traced.__code__).guard_manager
+    frame_locals = _get_frame(function, args, dict(kwargs)).locals
+
+    own_args = args if owner is None else (owner, *args)
+
+    def run_bytecode(compiled: Callable[..., Any]) -> Any:
+        function = out.forward_callable(compiled_fn=compiled, extra_globals=captured.f_globals)
+        return function(*own_args, **kwargs)
+
+    def inputs() -> tuple[Any, ...]:
+        fetched: list[tuple[Any, ...]] = []
+
+        def fetch(*values: Any) -> None:
+            fetched.append(values)
+            raise _Fetched
+
+        with contextlib.suppress(_Fetched):
+            run_bytecode(fetch)
+        return fetched[0]
+
+    def result(outputs: Sequence[Any]) -> Any:
+        return run_bytecode(lambda *_: outputs)
+
+    def check() -> bool:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return bool(manager.check(frame_locals))
+        return bool(manager.check(frame_locals))
+
+    def explain() -> str:
+        with torch.inference_mode(False), torch.no_grad():
+            return "; ".join(manager.check_verbose(frame_locals).verbose_code_parts)
+
+    return DynamoCapture(
+        graph_module,
+        placeholders,
+        inputs,
+        result,
+        check,
+        explain,
+        tuple(assumptions(env, symbols)),
+        symbols,
+        effects,
+    )
+
+
+# --- one ShapeEnv a range --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RangeShapes:
+    """A fresh ShapeEnv whose one symbol is the size of a range."""
+
+    env: Any
+    fake_mode: Any
+    size: int | torch.SymInt
+    """The size in this environment; a plain int for a single size."""
+    bounds: tuple[int, int]
+
+    @property
+    def symbols(self) -> frozenset[sympy.Symbol]:
+        """The size symbol, or nothing for a single size."""
+        return frozenset() if isinstance(self.size, int) else self.size.node.expr.free_symbols
+
+    def value(self, like: object, symbols: frozenset[sympy.Symbol]) -> Any:
+        """A placeholder's captured value, made anew with its sizes in this environment."""
+        if isinstance(like, torch.Tensor):
+            with self.fake_mode:
+                return torch.empty_strided(
+                    [self._dim(d, symbols) for d in like.shape],
+                    [self._dim(d, symbols) for d in like.stride()],
+                    dtype=like.dtype,
+                    device=like.device,
+                )
+        return self._dim(like, symbols)
+
+    def _dim(self, value: Any, symbols: frozenset[sympy.Symbol]) -> int | torch.SymInt:
+        expr = expression(value)
+        assert expr is not None
+        if not expr.free_symbols:
+            return int(expr)
+        expr = in_terms_of_size(expr, symbols)
+        if isinstance(self.size, int):
+            return int(expr.xreplace({SIZE: sympy.Integer(self.size)}))
+        own = self.size.node.expr
+        if expr == SIZE:
+            return self.size
+        hint = int(expr.xreplace({SIZE: sympy.Integer(self.size.node.hint)}))
+        made: torch.SymInt = self.env.create_symintnode(expr.xreplace({SIZE: own}), hint=hint)
+        return made
+
+
+def range_shapes(start: int, end: int, hint: int) -> RangeShapes:
+    """A ShapeEnv of its own for the sizes [start, end]; no symbol at all for a single one."""
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StrictMinMaxConstraint,
+    )
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    # Duck shaping would make another dimension that equals the hint the same symbol.
+    env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    if start == end:
+        return RangeShapes(env, mode, start, (start, end))
+    source = ConstantSource("size")
+    symbol = env.create_symbol(
+        hint,
+        source=source,
+        dynamic_dim=DimDynamic.DYNAMIC,
+        constraint_dim=StrictMinMaxConstraint(warn_only=False, vr=ValueRanges(start, end)),
+        do_not_specialize_zero_one=True,
+    )
+    return RangeShapes(
+        env, mode, env.create_symintnode(symbol, hint=hint, source=source), (start, end)
+    )
+
+
+# --- Inductor --------------------------------------------------------------------------
+
+
+def inductor_options() -> frozenset[str]:
+    """The names of Inductor's options."""
+    return frozenset(torch._inductor.list_options())
+
+
+def inductor_compile(
+    graph_module: fx.GraphModule,
+    shapes: RangeShapes,
+    inputs: Sequence[Any],
+    graph_pass: Callable[[fx.Graph], None],
+    graph_pass_uuid: str,
+    options: Mapping[str, Any],
+) -> Callable[..., Sequence[Any]]:
+    """Compile a graph for one range; the module itself is left as it is.
+
+    `graph_pass` runs before Inductor's own post-grad passes. Its uuid, which must hold all
+    that distinguishes ranges, goes into Inductor's cache keys: they would otherwise take
+    the graph of another range or hint for this one.
+    """
+    import torch._inductor as inductor
+    import torch.compiler.config as compiler_config
+    import torch.fx.experimental._config as fx_config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Adapter(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            graph_pass(graph)
+
+        def uuid(self) -> str:
+            return graph_pass_uuid
+
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        fx_config.patch(backed_size_oblivious=True),
+        compiler_config.patch(cache_key_tag=graph_pass_uuid),
+    ):
+        artifact = inductor.standalone_compile(
+            graph_module,
+            list(inputs),
+            dynamic_shapes="from_example_inputs",
+            fake_mode=shapes.fake_mode,
+            options={"config_patches": {**options, "post_grad_custom_pre_pass": Adapter()}},
+        )
+    # The artifact's own __call__ does nothing but forward to this, at 1 us a piece.
+    compiled: Callable[..., Sequence[Any]] = artifact._compiled_fn
+    return compiled

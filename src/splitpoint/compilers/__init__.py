@@ -1,0 +1,1 @@
+"""What turns a piece into a callable for one range."""

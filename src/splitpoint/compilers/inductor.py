@@ -1,0 +1,91 @@
+"""Compile a piece for one range with Inductor, and read back what that assumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _torch
+from ..errors import CompileError, SplitpointError, UnknownInductorOption
+from ..graph.assumptions import Assumption, read
+from ..graph.pieces import Piece
+from ..passes.base import Pass
+from ..passes.manager import MatchCount, PassManager
+from ..ranges import PlannedRange
+
+log = logging.getLogger("splitpoint")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A piece compiled for one range."""
+
+    call: Callable[..., Sequence[Any]]
+    """Takes the size if the piece does, then its tensors; returns its outputs."""
+    assumptions: tuple[Assumption, ...]
+    """What the compiler came to assume about the size beyond the range's bounds."""
+    matches: tuple[MatchCount, ...]
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that Inductor does not have.
+
+    Raises:
+        UnknownInductorOption: naming the option and close matches.
+    """
+    import difflib
+
+    known = _torch.inductor_options()
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            mend = f": did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise UnknownInductorOption(f"Inductor has no option {name!r}{mend}")
+
+
+def compile_piece(piece: Piece, planned: PlannedRange, passes: Sequence[Pass]) -> Compiled:
+    """Compile a piece for one line of the plan, in a ShapeEnv of its own.
+
+    Raises:
+        CompileError: when Inductor fails; the cause says why.
+        PassError: when a pass does.
+    """
+    range_ = planned.range
+    shapes = _torch.range_shapes(range_.start, range_.end, planned.hint)
+    inputs = [shapes.value(value, piece.symbols) for value in piece.values]
+    if piece.takes_size:
+        inputs.insert(0, shapes.size)
+    manager = PassManager(passes, piece.fingerprint, range_)
+    # Inductor's cache keys know neither range nor hint, and would serve this range the
+    # graph of another.
+    uuid = json.dumps([str(range_), planned.hint, manager.uuid()])
+    try:
+        call = _torch.inductor_compile(
+            piece.graph_module, shapes, inputs, manager, uuid, planned.options
+        )
+    except SplitpointError:
+        raise
+    except Exception as error:
+        if (own := _own_error(error)) is not None:
+            raise own from error
+        raise CompileError(
+            f"Inductor failed on piece {piece.fingerprint} for {range_}: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        ) from error
+    found = _torch.assumptions(shapes.env, shapes.symbols, shapes.bounds)
+    return Compiled(call, read(found), tuple(manager.matches()))
+
+
+def _own_error(error: BaseException | None) -> SplitpointError | None:
+    """The error of this package among the causes of one that Inductor wrapped."""
+    while error is not None:
+        if isinstance(error, SplitpointError):
+            return error
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, SplitpointError):
+            return inner
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,1 @@
+"""From a callable to compiled pieces: capture, pieces, specialise, stitch."""

@@ -1,0 +1,418 @@
+"""Split a captured graph at its splitting ops, and find the pieces that are equal."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .. import _torch
+from ..errors import UnknownSplittingOp, UnsupportedGraph
+
+
+@dataclass(frozen=True)
+class Size:
+    """An integer that follows from the size."""
+
+    expr: sympy.Basic
+
+    @property
+    def code(self) -> str:
+        """Python over `size`."""
+        return _torch.python_code(self.expr)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A subgraph without splitting ops: what is compiled, once per range."""
+
+    graph_module: fx.GraphModule
+    """Takes the size if `takes_size`, then the tensors; returns a tuple of tensors."""
+    values: tuple[Any, ...]
+    """The captured (fake) value of each input tensor."""
+    takes_size: bool
+    symbols: frozenset[sympy.Symbol]
+    """The symbols in `values` that mean the size."""
+    fingerprint: str
+    """Equal for pieces that compute the same from the same kinds of inputs."""
+
+
+@dataclass(frozen=True)
+class CallPiece:
+    """A step of the whole: call a piece."""
+
+    fingerprint: str
+    inputs: tuple[str, ...]
+    """Names of the tensors passed."""
+    outputs: tuple[str, ...]
+    """Names that the returned tensors get."""
+
+
+@dataclass(frozen=True)
+class CallOp:
+    """A step of the whole: call a splitting op, or take an element of what one returned."""
+
+    target: Any
+    args: tuple[Any, ...]
+    """May hold `Name`, `Size`, and containers of them."""
+    kwargs: dict[str, Any]
+    output: str
+
+
+@dataclass(frozen=True)
+class Name:
+    """A value made by an earlier step, or a graph input."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """A graph as steps over few unique pieces."""
+
+    inputs: tuple[str, ...]
+    """Names of the graph's inputs, in order."""
+    steps: tuple[CallPiece | CallOp, ...]
+    outputs: tuple[Any, ...]
+    """`Name`, `Size` or a constant for each graph output."""
+    pieces: dict[str, Piece]
+    """The unique pieces by fingerprint."""
+
+    @property
+    def piece_count(self) -> int:
+        """How many pieces the graph has, equal ones counted each."""
+        return sum(isinstance(step, CallPiece) for step in self.steps)
+
+
+@dataclass
+class _Segment:
+    """Consecutive nodes between two splitting ops."""
+
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def splitting_names(names: Sequence[str]) -> frozenset[str]:
+    """All names under which a graph may hold the operators named.
+
+    Raises:
+        UnknownSplittingOp: for one that is not registered.
+    """
+    found: set[str] = set()
+    for name in names:
+        try:
+            found |= _torch.operator_aliases(name)
+        except LookupError:
+            raise UnknownSplittingOp(
+                f"splitting_ops names {name!r}, which no operator is registered as: write it as "
+                f"'namespace::name', and import the module that registers it first"
+            ) from None
+    return frozenset(found)
+
+
+def split(
+    graph_module: fx.GraphModule, splitting_ops: Sequence[str], symbols: frozenset[sympy.Symbol]
+) -> Split:
+    """Split a Dynamo graph at the splitting ops.
+
+    Integers that follow from the size are no values that pieces exchange: each piece takes
+    the size itself and computes them.
+
+    Raises:
+        UnknownSplittingOp: for a splitting op that is not registered.
+        UnsupportedGraph: for what cannot be split, such as an autocast region around a
+            splitting op.
+    """
+    return _Splitter(graph_module, splitting_names(splitting_ops), symbols).run()
+
+
+class _Splitter:
+    def __init__(
+        self, root: fx.GraphModule, names: frozenset[str], symbols: frozenset[sympy.Symbol]
+    ) -> None:
+        self.root = root
+        self.names = names
+        self.symbols = symbols
+        self.sizes: dict[fx.Node, Size] = {}
+        self.home: dict[fx.Node, _Segment | None] = {}
+        """The segment of each node; None for graph inputs and splitting ops."""
+        self.order: list[_Segment | fx.Node] = []
+        self.pieces: dict[str, Piece] = {}
+
+    def run(self) -> Split:
+        for node in self.root.graph.nodes:
+            self.place(node)
+        steps: list[CallPiece | CallOp] = []
+        for part in self.order:
+            if isinstance(part, fx.Node):
+                steps.append(self.call_op(part))
+            elif (call := self.call_piece(part)) is not None:
+                steps.append(call)
+        inputs = tuple(n.name for n in self.root.graph.find_nodes(op="placeholder"))
+        outputs = self.root.graph.output_node().args[0]
+        assert isinstance(outputs, (tuple, list))
+        return Split(inputs, tuple(steps), tuple(map(self.refer, outputs)), self.pieces)
+
+    # --- which node goes where ---------------------------------------------------------
+
+    def place(self, node: fx.Node) -> None:
+        if node.op == "output":
+            return
+        value = node.meta.get("example_value")
+        if (expr := _torch.expression(value)) is not None:
+            self.note_size(node, expr)
+            return
+        if node.op == "placeholder":
+            self.home[node] = None
+            return
+        if node.op == "call_module":
+            raise UnsupportedGraph(f"the graph calls the module {node.target} as a black box")
+        if node.op == "get_attr" or _torch.op_name(node.target) in _torch.GRAD_STATE:
+            return  # copied to where it is used; dropped
+        if node.op == "call_function" and _torch.op_name(node.target) in self.names:
+            self.home[node] = None
+            self.order.append(node)
+            return
+        if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
+            if self.home.get(source) is None and _is_container(source):
+                self.home[node] = None  # an element of what a splitting op returned
+                self.order.append(node)
+                return
+            if _is_container(source) and (home := self.home[source]) is not None:
+                home.nodes.append(node)  # tuples do not leave their piece, elements do
+                self.home[node] = home
+                return
+        if not self.order or isinstance(self.order[-1], fx.Node):
+            self.order.append(_Segment())
+        segment = self.order[-1]
+        assert isinstance(segment, _Segment)
+        segment.nodes.append(node)
+        self.home[node] = segment
+
+    def note_size(self, node: fx.Node, expr: sympy.Basic) -> None:
+        if not expr.free_symbols <= self.symbols:
+            raise UnsupportedGraph(
+                f"{node.format_node() or node} depends on values that are known only when the "
+                f"model runs ({expr}): such sizes cannot be compiled for a range"
+            )
+        self.sizes[node] = Size(_torch.in_terms_of_size(expr, self.symbols))
+
+    # --- steps -------------------------------------------------------------------------
+
+    def refer(self, value: Any) -> Any:
+        """A node as the steps name it; containers are searched, constants stay."""
+        if isinstance(value, fx.Node):
+            if value in self.sizes:
+                return self.sizes[value]
+            if value.op == "get_attr":
+                return _attribute(self.root, str(value.target))
+            return Name(value.name)
+        if isinstance(value, (tuple, list)):
+            made = [self.refer(v) for v in value]
+            return made if isinstance(value, list) else tuple(made)
+        if isinstance(value, dict):
+            return {k: self.refer(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(self.refer(value.start), self.refer(value.stop), self.refer(value.step))
+        return value
+
+    def call_op(self, node: fx.Node) -> CallOp:
+        return CallOp(node.target, self.refer(node.args), self.refer(node.kwargs), node.name)
+
+    def call_piece(self, segment: _Segment) -> CallPiece | None:
+        members = set(segment.nodes)
+        outputs = [
+            node
+            for node in segment.nodes
+            if any(user not in members and user not in self.sizes for user in node.users)
+        ]
+        self.check_states(segment)
+        if not outputs and not _has_effect(segment.nodes):
+            return None
+        for node in outputs:
+            if not isinstance(node.meta.get("example_value"), torch.Tensor):
+                raise UnsupportedGraph(
+                    f"{node} is a {type(node.meta.get('example_value')).__name__} that is needed "
+                    f"on both sides of a splitting op: only tensors can be"
+                )
+        piece, inputs = self.build(segment.nodes, outputs)
+        self.pieces.setdefault(piece.fingerprint, piece)
+        return CallPiece(
+            piece.fingerprint, tuple(n.name for n in inputs), tuple(n.name for n in outputs)
+        )
+
+    def check_states(self, segment: _Segment) -> None:
+        depth: dict[str, int] = {}
+        for node in segment.nodes:
+            step, state = _torch.PAIRED_STATE.get(_torch.op_name(node.target), (0, ""))
+            depth[state] = depth.get(state, 0) + step
+        for state, left in depth.items():
+            if left:
+                raise UnsupportedGraph(
+                    f"a splitting op lies inside a region of {state}, which cannot be split: "
+                    f"set {state} around the call, or pass splitting_ops=()"
+                )
+
+    # --- one piece ---------------------------------------------------------------------
+
+    def build(
+        self, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+    ) -> tuple[Piece, list[fx.Node]]:
+        graph = fx.Graph()
+        attributes: dict[str, Any] = {}
+        copies: dict[fx.Node, Any] = {}
+        inputs: list[fx.Node] = []
+        members = set(nodes)
+        used: list[fx.Node] = []  # in order of first use, so that equal pieces agree on it
+        for node in nodes:
+            used += [n for n in node.all_input_nodes if n not in members and n not in used]
+        symbolic = False
+        for node in used:
+            if node in self.sizes:
+                symbolic |= bool(self.sizes[node].expr.free_symbols)
+            elif node.op != "get_attr":
+                inputs.append(node)
+                symbolic |= _is_symbolic(node.meta["example_value"])
+        size = graph.placeholder("size") if symbolic else None
+        for index, node in enumerate(inputs):
+            copies[node] = graph.placeholder(f"arg{index}")
+        for node in used:
+            if node in self.sizes:
+                expr = self.sizes[node].expr
+                if expr.free_symbols:
+                    assert size is not None
+                    copies[node] = _torch.as_nodes(expr, size)
+                else:
+                    copies[node] = expr == sympy.true if expr.is_Boolean else int(expr)
+            elif node.op == "get_attr":
+                name = f"const{len(attributes)}"
+                attributes[name] = _attribute(self.root, str(node.target))
+                copies[node] = graph.get_attr(name)
+        for node in nodes:
+            copy = _copy(graph, node, copies)
+            # Captured values belong to the capture's ShapeEnv: no range may see them.
+            copy.meta.pop("example_value", None)
+            copies[node] = copy
+        graph.output(tuple(copies[node] for node in outputs))
+        graph_module = fx.GraphModule(attributes, graph)
+        values = tuple(node.meta["example_value"] for node in inputs)
+        fingerprint = _fingerprint(graph_module, values, self.symbols)
+        return Piece(graph_module, values, symbolic, self.symbols, fingerprint), inputs
+
+
+def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> fx.Node:
+    args = fx.node.map_arg(node.args, lambda n: copies[n])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: copies[n])
+    copy = graph.create_node(node.op, node.target, args, kwargs, name=node.name)  # type: ignore[arg-type]
+    copy.meta = dict(node.meta)
+    return copy
+
+
+def _has_effect(nodes: Sequence[fx.Node]) -> bool:
+    return any(node.is_impure() or _writes(node) for node in nodes)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a Dynamo node may change one of its arguments."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.target is operator.setitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs
+
+
+_IN_PLACE = {
+    getattr(operator, name)
+    for name in ("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior")
+    + ("ipow", "irshift", "isub", "itruediv", "ixor")
+}
+
+
+def _is_container(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), (tuple, list))
+
+
+def _is_symbolic(value: torch.Tensor) -> bool:
+    return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
+
+
+def _attribute(root: fx.GraphModule, path: str) -> Any:
+    return operator.attrgetter(path)(root)
+
+
+# --- fingerprints ----------------------------------------------------------------------
+
+
+def _fingerprint(
+    graph_module: fx.GraphModule, values: Sequence[Any], symbols: frozenset[sympy.Symbol]
+) -> str:
+    """A hash of what a piece computes: operators, topology, constants and kinds of inputs.
+
+    Names, stack traces and module paths are left out.
+    """
+    rows = [_describe_value(value, symbols) for value in values]
+    rows += _describe_graph(graph_module)
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+
+def _describe_value(value: torch.Tensor, symbols: frozenset[sympy.Symbol]) -> str:
+    def dim(n: object) -> str:
+        expr = _torch.expression(n)
+        assert expr is not None
+        return str(_torch.in_terms_of_size(expr, symbols))
+
+    shape = ",".join(map(dim, value.shape))
+    strides = ",".join(map(dim, value.stride()))
+    return f"input {value.dtype} {value.device} [{shape}] [{strides}]"
+
+
+def _describe_graph(graph_module: fx.GraphModule) -> list[str]:
+    number = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+
+    def describe(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"%{number[value]}"
+        if isinstance(value, (tuple, list)):
+            return f"{type(value).__name__}({','.join(map(describe, value))})"
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{k!r}:{describe(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({describe(value.start)},{describe(value.stop)},{describe(value.step)})"
+        return f"{type(value).__name__}:{value!r}"
+
+    rows = []
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            rows.append(f"attribute {_describe_attribute(_attribute(graph_module, node.target))}")
+        else:
+            target = "" if node.op in ("placeholder", "output") else _describe_target(node.target)
+            rows.append(f"{node.op} {target} {describe(node.args)} {describe(node.kwargs)}")
+    return rows
+
+
+def _describe_target(target: Any) -> str:
+    name = _torch.op_name(target)
+    if callable(target) and "<" in name:  # a lambda or a local function: its name is not its own
+        return f"{name}@{id(target)}"
+    return name
+
+
+def _describe_attribute(value: object) -> str:
+    if isinstance(value, fx.GraphModule):
+        return "(" + ";".join(_describe_graph(value)) + ")"
+    if isinstance(value, torch.Tensor):
+        held = value.detach().cpu().contiguous()
+        data = ctypes.string_at(held.data_ptr(), held.nbytes) if held.nbytes else b""
+        digest = hashlib.sha256(data).hexdigest()
+        return f"tensor {value.dtype} {value.device} {list(value.shape)} {digest}"
+    return f"object {id(value)}"

@@ -1,0 +1,198 @@
+"""One straight-line function per range: call pieces and splitting ops, free what is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _torch
+from .capture import Argument, Bound, GraphOutput, Held, SizeInput
+from .pieces import CallOp, CallPiece, Name, Size, Split
+
+Stitched = Callable[..., Any]
+"""Called with the size, then the call's tensor arguments; returns the callable's result."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a stitched function checks of the module before it runs."""
+
+    check: Callable[[], bool]
+    refresh: Callable[[], None]
+    """Called when something is not as it was: binds anew what was replaced, or raises."""
+    held: Sequence[Held] | None
+    """None: tensors are held where a replacement cannot be seen, so refresh every time."""
+
+
+def stitch(
+    split: Split,
+    inputs: Sequence[Argument | Bound | SizeInput],
+    compiled: Mapping[str, Callable[..., Sequence[Any]]],
+    argument_count: int,
+    result: tuple[Sequence[Any], Any] | None,
+    guard: Guard | None,
+) -> Stitched:
+    """Generate the function of one range. `rebind` must follow before it is called.
+
+    Args:
+        split: the steps.
+        inputs: where each graph input comes from.
+        compiled: a callable for each unique piece, by fingerprint.
+        argument_count: how many tensor arguments a call has.
+        result: leaves (`GraphOutput`, `Argument` or constant) and pytree spec of what the
+            callable returns; None to return the tuple of graph outputs.
+        guard: what to check of the module at each call, if anything.
+    """
+    return _Writer(split, inputs, compiled, argument_count).function(result, guard)
+
+
+def rebind(stitched: Stitched, bound: Sequence[Any], held: Sequence[Held] | None) -> None:
+    """Give a stitched function the tensors that the module holds, by `Bound.index`."""
+    names = {f"w{index}": value for index, value in enumerate(bound)}
+    for index, fact in enumerate(held or ()):
+        names[f"h{index}"] = fact.holder
+        names[f"o{index}"] = fact.value
+    stitched.__globals__.update(names)
+
+
+_LEAF = _torch.tree_flatten(0)[1]
+
+
+class _Writer:
+    def __init__(
+        self,
+        split: Split,
+        inputs: Sequence[Argument | Bound | SizeInput],
+        compiled: Mapping[str, Callable[..., Sequence[Any]]],
+        argument_count: int,
+    ) -> None:
+        self.split = split
+        self.compiled = compiled
+        self.namespace: dict[str, Any] = {"math": math}
+        self.parameters = ["size", *(f"a{index}" for index in range(argument_count))]
+        self.names: dict[str, str] = {}
+        for name, source in zip(split.inputs, inputs, strict=True):
+            if isinstance(source, Argument):
+                self.names[name] = f"a{source.index}"
+            elif isinstance(source, Bound):
+                self.names[name] = f"w{source.index}"
+        self.lines: list[str] = []
+
+    def function(
+        self, result: tuple[Sequence[Any], Any] | None, guard: Guard | None
+    ) -> Stitched:
+        if guard is not None:
+            self.write_guard(guard)
+        uses = [self.used(step) for step in self.split.steps]
+        last = {name: index for index, used in enumerate(uses) for name in used}
+        kept = self.used(self.split.outputs)
+        for index, step in enumerate(self.split.steps):
+            self.write(step)
+            made = step.outputs if isinstance(step, CallPiece) else (step.output,)
+            done = [name for name in sorted(uses[index]) if last[name] == index]
+            unused = [name for name in made if name not in last]
+            locals_ = [self.names[name] for name in done + unused if name not in kept]
+            if dead := [local for local in locals_ if local.startswith("v")]:
+                self.lines.append(f"del {', '.join(dead)}")
+        if result is None:
+            self.lines.append(f"return {self.code(tuple(self.split.outputs))}")
+        else:
+            self.lines.append(f"return {self.write_result(iter(result[0]), result[1])}")
+        body = "\n    ".join(self.lines)
+        source = f"def stitched({', '.join(self.parameters)}):\n    {body}\n"
+        exec(compile(source, "<splitpoint stitched>", "exec"), self.namespace)
+        function: Stitched = self.namespace["stitched"]
+        function.__doc__ = source
+        return function
+
+    def write_guard(self, guard: Guard) -> None:
+        refresh = self.constant(guard.refresh)
+        if guard.held is None:
+            self.lines.append(f"{refresh}()")
+            return
+        facts = [f"h{index}.get({fact.key!r}) is o{index}" for index, fact in enumerate(guard.held)]
+        conditions = " and ".join([f"{self.constant(guard.check)}()", *facts])
+        self.lines.append(f"if not ({conditions}): {refresh}()")
+
+    def write_result(self, leaves: Iterator[Any], spec: Any) -> str:
+        """Source that nests the leaves of the result as the callable returned them."""
+        if spec.is_leaf():
+            leaf = next(leaves)
+            if isinstance(leaf, GraphOutput):
+                return self.code(self.split.outputs[leaf.index])
+            return f"a{leaf.index}" if isinstance(leaf, Argument) else self.code(leaf)
+        if spec.type not in (tuple, list, dict):
+            flat = [self.write_result(leaves, _LEAF) for _ in range(spec.num_leaves)]
+            unflatten = self.constant(_torch.tree_unflatten)
+            return f"{unflatten}([{', '.join(flat)}], {self.constant(spec)})"
+        parts = [self.write_result(leaves, child) for child in spec.children()]
+        if spec.type is tuple:
+            return f"({''.join(part + ', ' for part in parts)})"
+        if spec.type is list:
+            return f"[{', '.join(parts)}]"
+        pairs = zip(spec.context, parts, strict=True)
+        return f"{{{', '.join(f'{self.code(key)}: {part}' for key, part in pairs)}}}"
+
+    def write(self, step: CallPiece | CallOp) -> None:
+        if isinstance(step, CallPiece):
+            piece = self.split.pieces[step.fingerprint]
+            args = ["size"] if piece.takes_size else []
+            args += [self.names[name] for name in step.inputs]
+            call = f"p_{step.fingerprint}"
+            self.namespace[call] = self.compiled[step.fingerprint]
+            targets = [self.new(name) for name in step.outputs]
+            left = f"({', '.join(targets)},) = " if targets else ""
+            self.lines.append(f"{left}{call}({', '.join(args)})")
+        else:
+            args = [self.code(value) for value in step.args]
+            args += [f"{name}={self.code(value)}" for name, value in step.kwargs.items()]
+            call = self.constant(step.target)
+            self.lines.append(f"{self.new(step.output)} = {call}({', '.join(args)})")
+
+    def new(self, name: str) -> str:
+        self.names[name] = f"v{len(self.names)}"
+        return self.names[name]
+
+    def constant(self, value: Any) -> str:
+        for name, known in self.namespace.items():
+            if known is value and name.startswith("k"):
+                return name
+        name = f"k{len(self.namespace)}"
+        self.namespace[name] = value
+        return name
+
+    def code(self, value: Any) -> str:
+        """Source for a value of a step."""
+        if isinstance(value, Name):
+            return self.names[value.name]
+        if isinstance(value, Size):
+            return f"({value.code})"
+        if type(value) is tuple:
+            return f"({''.join(self.code(v) + ', ' for v in value)})"
+        if type(value) is list:
+            return f"[{', '.join(map(self.code, value))}]"
+        if type(value) is dict:
+            return f"{{{', '.join(f'{k!r}: {self.code(v)}' for k, v in value.items())}}}"
+        if isinstance(value, slice):
+            return f"slice({self.code(value.start)}, {self.code(value.stop)}, {self.code(value.step)})"
+        if value is None or type(value) in (bool, int, str):
+            return repr(value)
+        return self.constant(value)
+
+    def used(self, value: Any) -> set[str]:
+        """Names of the values that a step, or a value of one, reads."""
+        if isinstance(value, Name):
+            return {value.name}
+        if isinstance(value, CallPiece):
+            return set(value.inputs)
+        if isinstance(value, CallOp):
+            return self.used(value.args) | self.used(value.kwargs)
+        if isinstance(value, (tuple, list)):
+            return set().union(*map(self.used, value))
+        if isinstance(value, dict):
+            return set().union(*map(self.used, value.values()))
+        if isinstance(value, slice):
+            return self.used((value.start, value.stop, value.step))
+        return set()

@@ -1,0 +1,314 @@
+"""A model's graphs, the lanes of its plan, and the table that sends a size to its lane."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .config import Config
+from .errors import GuardError, StateChanged
+from .graph.assumptions import Assumption, runs, valid
+from .graph.capture import Argument, Bound, Held, SizeInput
+from .graph.pieces import Piece, Split
+from .graph.stitch import Guard, Stitched, rebind, stitch
+from .passes.manager import MatchCount
+from .ranges import NOT_SERVED, Plan, PlannedRange, Range
+
+log = logging.getLogger("splitpoint")
+
+MOST_PARTS = 8
+"""A range that would fall into more parts than this is refused instead."""
+
+
+@dataclass
+class Graph:
+    """One captured graph, split, with where its inputs come from."""
+
+    split: Split
+    inputs: Sequence[Argument | Bound | SizeInput]
+    argument_count: int
+    result: tuple[Sequence[Any], Any] | None = None
+    fetch: Callable[[], list[Any]] = list
+    held: Callable[[list[Any]], tuple[Held, ...] | None] = lambda _: ()
+    check: Callable[[], bool] = lambda: True
+    explain: Callable[[], str] = str
+    bound: list[Any] = field(default_factory=list)
+    facts: tuple[Held, ...] | None = ()
+
+    def __post_init__(self) -> None:
+        self.bind()
+
+    def bind(self) -> None:
+        """Take the tensors that the module holds now."""
+        self.bound = self.fetch()
+        self.facts = self.held(self.bound)
+
+
+@dataclass
+class Lane:
+    """One line of the plan at run time: a range, its graph, and its function."""
+
+    planned: PlannedRange
+    graph: Graph
+    sizes: Sequence[int]
+    """The sizes it serves, ascending: those of its range without the single sizes in it."""
+    run: Stitched | None = None
+
+
+class TooWide(Exception):
+    """A compiled graph is valid for some of its lane's sizes only."""
+
+    def __init__(self, valid: list[int], broken: list[Assumption]) -> None:
+        super().__init__()
+        self.valid = valid
+        self.broken = broken
+
+
+@dataclass
+class Counts:
+    """What happened so far."""
+
+    compilations: int = 0
+    eager_calls: int = 0
+    matches: list[MatchCount] = field(default_factory=list)
+
+
+class Program:
+    """The lanes of one model and the table over sizes."""
+
+    def __init__(self, config: Config, lanes: Sequence[Lane], notes: Sequence[str] = ()) -> None:
+        self.config = config
+        self.notes = tuple(notes)
+        self.counts = Counts()
+        self.lanes: list[Lane | None] = []
+        """None for a lane that was split; lane i has table entry i + 1."""
+        self.table = array("H", bytes(2 * (config.max_size + 1)))
+        self.runners: list[Stitched] = [_not_served]
+        """By table entry; a lane not compiled yet compiles when called."""
+        self.calls = [0]
+        """Calls by table entry."""
+        self._lock = threading.RLock()
+        for lane in lanes:
+            self._add(lane)
+
+    # --- the plan ----------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it stands, with what was split and why."""
+        lanes = sorted((lane for lane in self.lanes if lane), key=lambda lane: lane.planned.range)
+        return Plan(self.config.max_size, tuple(lane.planned for lane in lanes), self.notes)
+
+    def dispatches(self) -> dict[Range, int]:
+        """Calls so far by range."""
+        pairs = [
+            (lane.planned.range, self.calls[index + 1])
+            for index, lane in enumerate(self.lanes)
+            if lane
+        ]
+        return dict(sorted(pairs))
+
+    def _add(self, lane: Lane) -> int:
+        self.lanes.append(lane)
+        index = len(self.lanes)
+        self.calls.append(0)
+        self.runners.append(self._compile_when_called(index))
+        for first, last in runs(lane.sizes):
+            self.table[first : last + 1] = array("H", [index]) * (last - first + 1)
+        return index
+
+    def _compile_when_called(self, index: int) -> Stitched:
+        def run(size: int, *args: Any) -> Any:
+            self.compile(index)
+            return self.runners[self.table[size]](size, *args)
+
+        return run
+
+    # --- compiling ---------------------------------------------------------------------
+
+    def compile_all(self) -> None:
+        """Compile every lane not compiled yet, with a progress bar on a terminal."""
+        todo = [index for index, lane in enumerate(self.lanes, 1) if lane and lane.run is None]
+        for index in tqdm(todo, desc="compiling ranges", unit="range", disable=None):
+            self.compile(index)
+
+    def compile(self, index: int) -> None:
+        """Compile a lane, splitting it where its graphs turn out not to be valid.
+
+        Raises:
+            GuardError: when it would have to be split and the configuration forbids it.
+            CompileError: when the compiler fails.
+        """
+        with self._lock:
+            lane = self.lanes[index - 1]
+            if lane is None or lane.run is not None:
+                return  # another thread was first
+            try:
+                compiled = {
+                    fingerprint: self._compile_piece(piece, lane)
+                    for fingerprint, piece in lane.graph.split.pieces.items()
+                }
+            except TooWide as narrowed:
+                parts = self._parts(lane, narrowed)
+                self.lanes[index - 1] = None
+                for added in [self._add(part) for part in parts]:
+                    self.compile(added)
+                return
+            lane.run = self._stitch(lane, compiled)
+            self.runners[index] = lane.run
+
+    def _compile_piece(self, piece: Piece, lane: Lane) -> Callable[..., Sequence[Any]]:
+        if self.config.backend == "eager":
+            from .compilers import eager
+
+            return eager.compile_piece(piece)
+        from .compilers import inductor
+
+        compiled = inductor.compile_piece(piece, lane.planned, self.config.passes)
+        self.counts.compilations += 1
+        self.counts.matches += compiled.matches
+        log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)
+        right = valid(compiled.assumptions, lane.sizes)
+        if len(right) < len(lane.sizes):
+            raise TooWide(right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))])
+        return compiled.call
+
+    def _parts(self, lane: Lane, narrowed: TooWide) -> list[Lane]:
+        range_ = lane.planned.range
+        why = "; ".join(map(str, narrowed.broken))
+        right = set(narrowed.valid)
+        parts: list[list[int]] = []
+        for size in lane.sizes:
+            if parts and (parts[-1][-1] in right) == (size in right):
+                parts[-1].append(size)
+            else:
+                parts.append([size])
+        if self.config.on_guard == "error" or len(parts) == 1 or len(parts) > MOST_PARTS:
+            shown = ", ".join(f"[{part[0]},{part[-1]}]" for part in parts[:3] if part[0] not in right)
+            raise GuardError(
+                f"the graph of {range_} is not valid at {shown}: it needs {why}. Put a split "
+                f"point at {(parts[1] if len(parts) > 1 else parts[0])[0] - 1}"
+                + (", or set on_guard='split'" if self.config.on_guard == "error" else "")
+            )
+        log.info("%s is split into %d ranges: the graph needs %s", range_, len(parts), why)
+        return [
+            Lane(
+                self.config.planned(Range(part[0], part[-1]), note=f"split from {range_}: {why}"),
+                lane.graph,
+                part,
+            )
+            for part in parts
+        ]
+
+    def _stitch(self, lane: Lane, compiled: dict[str, Callable[..., Sequence[Any]]]) -> Stitched:
+        graph = lane.graph
+        guard = None
+        if self.config.module_guards == "every_call":
+            guard = Guard(graph.check, lambda: self.refresh(graph), graph.facts)
+        self._check(graph)
+        run = stitch(
+            graph.split, graph.inputs, compiled, graph.argument_count, graph.result, guard
+        )
+        rebind(run, graph.bound, graph.facts)
+        return run
+
+    # --- the module --------------------------------------------------------------------
+
+    def refresh(self, graph: Graph) -> None:
+        """Bind the tensors that the module holds now in every function of the graph.
+
+        Raises:
+            StateChanged: when more changed than which tensors the module holds.
+        """
+        self._check(graph)
+        with self._lock:
+            graph.bind()
+            for lane in self.lanes:
+                if lane and lane.graph is graph and lane.run is not None:
+                    rebind(lane.run, graph.bound, graph.facts)
+
+    def _check(self, graph: Graph) -> None:
+        with torch.no_grad():  # as it was at capture, and is around every call
+            unchanged = graph.check()
+        if not unchanged:
+            raise StateChanged(
+                f"the module, or something global that it reads, is not as it was when it was "
+                f"captured: {graph.explain()}. Change it back, or call reset() to capture and "
+                f"compile anew"
+            )
+
+
+def lanes_of(
+    config: Config,
+    owner: array[int],
+    graphs: Sequence[Graph],
+    boundaries: dict[int, str],
+) -> list[Lane]:
+    """The lanes of a configuration's plan over one or more graphs.
+
+    A range whose sizes belong to different graphs falls into one lane a graph; sizes with
+    no graph belong to no lane.
+
+    Raises:
+        GuardError: when a range falls apart and `on_guard` is "error".
+    """
+    plan = Plan.from_config(config)
+    sizes_of: dict[int, list[int]] = {index: [] for index in range(1, len(plan.entries) + 1)}
+    for size, index in enumerate(plan.table):
+        if index != NOT_SERVED:
+            sizes_of[index].append(size)
+    lanes = []
+    for index, entry in enumerate(plan.entries, 1):
+        by_graph: dict[int, list[int]] = {}
+        for size in sizes_of[index]:
+            by_graph.setdefault(owner[size], []).append(size)
+        if len(by_graph) > 1 and config.on_guard == "error":
+            at = next(size for size in sizes_of[index][1:] if size in boundaries)
+            raise GuardError(
+                f"one graph cannot serve {entry.range}: {boundaries[at]}. Put a split point at "
+                f"{at - 1}, or set on_guard='split'"
+            )
+        for graph, sizes in sorted(by_graph.items()):
+            if graph == 0:
+                continue
+            if len(by_graph) == 1 and _has_one_owner(entry.range, owner):
+                lanes.append(Lane(entry, graphs[graph - 1], sizes))
+            else:
+                lanes += _parts_of(config, entry, graphs[graph - 1], sizes, boundaries)
+    return lanes
+
+
+def _has_one_owner(range_: Range, owner: array[int]) -> bool:
+    """Whether all sizes of a range, shadowed ones included, have the same owner."""
+    part = owner[range_.start : range_.end + 1]
+    return all(value == part[0] for value in part)
+
+
+def _parts_of(
+    config: Config,
+    entry: PlannedRange,
+    graph: Graph,
+    sizes: list[int],
+    boundaries: dict[int, str],
+) -> list[Lane]:
+    edges = [boundaries[s] for s in range(entry.range.start, entry.range.end + 2) if s in boundaries]
+    note = f"part of {entry.range}" + (f": the model needs {edges[0]}" if edges else "")
+    parts = runs(sizes)
+    if len(parts) > MOST_PARTS:
+        whole = Range(sizes[0], sizes[-1])
+        return [Lane(config.planned(whole, parts, note), graph, sizes)]
+    return [
+        Lane(config.planned(Range(a, b), note=note), graph, [s for s in sizes if a <= s <= b])
+        for a, b in parts
+    ]
+
+
+def _not_served(size: int, *args: Any) -> Any:
+    raise AssertionError(f"size {size} was dispatched although no lane serves it")
