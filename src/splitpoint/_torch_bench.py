@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
 
-from torch._inductor.utils import fresh_cache  # torch 2.13
+from torch._inductor.utils import clear_caches  # torch 2.13
 
 
-def fresh_inductor_cache() -> AbstractContextManager[None]:
-    """An empty Inductor cache inside the context, on disk and in memory; removed after it."""
-    return fresh_cache()
+@contextmanager
+def fresh_inductor_cache() -> Iterator[None]:
+    """An empty Inductor cache inside the context, on disk and in memory; removed after it.
+
+    Inductor has one of its own, which leaves the folder behind, and says so, when anything is
+    raised inside it.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        folders = {
+            "TORCHINDUCTOR_CACHE_DIR": folder,
+            "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
+        }
+        clear_caches()
+        try:
+            with patch.dict(os.environ, folders):
+                yield
+        finally:
+            clear_caches()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,11 @@ def _convert(gguf: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        with _progress(f"converting {folder.name} to {folder.parent}", steps=3) as step:
+        # transformers draws a bar of its own for this, terminal or not; ours says enough.
+        with (
+            _progress(f"converting {folder.name} to {folder.parent}", steps=3) as step,
+            redirect_stderr(io.StringIO()),
+        ):
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
