@@ -202,7 +202,7 @@ def assumptions(
                 found.append(Assumed(expr, origin))
 
     for guard in env.guards:
-        add(guard.expr, str(guard.sloc).strip())
+        add(guard.expr, _origin(str(guard.sloc)))
     for asserts in env.deferred_runtime_asserts.values():
         for entry in asserts:
             add(entry.expr, str(entry.msg))
@@ -219,6 +219,12 @@ def assumptions(
         if isinstance(interval.upper, sympy.Integer) and (upper is None or interval.upper < upper):
             add(symbol <= interval.upper, "the compiler narrowed the interval of the size")
     return found
+
+
+def _origin(location: str) -> str:
+    """`path:line in function` of `source line  # path:line in function (torch's own line)`."""
+    user = re.search(r"# (\S+:\d+ in \S+)", location)
+    return user[1] if user else location.strip().strip("()")
 
 
 # --- capture ---------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class CompiledModel:
     def _start(self, signature: Signature) -> None:
         config = self.config
         regions = cover(
-            lambda size: capture(self.module, signature, size), signature.size, config.max_size
+            functools.partial(capture, self.module, signature), signature.size, config.max_size
         )
         graphs = [
             Graph(

@@ -299,7 +299,7 @@ def _parts_of(
     boundaries: dict[int, str],
 ) -> list[Lane]:
     edges = [boundaries[s] for s in range(entry.range.start, entry.range.end + 2) if s in boundaries]
-    note = f"part of {entry.range}" + (f": the model needs {edges[0]}" if edges else "")
+    note = f"part of {entry.range}" + (f": the model asks {edges[0]}" if edges else "")
     parts = runs(sizes)
     if len(parts) > MOST_PARTS:
         whole = Range(sizes[0], sizes[-1])

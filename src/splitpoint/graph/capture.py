@@ -81,8 +81,10 @@ class Capture:
     module tree does not hold all of them."""
 
 
-def capture(function: Callable[..., Any], signature: Signature, size: int) -> Capture:
-    """Capture a callable at an example size.
+def capture(
+    function: Callable[..., Any], signature: Signature, size: int, dynamic: bool = True
+) -> Capture:
+    """Capture a callable at an example size; if not `dynamic`, for that size alone.
 
     The arguments are made fresh, so nothing depends on which tensors the first call passed,
     nor on whether it passed one twice.
@@ -92,7 +94,7 @@ def capture(function: Callable[..., Any], signature: Signature, size: int) -> Ca
         SideEffect: when the callable changes Python objects that outlive the call.
         UnsupportedGraph: when the graph has inputs that are neither tensors nor the size.
     """
-    examples, tensors = signature.examples(size)
+    examples, tensors = signature.examples(size, dynamic)
     target = function
     if any(isinstance(leaf, SizeLeaf) for leaf in signature.leaves):
         target = _with_size_arguments(function, signature)
@@ -141,7 +143,7 @@ def capture(function: Callable[..., Any], signature: Signature, size: int) -> Ca
         tuple(inputs),
         leaves,
         spec,
-        read(dynamo.assumed),
+        read(dynamo.assumed) if dynamic else (Assumption(f"size == {size}", ""),),
         dynamo.size_symbols,
         fetch,
         dynamo.check,

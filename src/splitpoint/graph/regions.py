@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,12 +31,18 @@ class Regions:
     """Why the model refuses the sizes that it does, as eager PyTorch would."""
 
 
-def cover(capture_at: Callable[[int], Capture], first_size: int, max_size: int) -> Regions:
+def cover(capture_at: Callable[[int, bool], Capture], first_size: int, max_size: int) -> Regions:
     """Capture at the first size, then at whatever sizes that graph is not valid for.
 
-    A size at which capture fails, although it succeeded at `first_size`, is one that the
-    model itself refuses (a view that does not divide, say). Sizes at which the same
-    conditions fail are refused with it.
+    A size at which there is no graph for all sizes like it may have one for itself alone
+    (Python code such as `n > 1 and ...` gives a symbol where an operator wants a bool). One
+    that has neither, although `first_size` has, is refused by the model itself (a view that
+    does not divide, say), and with it all sizes at which the same conditions fail.
+
+    Args:
+        capture_at: captures at a size, for all sizes like it (True) or it alone (False).
+        first_size: a size that the model is known to take.
+        max_size: the largest size to cover.
 
     Raises:
         CaptureError: when the first capture fails.
@@ -52,19 +59,16 @@ def cover(capture_at: Callable[[int], Capture], first_size: int, max_size: int) 
         if attempts > MOST_CAPTURES:
             raise SizeSpecialized(_too_many(captures, left))
         try:
-            captured = capture_at(size)
+            captured = _capture(capture_at, size, dynamic=len(left) > 1)
         except (SideEffect, UnsupportedGraph):
             raise
         except CaptureError as error:
             if not captures:
                 raise
             pattern = _pattern(captures, size)
-            refused = [s for s in left if _pattern(captures, s) == pattern]
-            first_line = str(error.__cause__ or error).strip().splitlines()[0]
-            conditions = "; ".join(str(a) for a in failing(captures[0].assumptions, size))
-            refusals.append(f"sizes such as {size}: {first_line} [{conditions}]")
-            log.info("the model refuses %d sizes: %s", len(refused), refusals[-1])
-            gone = set(refused)
+            gone = {s for s in left if _pattern(captures, s) == pattern}
+            refusals.append(_refusal(captures, size, error))
+            log.info("the model refuses %d sizes: %s", len(gone), refusals[-1])
         else:
             captures.append(captured)
             served = valid(captured.assumptions, left)
@@ -82,6 +86,32 @@ def cover(capture_at: Callable[[int], Capture], first_size: int, max_size: int) 
     return Regions(tuple(captures), owner, _boundaries(captures, owner), tuple(refusals))
 
 
+def _capture(capture_at: Callable[[int, bool], Capture], size: int, dynamic: bool) -> Capture:
+    if not dynamic:
+        return capture_at(size, False)
+    try:
+        return capture_at(size, True)
+    except (SideEffect, UnsupportedGraph):
+        raise
+    except CaptureError as error:
+        try:
+            return capture_at(size, False)
+        except CaptureError:
+            raise error from None
+
+
+def _refusal(captures: list[Capture], size: int, error: CaptureError) -> str:
+    conditions = "; ".join(str(a) for c in captures for a in failing(c.assumptions, size))
+    return f"{_reason(error)} (the model needs {conditions})"
+
+
+def _reason(error: CaptureError) -> str:
+    """What the operator that failed said, out of Dynamo's explanation."""
+    text = str(error)
+    said = re.search(r"got \w+\((['\"])(.*?)\1\)", text)
+    return said[2] if said else text.splitlines()[0]
+
+
 def _pattern(captures: list[Capture], size: int) -> tuple[tuple[bool, ...], ...]:
     return tuple(tuple(a.holds(size) for a in c.assumptions) for c in captures)
 
@@ -92,8 +122,10 @@ def _boundaries(captures: list[Capture], owner: array[int]) -> dict[int, str]:
         before, here = owner[size - 1], owner[size]
         if before != here:
             broken = failing(captures[before - 1].assumptions, size) if before else []
-            broken = broken or (failing(captures[here - 1].assumptions, size - 1) if here else [])
-            found[size] = "; ".join(map(str, broken))
+            broken += failing(captures[here - 1].assumptions, size - 1) if here else []
+            # The model's own condition says more than that a graph is for one size alone.
+            known = [a for a in broken if a.origin] or broken
+            found[size] = str(known[0]) if known else ""
     return found
 
 

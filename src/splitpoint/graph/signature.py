@@ -64,13 +64,13 @@ class TensorLeaf:
                     strides[other] = strides[other] // outer * scale
         return tuple(strides)
 
-    def example(self, size: int) -> torch.Tensor:
+    def example(self, size: int, dynamic: bool) -> torch.Tensor:
         """A fresh tensor of this kind at a size; its contents are undefined."""
         shape = tuple(size if d in self.dims else n for d, n in enumerate(self.shape))
         tensor = torch.empty_strided(
             shape, self.strides_for(shape), dtype=self.dtype, device=self.device
         )
-        for dim in self.dims:
+        for dim in self.dims if dynamic else ():
             _torch.mark_dynamic(tensor, dim)
         return tensor
 
@@ -170,12 +170,13 @@ class Signature:
         bound = inspect.BoundArguments(self.parameters, dict(arguments))  # type: ignore[arg-type]
         return bound.args, bound.kwargs
 
-    def examples(self, size: int) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Fresh arguments at a size, by parameter name, and the tensors among them in order."""
+    def examples(self, size: int, dynamic: bool) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        """Fresh arguments at a size, by parameter name, and the tensors among them in order;
+        `dynamic` ones are marked for a capture that holds for other sizes too."""
         values: list[Any] = []
         for leaf in self.leaves:
             if isinstance(leaf, TensorLeaf):
-                values.append(leaf.example(size))
+                values.append(leaf.example(size, dynamic))
             else:
                 values.append(size if isinstance(leaf, SizeLeaf) else leaf.value)
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
