@@ -57,6 +57,12 @@ class ForwardReport:
             {"environment": self.environment, "rows": [asdict(row) for row in self.rows]}, indent=2
         )
 
+    def setting(self) -> str:
+        """Model, dtype and threads, in a few words."""
+        env = self.environment
+        threads = "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
+        return f"{env['model']}, {env['dtype']}, {threads}"
+
     def table(self) -> list[str]:
         """The rows alone, aligned."""
         heading = ("size", "eager ms", "torch.compile ms", "splitpoint ms", "ratio")
@@ -81,7 +87,7 @@ class ForwardReport:
         )
         return "\n".join(
             [
-                f"{env['model']}, {env['dtype']}, {env['threads']} thread(s), {env['clock']}",
+                f"{self.setting()}, {env['clock']}",
                 f"torch {env['torch']} on {env['cpu']} ({env['cpu_capability']})",
                 "",
                 *self.table(),

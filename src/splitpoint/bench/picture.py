@@ -17,7 +17,6 @@ def save_picture(report: ForwardReport, path: Path) -> None:
         UsageError: when matplotlib is not installed.
     """
     plots = _plots()
-    env = report.environment
     plots.save_curves(
         path,
         [row.size for row in report.rows],
@@ -27,7 +26,7 @@ def save_picture(report: ForwardReport, path: Path) -> None:
             "splitpoint": [row.splitpoint_ms for row in report.rows],
         },
         report.plan,
-        title=f"{env['model']}, {env['dtype']}, {env['threads']} thread(s): forward pass",
+        title="Forward pass of " + report.setting(),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..ranges import Plan
 
@@ -40,19 +41,34 @@ def save_curves(
     axes.set_yscale("log")
     for (name, times), colour, marker in zip(series.items(), STYLES, MARKERS, strict=False):
         axes.plot(sizes, times, marker, ls="-", color=colour, lw=2, ms=5, label=name)
-    _boundaries(axes, plan, sizes)
+    _ranges(axes, plan, sizes)
     _axes(axes, sizes)
-    figure.suptitle(title, color=INK, fontsize=11)
-    axes.legend(frameon=False, labelcolor=INK, loc="upper left")
+    figure.suptitle(title, color=INK, fontsize=12)
+    figure.legend(
+        frameon=False, labelcolor=INK, loc="outside lower center", ncols=len(series), fontsize=10
+    )
     figure.savefig(path, format="png", facecolor=PAPER)
 
 
-def _boundaries(axes: Axes, plan: Plan, sizes: Sequence[int]) -> None:
+def _ranges(axes: Axes, plan: Plan, sizes: Sequence[int]) -> None:
     low, high = min(sizes), max(sizes)
     for range_ in plan.ranges:
-        # Between the last size of a range and the first of the next.
-        if low <= range_.end < high:
-            axes.axvline(range_.end + 0.5, color=FAINT, lw=1, zorder=0)
+        # A boundary lies between the last size of a range and the first of the next.
+        left, right = max(range_.start - 0.5, low), min(range_.end + 0.5, high)
+        if right >= 1.4 * left:  # else its name is wider than the range
+            axes.annotate(
+                str(range_),
+                (math.sqrt(left * right), 1),
+                xycoords=axes.get_xaxis_transform(),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                color=INK,
+                fontsize=8,
+            )
+        for boundary in (left, right):
+            if low < boundary < high:
+                axes.axvline(boundary, color=FAINT, lw=1, zorder=0)
 
 
 def _axes(axes: Axes, sizes: Sequence[int]) -> None:
@@ -62,7 +78,9 @@ def _axes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.set_xticks(list(sizes))
     axes.xaxis.set_major_formatter(plain)
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(which="both", colors=INK)
     axes.grid(axis="y", which="major", color=FAINT, lw=0.5, alpha=0.7)
     for side, spine in axes.spines.items():
