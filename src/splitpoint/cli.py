@@ -16,6 +16,7 @@ from .errors import SplitpointError
 from .ranges import Plan
 
 MAX_SIZE, SPLIT_POINTS, COMPILE_SIZES = 512, (8, 64), (1,)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 MODEL_HELP = (
@@ -239,9 +240,9 @@ examples:
     forward.add_argument(
         "--sizes",
         type=_integers,
-        default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+        default=SIZES,
         metavar="N,N,...",
-        help="sizes to time, in tokens (default: 1,2,4,8,16,32,64,128,256,512)",
+        help=f"sizes to time, in tokens (default: {_commas(SIZES)})",
     )
     forward.add_argument(
         "--seconds",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import CompiledModel, Config
-from ..errors import UsageError
+from ..errors import ModelNotFound, UsageError
 from ..models import DTYPES, SMOLLM2, load
+from ..paths import cache_folder
 from .forward import ForwardReport, Say, check_sizes, compare, compile_splitpoint, start_up
 from .inputs import last_logits
 from .picture import save_picture
@@ -35,6 +36,8 @@ def run(
     check_sizes(sizes, config)
     say(f"loading {SMOLLM2} ({dtype}) ...")
     model, tokenizer = load(SMOLLM2, DTYPES[dtype])
+    if tokenizer is None:
+        raise ModelNotFound(f"{SMOLLM2} has lost its tokenizer: remove it from {cache_folder()}")
     ids = chat_ids(tokenizer, prompt, config.max_size)
     start_up(threads)
     compiled, cost = compile_splitpoint(model, config, sizes, say)

@@ -20,8 +20,6 @@ from .cost import Cost, cost_of
 from .environment import environment
 from .inputs import Forward, last_logits, random_ids
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
 Say = Callable[[str], None]
 
 
@@ -109,7 +107,7 @@ def run(
     name: str,
     config: Config,
     *,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int],
     threads: int = 1,
     budget_s: float = 1.0,
     say: Say = lambda line: None,
