@@ -106,7 +106,7 @@ def test_text():
         },
     }
     plan = Plan.from_config(Config(max_size=16, split_points=[4]))
-    wide = dataclasses.replace(row, size=256, eager_ms=1234.567)
+    wide = dataclasses.replace(row, size=256, eager_ms=1234.567, eager_spread=0.25)
     text = str(forward.ForwardReport(environment, (row, wide), plan))
     assert text.splitlines() == [
         "tiny, fp32, 2 threads, wall time",
@@ -116,7 +116,8 @@ def test_text():
         "   8     20.00             10.00           4.00  2.50x",
         " 256   1234.57             10.00           4.00  2.50x",
         "",
-        "ms a call, medians; widest interquartile spread 3%. ratio = torch.compile / splitpoint.",
+        "ms a call, medians; ratio = torch.compile / splitpoint.",
+        "Widest interquartile spread 25%; over 20% at 256: measure these on an idle machine.",
         "Cold compile, with the first call at each size, CPU s (wall s): torch.compile 70 (60), "
         "splitpoint 30 (20); splitpoint has 2 ranges.",
     ]

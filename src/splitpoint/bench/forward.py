@@ -22,6 +22,9 @@ from .inputs import Forward, last_logits, random_ids
 
 Say = Callable[[str], None]
 
+NOISY = 0.2
+"""An interquartile spread above which a median of a few repeats tells little."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -76,13 +79,20 @@ class ForwardReport:
         ]
         return align([heading, *cells], right=range(len(heading)))
 
+    def _noise(self) -> str:
+        widest = {
+            row.size: max(row.eager_spread, row.torch_compile_spread, row.splitpoint_spread)
+            for row in self.rows
+        }
+        noisy = [str(size) for size, spread in widest.items() if spread > NOISY]
+        text = f"Widest interquartile spread {max(widest.values()):.0%}"
+        if noisy:
+            text += f"; over {NOISY:.0%} at {', '.join(noisy)}: measure these on an idle machine"
+        return text + "."
+
     def __str__(self) -> str:
         env = self.environment
         compiled = env["first_calls"]
-        spread = max(
-            (max(r.eager_spread, r.torch_compile_spread, r.splitpoint_spread) for r in self.rows),
-            default=0.0,
-        )
         return "\n".join(
             [
                 f"{self.setting()}, {env['clock']}",
@@ -90,8 +100,8 @@ class ForwardReport:
                 "",
                 *self.table(),
                 "",
-                f"ms a call, medians; widest interquartile spread {spread:.0%}. "
-                "ratio = torch.compile / splitpoint.",
+                "ms a call, medians; ratio = torch.compile / splitpoint.",
+                self._noise(),
                 "Cold compile, with the first call at each size, CPU s (wall s): "
                 + ", ".join(
                     f"{name} {cost['cpu_s']:.0f} ({cost['wall_s']:.0f})"
