@@ -149,7 +149,9 @@ class TestErrors:
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate()
-        assert process.returncode == 130
+        # Where the signal meets exec() of a string, CPython ends itself by the signal, whoever
+        # handled the exception; a shell shows 130 for both.
+        assert process.returncode in (130, -signal.SIGINT)
         assert err.splitlines()[-1] == "splitpoint: interrupted"
         assert "Traceback" not in err
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,11 @@ def op_name(target: object) -> str:
     """The name of what an FX node calls: "namespace::name" for a torch operator, with
     ".overload" unless it is the default one; else a Python qualified name."""
     if isinstance(target, torch._ops.OpOverload):
-        return target.name()
+        return str(target.name())  # type: ignore[no-untyped-call]
     if isinstance(target, torch._ops.OpOverloadPacket):
         return target._qualified_op_name
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return target.name()
+        return str(target.name())  # type: ignore[no-untyped-call]
     if isinstance(target, str):
         return target
     module = getattr(target, "__module__", None) or ""
@@ -73,7 +74,9 @@ def operator_aliases(name: str) -> set[str]:
         names = {getattr(packet, each).name() for each in wanted}
     except (AttributeError, RuntimeError) as error:
         raise LookupError(name) from error
-    names |= {name.removesuffix(".default"), f"{namespace}::{packet_name}"} if not overload else {name}
+    names |= (
+        {name.removesuffix(".default"), f"{namespace}::{packet_name}"} if not overload else {name}
+    )
     if namespace == "aten":
         # torch.nn.functional holds these as built-in functions of torch._C._nn and torch.
         for owner in (torch._C._nn, torch._C._VariableFunctions, torch):
@@ -90,10 +93,10 @@ def is_higher_order(target: object) -> bool:
 
 
 PAIRED_STATE = {
-    op_name(torch.amp.autocast_mode._enter_autocast): (1, "autocast"),
-    op_name(torch.amp.autocast_mode._exit_autocast): (-1, "autocast"),
-    op_name(torch.autograd.grad_mode._enter_inference_mode): (1, "inference mode"),
-    op_name(torch.autograd.grad_mode._exit_inference_mode): (-1, "inference mode"),
+    op_name(torch.amp.autocast_mode._enter_autocast): 1,
+    op_name(torch.amp.autocast_mode._exit_autocast): -1,
+    op_name(torch.autograd.grad_mode._enter_inference_mode): 1,
+    op_name(torch.autograd.grad_mode._exit_inference_mode): -1,
 }
 """Calls in a Dynamo graph that open (1) or close (-1) a state around others."""
 
@@ -120,12 +123,17 @@ def expression(value: object) -> sympy.Basic | None:
     return None
 
 
-def in_terms_of_size(expr: sympy.Basic, symbols: frozenset[sympy.Symbol]) -> sympy.Basic:
-    """The expression with every size symbol written as `SIZE`."""
-    return expr.xreplace({symbol: SIZE for symbol in expr.free_symbols & symbols})
+Symbols = Mapping[sympy.Symbol, sympy.Expr]
+"""What each symbol of a captured graph is in terms of `SIZE`: the size itself or, for the
+stride of an argument that is not contiguous, a constant or a multiple of the size."""
 
 
-def size_symbols(values: Sequence[Any]) -> frozenset[sympy.Symbol]:
+def in_terms_of_size(expr: sympy.Basic, symbols: Symbols) -> sympy.Basic:
+    """The expression over the one symbol `SIZE`."""
+    return expr.xreplace(dict(symbols))
+
+
+def symbols_in(values: Sequence[Any]) -> frozenset[sympy.Symbol]:
     """The symbols that occur in tensors' shapes and strides and in symbolic integers."""
     found: set[sympy.Symbol] = set()
     for value in values:
@@ -136,9 +144,7 @@ def size_symbols(values: Sequence[Any]) -> frozenset[sympy.Symbol]:
     return frozenset(found)
 
 
-def size_finder(
-    values: Sequence[Any], symbols: frozenset[sympy.Symbol]
-) -> Callable[[Sequence[Any]], int] | None:
+def size_finder(values: Sequence[Any], symbols: Symbols) -> Callable[[Sequence[Any]], int] | None:
     """A function that reads the size off a graph's inputs; None when it has no symbol.
 
     Raises:
@@ -182,9 +188,7 @@ class Assumed:
     origin: str
 
 
-def assumptions(
-    env: Any, symbols: frozenset[sympy.Symbol], bounds: tuple[int, int] | None = None
-) -> list[Assumed]:
+def assumptions(env: Any, symbols: Symbols, bounds: tuple[int, int] | None = None) -> list[Assumed]:
     """What a ShapeEnv came to assume of its size symbols, over the one symbol `SIZE`.
 
     Reads guards, replacements, deferred run-time asserts and narrowed intervals. `bounds`
@@ -196,7 +200,7 @@ def assumptions(
     def add(expr: sympy.Basic, origin: str) -> None:
         if isinstance(expr, bool):
             expr = sympy.sympify(expr)
-        if expr.free_symbols <= symbols and expr.free_symbols:
+        if expr.free_symbols and expr.free_symbols <= symbols.keys():
             expr = in_terms_of_size(expr, symbols)
             if expr is not sympy.true and all(expr != a.expr for a in found):
                 found.append(Assumed(expr, origin))
@@ -209,7 +213,7 @@ def assumptions(
     for symbol, replacement in env.replacements.items():
         if symbol in symbols:
             add(sympy.Eq(symbol, replacement), f"{symbol} was replaced by {replacement}")
-    for symbol in symbols:
+    for symbol in [symbol for symbol, meaning in symbols.items() if meaning == SIZE]:
         interval = env.var_to_range.get(symbol)
         if interval is None:
             continue
@@ -245,8 +249,10 @@ class DynamoCapture:
     """Whether everything that was guarded still is as it was."""
     explain: Callable[[], str]
     """Which guard no longer holds."""
-    assumed: tuple[Assumed, ...]
-    size_symbols: frozenset[sympy.Symbol]
+    dimensions: frozenset[sympy.Symbol]
+    """The symbols that came into being as a dimension of an argument."""
+    assumptions: Callable[[Symbols], list[Assumed]]
+    """What tracing took for granted, given what the symbols mean."""
     side_effects: tuple[str, ...]
     """Sources of the Python objects the callable changes, as Dynamo names them."""
 
@@ -257,6 +263,17 @@ class DynamoFailure(Exception):
 
 class _Fetched(Exception):
     pass
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Silence a logger that prints the traceback of an error which is raised as well."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
@@ -285,13 +302,14 @@ def dynamo_capture(
         get_traced_fn,
     )
     from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.source import TensorProperty, TensorPropertySource
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
     from torch._guards import TracingContext, tracing
 
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        fx_config.patch(backed_size_oblivious=True, use_duck_shape=False),
+        fx_config.patch(backed_size_oblivious=True, use_duck_shape=False),  # type: ignore[attr-defined]
         dynamo_config.patch(
             specialize_float=True,
             assume_static_by_default=True,
@@ -304,7 +322,8 @@ def dynamo_capture(
     ):
         warnings.simplefilter("always")
         try:
-            out = fullgraph_capture(function, args, dict(kwargs))
+            with _quiet("torch._subclasses.fake_tensor"):
+                out = fullgraph_capture(function, args, dict(kwargs))
         except TorchDynamoException as error:
             raise DynamoFailure(str(error).split("\n\nfrom user code")[0]) from error
     effects: tuple[str, ...] = ()
@@ -333,8 +352,6 @@ def dynamo_capture(
     placeholders = tuple(
         node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
     )
-    symbols = frozenset(env.var_to_range) - frozenset(env.unbacked_renamings or ())
-    symbols = frozenset(s for s in symbols if not env.is_unbacked_symint(s))
 
     # Guards are built once and then evaluated against the example arguments: what they
     # hold of the module and of globals is live, what they hold of arguments is constant.
@@ -387,8 +404,15 @@ def dynamo_capture(
         result,
         check,
         explain,
-        tuple(assumptions(env, symbols)),
-        symbols,
+        frozenset(
+            symbol
+            for symbol, sources in env.var_to_sources.items()
+            if any(
+                isinstance(source, TensorPropertySource) and source.prop is TensorProperty.SIZE
+                for source in sources
+            )
+        ),
+        lambda symbols: assumptions(env, symbols),
         effects,
     )
 
@@ -407,11 +431,11 @@ class RangeShapes:
     bounds: tuple[int, int]
 
     @property
-    def symbols(self) -> frozenset[sympy.Symbol]:
+    def symbols(self) -> Symbols:
         """The size symbol, or nothing for a single size."""
-        return frozenset() if isinstance(self.size, int) else self.size.node.expr.free_symbols
+        return {} if isinstance(self.size, int) else {self.size.node.expr: SIZE}
 
-    def value(self, like: object, symbols: frozenset[sympy.Symbol]) -> Any:
+    def value(self, like: object, symbols: Symbols) -> Any:
         """A placeholder's captured value, made anew with its sizes in this environment."""
         if isinstance(like, torch.Tensor):
             with self.fake_mode:
@@ -423,12 +447,12 @@ class RangeShapes:
                 )
         return self._dim(like, symbols)
 
-    def _dim(self, value: Any, symbols: frozenset[sympy.Symbol]) -> int | torch.SymInt:
+    def _dim(self, value: Any, symbols: Symbols) -> int | torch.SymInt:
         expr = expression(value)
         assert expr is not None
+        expr = in_terms_of_size(expr, symbols)
         if not expr.free_symbols:
             return int(expr)
-        expr = in_terms_of_size(expr, symbols)
         if isinstance(self.size, int):
             return int(expr.xreplace({SIZE: sympy.Integer(self.size)}))
         own = self.size.node.expr
@@ -505,8 +529,8 @@ def inductor_compile(
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        fx_config.patch(backed_size_oblivious=True),
-        compiler_config.patch(cache_key_tag=graph_pass_uuid),
+        fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
+        compiler_config.patch(cache_key_tag=graph_pass_uuid),  # type: ignore[attr-defined]
     ):
         artifact = inductor.standalone_compile(
             graph_module,

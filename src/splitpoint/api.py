@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -15,13 +16,19 @@ from torch import fx
 from . import _torch
 from .config import Config
 from .entry import write_entry
-from .errors import ConfigError, InvalidDynamicDims, SizeNotServed, SizeOutOfPlan
+from .errors import (
+    ConfigError,
+    InvalidDynamicDims,
+    SizeNotServed,
+    SizeOutOfPlan,
+    WrongArguments,
+)
 from .graph.capture import Argument, SizeInput, capture
 from .graph.pieces import split
 from .graph.regions import Regions, cover
 from .graph.signature import DynamicDims, Signature
 from .passes.manager import MatchCount
-from .program import Graph, Lane, Program, lanes_of
+from .program import Graph, Program, lanes_of
 from .ranges import NOT_SERVED, Plan, Range, align
 
 
@@ -88,7 +95,9 @@ class CompiledModel:
         own["_early_eager_calls"] = 0
         own["_call"] = self._first_call
         if not isinstance(function, torch.nn.Module):
-            functools.update_wrapper(self, function, updated=())
+            for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+                own[name] = getattr(function, name, None)
+            own["__wrapped__"] = function  # where inspect.signature looks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model at the size of its arguments.
@@ -99,7 +108,15 @@ class CompiledModel:
                 `lazy=True`, at the first call of a range).
             StateChanged: when the module is not as it was at capture.
         """
-        return self._call(*args, **kwargs)
+        try:
+            return self._call(*args, **kwargs)
+        except TypeError as error:
+            # Without a further frame it was Python that could not bind the arguments.
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                raise WrongArguments(
+                    f"the arguments do not fit {inspect.signature(_forward(self.module))}: {error}"
+                ) from None
+            raise
 
     # --- what the user reads -----------------------------------------------------------
 
@@ -285,7 +302,7 @@ def dynamo_backend(
     values = [
         node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
     ]
-    symbols = _torch.size_symbols(values)
+    symbols = dict.fromkeys(_torch.symbols_in(values), _torch.SIZE)
     if len(symbols) > 1:
         raise InvalidDynamicDims(
             f"the graph has {len(symbols)} dynamic sizes "

@@ -6,7 +6,7 @@ import logging
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -177,7 +177,9 @@ class Program:
         log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)
         right = valid(compiled.assumptions, lane.sizes)
         if len(right) < len(lane.sizes):
-            raise TooWide(right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))])
+            raise TooWide(
+                right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))]
+            )
         return compiled.call
 
     def _parts(self, lane: Lane, narrowed: TooWide) -> list[Lane]:
@@ -191,7 +193,9 @@ class Program:
             else:
                 parts.append([size])
         if self.config.on_guard == "error" or len(parts) == 1 or len(parts) > MOST_PARTS:
-            shown = ", ".join(f"[{part[0]},{part[-1]}]" for part in parts[:3] if part[0] not in right)
+            shown = ", ".join(
+                f"[{part[0]},{part[-1]}]" for part in parts[:3] if part[0] not in right
+            )
             raise GuardError(
                 f"the graph of {range_} is not valid at {shown}: it needs {why}. Put a split "
                 f"point at {(parts[1] if len(parts) > 1 else parts[0])[0] - 1}"
@@ -213,9 +217,7 @@ class Program:
         if self.config.module_guards == "every_call":
             guard = Guard(graph.check, lambda: self.refresh(graph), graph.facts)
         self._check(graph)
-        run = stitch(
-            graph.split, graph.inputs, compiled, graph.argument_count, graph.result, guard
-        )
+        run = stitch(graph.split, graph.inputs, compiled, graph.argument_count, graph.result, guard)
         rebind(run, graph.bound, graph.facts)
         return run
 
@@ -277,11 +279,12 @@ def lanes_of(
             )
         for graph, sizes in sorted(by_graph.items()):
             if graph == 0:
-                continue
-            if len(by_graph) == 1 and _has_one_owner(entry.range, owner):
-                lanes.append(Lane(entry, graphs[graph - 1], sizes))
+                continue  # refused by the model, which the plan's notes say
+            if len(by_graph) > 1 or not _has_one_owner(entry.range, owner):
+                planned = _part_of(config, entry, sizes, boundaries)
             else:
-                lanes += _parts_of(config, entry, graphs[graph - 1], sizes, boundaries)
+                planned = entry
+            lanes.append(Lane(planned, graphs[graph - 1], sizes))
     return lanes
 
 
@@ -291,23 +294,20 @@ def _has_one_owner(range_: Range, owner: array[int]) -> bool:
     return all(value == part[0] for value in part)
 
 
-def _parts_of(
-    config: Config,
-    entry: PlannedRange,
-    graph: Graph,
-    sizes: list[int],
-    boundaries: dict[int, str],
-) -> list[Lane]:
-    edges = [boundaries[s] for s in range(entry.range.start, entry.range.end + 2) if s in boundaries]
+def _part_of(
+    config: Config, entry: PlannedRange, sizes: list[int], boundaries: dict[int, str]
+) -> PlannedRange:
+    """The line for those sizes of a range that one graph serves."""
+    edges = [
+        boundaries[s] for s in range(entry.range.start, entry.range.end + 2) if s in boundaries
+    ]
     note = f"part of {entry.range}" + (f": the model asks {edges[0]}" if edges else "")
     parts = runs(sizes)
-    if len(parts) > MOST_PARTS:
-        whole = Range(sizes[0], sizes[-1])
-        return [Lane(config.planned(whole, parts, note), graph, sizes)]
-    return [
-        Lane(config.planned(Range(a, b), note=note), graph, [s for s in sizes if a <= s <= b])
-        for a, b in parts
-    ]
+    range_ = Range(sizes[0], sizes[-1])
+    made = config.planned(range_, parts if len(parts) > 1 else (), note)
+    if made.hint not in sizes:
+        made = replace(made, hint=min(sizes, key=lambda size: abs(size - made.hint)))
+    return made
 
 
 def _not_served(size: int, *args: Any) -> Any:

@@ -70,7 +70,8 @@ class Capture:
     result_spec: Any
     assumptions: tuple[Assumption, ...]
     """What tracing took for granted about the size."""
-    symbols: frozenset[Any]
+    symbols: _torch.Symbols
+    """What the symbols in `placeholders` and in the graph mean."""
     fetch: Callable[[], list[Any]]
     """The bound tensors as the module holds them now."""
     check: Callable[[], bool]
@@ -108,7 +109,9 @@ def capture(
     _check_side_effects(dynamo.side_effects)
 
     owner = function if isinstance(function, torch.nn.Module) else None
-    if owner is None and isinstance(bound_to := getattr(function, "__self__", None), torch.nn.Module):
+    if owner is None and isinstance(
+        bound_to := getattr(function, "__self__", None), torch.nn.Module
+    ):
         owner = bound_to
     argument_of = {id(tensor): index for index, tensor in enumerate(tensors)}
     values = dynamo.inputs()
@@ -128,6 +131,7 @@ def capture(
             inputs.append(Bound(len(positions)))
             positions.append(position)
 
+    symbols = _symbols(signature, inputs, dynamo)
     leaves, spec = _result(dynamo, argument_of)
     fetch_all = dynamo.inputs
 
@@ -143,13 +147,58 @@ def capture(
         tuple(inputs),
         leaves,
         spec,
-        read(dynamo.assumed) if dynamic else (Assumption(f"size == {size}", ""),),
-        dynamo.size_symbols,
+        _assumptions(
+            dynamo, symbols, size if not dynamic or _is_fixed(signature, inputs, dynamo) else None
+        ),
+        symbols,
         fetch,
         dynamo.check,
         dynamo.explain,
         lambda tensors: _held(owner, tensors),
     )
+
+
+def _symbols(
+    signature: Signature,
+    inputs: list[Argument | Bound | SizeInput],
+    dynamo: _torch.DynamoCapture,
+) -> _torch.Symbols:
+    """What each symbol in the arguments' shapes and strides is in terms of the size."""
+    # One that tracing fixed to a number no longer occurs in any shape, only in a guard.
+    meanings: dict[Any, Any] = dict.fromkeys(dynamo.dimensions, _torch.SIZE)
+    for source, value in zip(inputs, dynamo.placeholders, strict=True):
+        if not isinstance(source, Argument):
+            continue
+        leaf = signature.tensors[source.index]
+        for dim, stride in enumerate(value.stride()):
+            # Dynamo gives a stride that does not follow from the shape a symbol of its own.
+            if isinstance(stride, torch.SymInt) and (symbol := stride.node.expr).is_Symbol:
+                constant, slope = leaf.stride_at(dim)
+                meanings.setdefault(symbol, constant + slope * _torch.SIZE)
+    return meanings
+
+
+def _is_fixed(
+    signature: Signature,
+    inputs: list[Argument | Bound | SizeInput],
+    dynamo: _torch.DynamoCapture,
+) -> bool:
+    """Whether tracing turned a dynamic dimension into a number."""
+    return any(
+        not isinstance(value.shape[dim], torch.SymInt)
+        for source, value in zip(inputs, dynamo.placeholders, strict=True)
+        if isinstance(source, Argument)
+        for dim in signature.tensors[source.index].dims
+    )
+
+
+def _assumptions(
+    dynamo: _torch.DynamoCapture, symbols: _torch.Symbols, only: int | None
+) -> tuple[Assumption, ...]:
+    found = read(dynamo.assumptions(symbols))
+    if only is not None and not any(a.code == f"size == {only}" for a in found):
+        found += (Assumption(f"size == {only}", ""),)
+    return found
 
 
 def _with_size_arguments(function: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
@@ -184,7 +233,9 @@ def _with_size_arguments(function: Callable[..., Any], signature: Signature) -> 
     dim = source[1]
     parameters = signature.parameters.parameters
     positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_ONLY]
-    variadic = {n: p.kind for n, p in parameters.items() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    variadic = {
+        n: p.kind for n, p in parameters.items() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
     if positional or variadic:
         raise UnsupportedGraph(
             "a callable with size arguments must take all its arguments by keyword, but it has "

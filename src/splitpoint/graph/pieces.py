@@ -38,8 +38,8 @@ class Piece:
     values: tuple[Any, ...]
     """The captured (fake) value of each input tensor."""
     takes_size: bool
-    symbols: frozenset[sympy.Symbol]
-    """The symbols in `values` that mean the size."""
+    symbols: _torch.Symbols
+    """What the symbols in `values` mean."""
     fingerprint: str
     """Equal for pieces that compute the same from the same kinds of inputs."""
 
@@ -117,7 +117,7 @@ def splitting_names(names: Sequence[str]) -> frozenset[str]:
 
 
 def split(
-    graph_module: fx.GraphModule, splitting_ops: Sequence[str], symbols: frozenset[sympy.Symbol]
+    graph_module: fx.GraphModule, splitting_ops: Sequence[str], symbols: _torch.Symbols
 ) -> Split:
     """Split a Dynamo graph at the splitting ops.
 
@@ -134,7 +134,7 @@ def split(
 
 class _Splitter:
     def __init__(
-        self, root: fx.GraphModule, names: frozenset[str], symbols: frozenset[sympy.Symbol]
+        self, root: fx.GraphModule, names: frozenset[str], symbols: _torch.Symbols
     ) -> None:
         self.root = root
         self.names = names
@@ -144,6 +144,9 @@ class _Splitter:
         """The segment of each node; None for graph inputs and splitting ops."""
         self.order: list[_Segment | fx.Node] = []
         self.pieces: dict[str, Piece] = {}
+        self.depth = 0
+        """How many regions of a state (autocast, say) are open. An operator inside one is
+        compiled with it: a region cannot be split."""
 
     def run(self) -> Split:
         for node in self.root.graph.nodes:
@@ -175,7 +178,9 @@ class _Splitter:
             raise UnsupportedGraph(f"the graph calls the module {node.target} as a black box")
         if node.op == "get_attr" or _torch.op_name(node.target) in _torch.GRAD_STATE:
             return  # copied to where it is used; dropped
-        if node.op == "call_function" and _torch.op_name(node.target) in self.names:
+        self.depth += _torch.PAIRED_STATE.get(_torch.op_name(node.target), 0)
+        splits = node.op == "call_function" and _torch.op_name(node.target) in self.names
+        if splits and self.depth == 0:
             self.home[node] = None
             self.order.append(node)
             return
@@ -196,10 +201,11 @@ class _Splitter:
         self.home[node] = segment
 
     def note_size(self, node: fx.Node, expr: sympy.Basic) -> None:
-        if not expr.free_symbols <= self.symbols:
+        if not expr.free_symbols <= self.symbols.keys():
             raise UnsupportedGraph(
-                f"{node.format_node() or node} depends on values that are known only when the "
-                f"model runs ({expr}): such sizes cannot be compiled for a range"
+                f"{_torch.op_name(node.target)} gives an integer that is known only when the "
+                f"model runs ({expr}), so what follows from it has no range: keep data-dependent "
+                f"shapes (.item(), nonzero, masks as indices) out of the compiled function"
             )
         self.sizes[node] = Size(_torch.in_terms_of_size(expr, self.symbols))
 
@@ -232,7 +238,6 @@ class _Splitter:
             for node in segment.nodes
             if any(user not in members and user not in self.sizes for user in node.users)
         ]
-        self.check_states(segment)
         if not outputs and not _has_effect(segment.nodes):
             return None
         for node in outputs:
@@ -246,18 +251,6 @@ class _Splitter:
         return CallPiece(
             piece.fingerprint, tuple(n.name for n in inputs), tuple(n.name for n in outputs)
         )
-
-    def check_states(self, segment: _Segment) -> None:
-        depth: dict[str, int] = {}
-        for node in segment.nodes:
-            step, state = _torch.PAIRED_STATE.get(_torch.op_name(node.target), (0, ""))
-            depth[state] = depth.get(state, 0) + step
-        for state, left in depth.items():
-            if left:
-                raise UnsupportedGraph(
-                    f"a splitting op lies inside a region of {state}, which cannot be split: "
-                    f"set {state} around the call, or pass splitting_ops=()"
-                )
 
     # --- one piece ---------------------------------------------------------------------
 
@@ -309,7 +302,7 @@ class _Splitter:
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> fx.Node:
     args = fx.node.map_arg(node.args, lambda n: copies[n])
     kwargs = fx.node.map_arg(node.kwargs, lambda n: copies[n])
-    copy = graph.create_node(node.op, node.target, args, kwargs, name=node.name)  # type: ignore[arg-type]
+    copy = graph.create_node(node.op, node.target, args, kwargs, name=node.name)
     copy.meta = dict(node.meta)
     return copy
 
@@ -333,8 +326,10 @@ def _writes(node: fx.Node) -> bool:
 
 _IN_PLACE = {
     getattr(operator, name)
-    for name in ("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior")
-    + ("ipow", "irshift", "isub", "itruediv", "ixor")
+    for name in (
+        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
+        *("ipow", "irshift", "isub", "itruediv", "ixor"),
+    )
 }
 
 
@@ -354,7 +349,7 @@ def _attribute(root: fx.GraphModule, path: str) -> Any:
 
 
 def _fingerprint(
-    graph_module: fx.GraphModule, values: Sequence[Any], symbols: frozenset[sympy.Symbol]
+    graph_module: fx.GraphModule, values: Sequence[Any], symbols: _torch.Symbols
 ) -> str:
     """A hash of what a piece computes: operators, topology, constants and kinds of inputs.
 
@@ -365,7 +360,7 @@ def _fingerprint(
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
-def _describe_value(value: torch.Tensor, symbols: frozenset[sympy.Symbol]) -> str:
+def _describe_value(value: torch.Tensor, symbols: _torch.Symbols) -> str:
     def dim(n: object) -> str:
         expr = _torch.expression(n)
         assert expr is not None

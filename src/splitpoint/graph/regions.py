@@ -130,10 +130,12 @@ def _boundaries(captures: list[Capture], owner: array[int]) -> dict[int, str]:
 
 
 def _too_many(captures: list[Capture], left: list[int]) -> str:
-    conditions = {str(a) for c in captures for a in c.assumptions if not a.holds(left[0])}
+    broken = [a for c in captures for a in c.assumptions if not a.holds(left[0])]
+    users = [a for a in broken if ":" in a.origin] or broken  # those with a line of code
+    conditions = dict.fromkeys(map(str, users))
     uncovered = ", ".join(f"[{a},{b}]" for a, b in runs(left)[:3])
     return (
         f"the model's graph depends on the size itself: {len(captures)} graphs do not cover "
-        f"{uncovered}... They need {'; '.join(sorted(conditions))}. Keep the size out of Python "
+        f"{uncovered}... They need {'; '.join(conditions)}. Keep the size out of Python "
         f"control flow, loops and constants"
     )

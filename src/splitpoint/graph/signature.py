@@ -64,6 +64,15 @@ class TensorLeaf:
                     strides[other] = strides[other] // outer * scale
         return tuple(strides)
 
+    def stride_at(self, dim: int) -> tuple[int, int]:
+        """(a, b) such that the stride of a dimension is a + b * size."""
+        at = [
+            self.strides_for(tuple(size if d in self.dims else n for d, n in enumerate(self.shape)))
+            for size in (2, 3)
+        ]
+        slope = at[1][dim] - at[0][dim]
+        return at[0][dim] - 2 * slope, slope
+
     def example(self, size: int, dynamic: bool) -> torch.Tensor:
         """A fresh tensor of this kind at a size; its contents are undefined."""
         shape = tuple(size if d in self.dims else n for d, n in enumerate(self.shape))
@@ -165,9 +174,11 @@ class Signature:
                 arguments[name] = dict(sorted(arguments[name].items()))
         return arguments
 
-    def call_arguments(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call_arguments(
+        self, arguments: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments that pass what `bind` returned."""
-        bound = inspect.BoundArguments(self.parameters, dict(arguments))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(self.parameters, dict(arguments))
         return bound.args, bound.kwargs
 
     def examples(self, size: int, dynamic: bool) -> tuple[dict[str, Any], list[torch.Tensor]]:
@@ -193,20 +204,7 @@ class Signature:
         """
         paths, spec = _torch.tree_flatten_with_path(dict(arguments))
         if spec != self.spec:
-            given = {_path(keys) for keys, _ in paths}
-            expected = {leaf.path for leaf in self.leaves}
-            raise WrongArguments(
-                "the arguments are nested differently than at capture: "
-                + "; ".join(
-                    f"{what} {', '.join(sorted(names))}"
-                    for what, names in (
-                        ("missing", expected - given),
-                        ("unexpected", given - expected),
-                        ("got another container type around", expected & given),
-                    )
-                    if names
-                )
-            )
+            raise WrongArguments(_explain_nesting(self.spec, spec, ""))
         size: int | None = None
         first = ""
         for leaf, (_, value) in zip(self.leaves, paths, strict=True):
@@ -259,7 +257,9 @@ class _Checks:
             return
         count = spec.num_children
         if spec.type in (list, tuple):
-            self.conditions.append(f"type({code}) is {spec.type.__name__} and len({code}) == {count}")
+            self.conditions.append(
+                f"type({code}) is {spec.type.__name__} and len({code}) == {count}"
+            )
             for index, child in enumerate(spec.children()):
                 self.visit(f"{code}[{index}]", child, leaves)
         elif spec.type is dict:
@@ -400,7 +400,9 @@ def _explain_leaf(leaf: Leaf, value: object) -> list[tuple[str, int]]:
         return [(path, value)]
     if isinstance(leaf, ConstantLeaf):
         same = value is leaf.value or (
-            isinstance(leaf.value, PLAIN) and type(value) is type(leaf.value) and value == leaf.value
+            isinstance(leaf.value, PLAIN)
+            and type(value) is type(leaf.value)
+            and value == leaf.value
         )
         if not same:
             raise WrongValue(
@@ -412,7 +414,9 @@ def _explain_leaf(leaf: Leaf, value: object) -> list[tuple[str, int]]:
     if not isinstance(value, torch.Tensor):
         raise WrongArguments(f"{path} must be a tensor, got {_short(value)}")
 
-    def fail(error: type[InputError], what: str, expected: object, got: object, mend: str) -> NoReturn:
+    def fail(
+        error: type[InputError], what: str, expected: object, got: object, mend: str
+    ) -> NoReturn:
         raise error(f"{path}: expected {what} {expected}, got {got}: {mend}")
 
     if value.dtype != leaf.dtype:
@@ -455,6 +459,42 @@ def _explain_leaf(leaf: Leaf, value: object) -> list[tuple[str, int]]:
             f"torch.no_grad() or pass {path}.detach()"
         )
     return [(f"{path}.shape[{dim}]", value.shape[dim]) for dim in leaf.dims]
+
+
+def _explain_nesting(expected: Any, given: Any, path: str) -> str:
+    """How two pytree specs differ, at the first place where they do."""
+    if expected.is_leaf() or given.is_leaf() or expected.type is not given.type:
+        want, got = (
+            "a single value" if s.is_leaf() else f"a {s.type.__name__}" for s in (expected, given)
+        )
+        return f"{path}: expected {want} as at capture, got {got}"
+    if expected.type is dict:
+        missing = [k for k in expected.context if k not in given.context]
+        extra = [k for k in given.context if k not in expected.context]
+        if missing or extra:
+            parts = [f"missing {', '.join(map(repr, missing))}"] if missing else []
+            parts += [f"unexpected {', '.join(map(repr, extra))}"] if extra else []
+            return f"{path or 'arguments'}: {' and '.join(parts)}, compared with capture"
+        keys = [str(k) if not path else f"{path}[{k!r}]" for k in expected.context]
+        theirs = dict(zip(given.context, given.children(), strict=True))
+        pairs = [
+            (k, e, theirs[c])
+            for k, e, c in zip(keys, expected.children(), expected.context, strict=True)
+        ]
+    else:
+        if expected.num_children != given.num_children:
+            return (
+                f"{path}: expected {expected.num_children} elements as at capture, got "
+                f"{given.num_children}"
+            )
+        pairs = [
+            (f"{path}[{i}]", e, g)
+            for i, (e, g) in enumerate(zip(expected.children(), given.children(), strict=True))
+        ]
+    for inner, e, g in pairs:
+        if e != g:
+            return _explain_nesting(e, g, inner)
+    return f"{path}: nested differently than at capture"
 
 
 def _short(value: object) -> str:

@@ -80,9 +80,7 @@ class _Writer:
                 self.names[name] = f"w{source.index}"
         self.lines: list[str] = []
 
-    def function(
-        self, result: tuple[Sequence[Any], Any] | None, guard: Guard | None
-    ) -> Stitched:
+    def function(self, result: tuple[Sequence[Any], Any] | None, guard: Guard | None) -> Stitched:
         if guard is not None:
             self.write_guard(guard)
         uses = [self.used(step) for step in self.split.steps]
@@ -176,7 +174,9 @@ class _Writer:
         if type(value) is dict:
             return f"{{{', '.join(f'{k!r}: {self.code(v)}' for k, v in value.items())}}}"
         if isinstance(value, slice):
-            return f"slice({self.code(value.start)}, {self.code(value.stop)}, {self.code(value.step)})"
+            return (
+                f"slice({self.code(value.start)}, {self.code(value.stop)}, {self.code(value.step)})"
+            )
         if value is None or type(value) in (bool, int, str):
             return repr(value)
         return self.constant(value)

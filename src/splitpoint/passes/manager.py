@@ -48,7 +48,7 @@ class PassManager:
                     graph.lint()
                 except SplitpointError:
                     raise
-                except Exception as error:  # noqa: BLE001 - a user's pass may raise anything
+                except Exception as error:
                     raise PassError(f"{where} failed: {type(error).__name__}: {error}") from error
                 if isinstance(matches, bool) or not isinstance(matches, int):
                     raise PassError(f"{where} must return its number of matches, got {matches!r}")

