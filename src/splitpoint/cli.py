@@ -84,7 +84,24 @@ def bench_forward(args: argparse.Namespace) -> None:
         save_picture(report, args.png)
 
 
-VERBS = {"demo": demo, "plan": plan, "bench forward": bench_forward}
+def bench_dispatch(args: argparse.Namespace) -> None:
+    """`splitpoint bench dispatch`."""
+    from .bench.dispatch import run
+    from .bench.picture import check_outputs
+
+    check_outputs(json=args.json)
+    report = run(layers=args.layers, budget_s=args.seconds)
+    print(report)
+    if args.json:
+        args.json.write_text(report.to_json() + "\n")
+
+
+VERBS = {
+    "demo": demo,
+    "plan": plan,
+    "bench forward": bench_forward,
+    "bench dispatch": bench_dispatch,
+}
 
 
 # --- what their arguments mean ---------------------------------------------------------
