@@ -10,11 +10,15 @@ import ast
 import contextlib
 import inspect
 import logging
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import sympy
 import torch
@@ -553,3 +557,25 @@ def inductor_compile(
     # The artifact's own __call__ does nothing but forward to this, at 1 us a piece.
     compiled: Callable[..., Sequence[Any]] = artifact._compiled_fn
     return compiled
+
+
+@contextlib.contextmanager
+def fresh_inductor_cache() -> Iterator[None]:
+    """An empty Inductor cache inside the context, on disk and in memory; removed after it.
+
+    Inductor has one of its own, which leaves the folder behind, and says so, when anything is
+    raised inside it.
+    """
+    from torch._inductor.utils import clear_caches
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        folders = {
+            "TORCHINDUCTOR_CACHE_DIR": folder,
+            "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
+        }
+        clear_caches()
+        try:
+            with patch.dict(os.environ, folders):
+                yield
+        finally:
+            clear_caches()

@@ -155,9 +155,7 @@ def _row(name: str, model: Stack, config: Config, budget_s: float) -> Row:
         }
         timings = interleave(ways, clock=THREAD_CPU_TIME, budget_s=budget_s)
     us = {way: timing.median_s * 1e6 for way, timing in timings.items()}
-    return Row(
-        name, len(bare.plan.ranges), us["empty"], us["lookup"], us["wrapper"], us["guarded"]
-    )
+    return Row(name, len(bare.plan.ranges), us["empty"], us["lookup"], us["wrapper"], us["guarded"])
 
 
 def _emptied(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import CompiledModel, Config, compile
-from .._torch_bench import fresh_inductor_cache
+from .._torch import fresh_inductor_cache
 from ..errors import UsageError
 from ..ranges import Plan, align
 from ..tuning.measure import Clock, Timing, clock_for, interleave
