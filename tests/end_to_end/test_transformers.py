@@ -128,13 +128,24 @@ def test_smollm2_logits_agree_with_eager(dtype):
     from splitpoint.models import load
 
     model, _ = load("smollm2", dtype)
+    exact, _ = load("smollm2", torch.float32)
+    exact.load_state_dict(model.state_dict())
     compiled = splitpoint.compile(model, CONFIG, dynamic_dims={"input_ids": 1})
+    errors, eager_errors = [], []
     for size in SIZES:
         ids = torch.randint(0, 49152, (1, size))
-        ours = compiled(input_ids=ids, use_cache=False).logits
         with torch.no_grad():
+            reference = exact(input_ids=ids, use_cache=False).logits
             eager = model(input_ids=ids, use_cache=False).logits
-        scale = eager.float().abs().mean()
-        error = (ours.float() - eager.float()).abs().mean() / scale
-        # fp32 through 30 layers: some 1e-6; bf16: 2**-9 a rounding, some 200 of them at random.
-        assert error < (1e-5 if dtype == torch.float32 else 0.03)
+        ours = compiled(input_ids=ids, use_cache=False).logits
+        scale = reference.abs().mean()
+        errors.append(float((ours.float() - reference).abs().mean() / scale))
+        eager_errors.append(float((eager.float() - reference).abs().mean() / scale))
+    if dtype == torch.float32:  # two hundred re-ordered sums of 1e-7 relative error each
+        assert max(errors) < 1e-5
+        return
+    # bf16 rounds by 2**-9 some 200 times on the way, and which way is chance: single inputs
+    # scatter by a factor of 2 and more around the error that eager itself has against fp32.
+    for error, eager_error in zip(errors, eager_errors, strict=True):
+        assert error < 2 * eager_error + 2**-8
+    assert sum(errors) < 1.25 * sum(eager_errors)
