@@ -44,10 +44,20 @@ def library_folder() -> Path:
     return Path(torch.__file__).parent / "lib"
 
 
+def load_library(path: Path) -> None:
+    """Load a shared library and register the operators in it.
+
+    Raises:
+        OSError: when it cannot be loaded.
+    """
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+
+
 __all__ = [
     "cpp_compiler",
     "cxx11_abi",
     "include_folders",
     "library_folder",
+    "load_library",
     "torch_version",
 ]

@@ -164,6 +164,9 @@ def _build(compiler: str, units: Sequence[Unit], path: Path) -> None:
         whole = folder / path.name
         libraries = ["-L", str(_torch_build.library_folder()), "-ltorch_cpu", "-lc10"]
         _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(whole)])
+        # On disk before it has its name: after a power cut a library that is there is whole.
+        with whole.open("rb") as file:
+            os.fsync(file.fileno())
         whole.replace(path)
 
 

@@ -51,9 +51,9 @@ def pack_weight(weight: Tensor, gate_up: bool = False) -> Tensor:
     padded_k = shape[1] * (2 if weight.dtype == torch.bfloat16 else 1)
     if gate_up:
         half, width = rows // 2, BLOCK // 2
-        parts = [_padded(part, shape[0] * width, padded_k) for part in weight.split(half)]
-        if not half:
-            parts = [weight.new_zeros(0, padded_k)] * 2
+        parts = [
+            _padded(part, shape[0] * width, padded_k) for part in (weight[:half], weight[half:])
+        ]
         blocks = [part.view(shape[0], width, padded_k) for part in parts]
         by_block = torch.cat(blocks, dim=1)
     else:
