@@ -5,9 +5,12 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "linear_types.h"
 
@@ -94,6 +97,7 @@ void parallel(int64_t count, int64_t grain, const F& run) {
 // microseconds: as many bytes as memory delivers, or multiplications as a core does, meanwhile.
 constexpr double kBytesWorthAThread = 200e3;
 constexpr double kProductsWorthAThread = 1e6;
+constexpr int64_t kValuesWorthAThread = 65536;  // only copied
 
 // Rows of x that one thread takes at least when rows are split too.
 constexpr int64_t kRowsWorthAThread = 64;
@@ -233,9 +237,12 @@ Tensor run(const Tensor& x_given, const Tensor& weight, const std::optional<Tens
     wide = at::empty({t, k}, x_given.options().dtype(at::kFloat));
     auto* to = static_cast<float*>(wide.mutable_data_ptr());
     const auto* from = static_cast<const Bf16*>(a.x);
-    for (int64_t row = 0; row < t; ++row) {
-      table->widen(from + row * a.x_stride, to + row * k, k);
-    }
+    parallel(t, std::max<int64_t>(1, kValuesWorthAThread / std::max<int64_t>(k, 1)),
+             [&](int64_t begin, int64_t end) {
+               for (int64_t row = begin; row < end; ++row) {
+                 table->widen(from + row * a.x_stride, to + row * k, k);
+               }
+             });
     a.x = to;
     a.x_stride = k;
     a.x_type = DType::f32;
@@ -283,10 +290,22 @@ Tensor pack_weight(const Tensor& weight, bool gate_up) {
   const PackArgs a{contiguous->const_data_ptr(), packed.mutable_data_ptr(), rows, k, type,
                    gate_up};
   if (packed.numel() > 0) {
-    parallel(blocks, std::max<int64_t>(1, 65536 / (kBlock * k)),
+    parallel(blocks, std::max<int64_t>(1, kValuesWorthAThread / (kBlock * k)),
              [&](int64_t begin, int64_t end) { kPortable.pack(a, begin, end); });
   }
   return packed;
+}
+
+// Reads a tensor's memory in all threads, for measuring bandwidth; the result is of no use.
+int64_t read_memory(const Tensor& data) {
+  TORCH_CHECK_VALUE(data.is_contiguous(), "data must be contiguous");
+  const KernelTable* table = chosen().load();
+  const auto* from = static_cast<const char*>(data.const_data_ptr());
+  std::atomic<uint32_t> total{0};
+  parallel(static_cast<int64_t>(data.nbytes()), 1 << 20, [&](int64_t begin, int64_t end) {
+    total ^= table->read(from + begin, end - begin);
+  });
+  return total;
 }
 
 }  // namespace
@@ -301,6 +320,7 @@ TORCH_LIBRARY(splitpoint, m) {
       "linear_gemv(Tensor x, Tensor weight, Tensor? scale=None, Tensor? bias=None, "
       "Tensor? residual=None, str activation=\"none\") -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  m.def("read_memory(Tensor data) -> int", {at::Tag::pt2_compliant_tag});
   m.def("instruction_sets() -> str[]", instruction_sets);
   m.def("instruction_set(str name) -> str", instruction_set);
 }
@@ -309,6 +329,7 @@ TORCH_LIBRARY_IMPL(splitpoint, CPU, m) {
   m.impl("pack_weight", pack_weight);
   m.impl("linear_packed", linear_packed);
   m.impl("linear_gemv", linear_gemv);
+  m.impl("read_memory", read_memory);
 }
 
 }  // namespace splitpoint

@@ -10,6 +10,7 @@ extern const KernelTable SPLITPOINT_TABLE;
 const KernelTable SPLITPOINT_TABLE = {
     SPLITPOINT_TEXT(SPLITPOINT_ISA), SPLITPOINT_ISA::kDots, SPLITPOINT_ISA::run_packed,
     SPLITPOINT_ISA::run_gemv,        SPLITPOINT_ISA::widen, SPLITPOINT_ISA::run_pack,
+    SPLITPOINT_ISA::read,
 };
 
 }  // namespace splitpoint

@@ -62,6 +62,20 @@ inline void widen(const Bf16* from, float* to, int64_t count) {
   }
 }
 
+// Reads whole registers and combines them: nothing but the memory bandwidth takes time.
+inline uint32_t read(const char* from, int64_t bytes) {
+  BitVec sums[4] = {};
+  constexpr int64_t kStep = 4 * sizeof(BitVec);
+  for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] ^= load_bits<BitVec>(from + i + j * sizeof(BitVec));
+  }
+  const BitVec all = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
+  uint32_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total ^= all[i];
+  return total;
+}
+
 // [rows, k] to [ceil(rows / 32)][k / depth][32][depth], zeros for what is not there. int8 has
 // depth 1 but an even number of k's, so that pairs can be read from two rows.
 template <class T, int kDepth, int kEven>

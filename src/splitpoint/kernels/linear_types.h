@@ -61,6 +61,7 @@ struct KernelTable {
   void (*gemv)(const LinearArgs&, const Part&);
   void (*widen)(const Bf16* from, float* to, int64_t count);
   void (*pack)(const PackArgs&, int64_t block0, int64_t block1);
+  uint32_t (*read)(const char* from, int64_t bytes);
 };
 
 extern const KernelTable kPortable;
