@@ -169,6 +169,10 @@ class NotCompiling(SplitpointError, RuntimeError):
     """`current_range()` was called outside a pass."""
 
 
+class KernelBuildError(SplitpointError, RuntimeError):
+    """The package's own C++ kernels could not be built or loaded on this machine."""
+
+
 # --- the command line ------------------------------------------------------------------
 
 

@@ -1,0 +1,78 @@
+"""Linear layers in C++: kernels for few tokens, as torch operators.
+
+`load()` builds them on first use and registers `torch.ops.splitpoint.linear_packed`,
+`.linear_gemv` and `.pack_weight`; `layout` says what a packed weight looks like, `reference`
+holds the same operators in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import torch
+
+from .. import _torch_build
+from ..errors import KernelBuildError
+from . import build
+from .fakes import register_fakes
+
+_lock = threading.Lock()
+
+
+def load() -> None:
+    """Make the operators available, building them first if need be. Any thread may call it.
+
+    Raises:
+        KernelBuildError: when they cannot be built or loaded here; the message says what to
+            install. Callers can go on with Inductor's own kernels.
+    """
+    with _lock:
+        _load()
+
+
+@functools.cache
+def _load() -> None:
+    path = build.library()
+    try:
+        _torch_build.load_library(path)
+    except OSError as error:
+        raise KernelBuildError(
+            f"the C++ kernels in {path} cannot be loaded: {error}; delete the file to have them "
+            f"built again"
+        ) from error
+    register_fakes()
+
+
+def available() -> bool:
+    """Whether the operators can be used here; builds them if need be."""
+    try:
+        load()
+    except KernelBuildError:
+        return False
+    return True
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this CPU has kernels for, best first.
+
+    Raises:
+        KernelBuildError: as `load`.
+    """
+    load()
+    names: list[str] = torch.ops.splitpoint.instruction_sets()
+    return names
+
+
+def use_instruction_set(name: str = "best") -> str:
+    """Choose the instruction set of all later calls in this process; returns its name.
+
+    For tests and measurements: `load` starts with the best. Packed weights need no change.
+
+    Raises:
+        ValueError: when this CPU has no instruction set of that name.
+        KernelBuildError: as `load`.
+    """
+    load()
+    chosen: str = torch.ops.splitpoint.instruction_set(name)
+    return chosen

@@ -1,0 +1,197 @@
+"""Build the C++ kernels once per machine, and find them again.
+
+The library's name holds a SHA-256 of everything that decides what is in it, so a library that
+is there is the right one: it is built in a folder of its own and renamed into place when it is
+whole. Processes that start together wait on a lock for the one that builds; a lock is given up
+by the operating system when its holder dies, so the next one takes over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import _torch_build
+from ..errors import KernelBuildError
+from ..paths import cache_folder
+
+SOURCES = Path(__file__).parent
+
+COMMON_FLAGS = (
+    "-O2",
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    # Contract a * b + c to one rounding, which strict ISO modes leave off.
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+)
+
+AVX512_FLAGS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One set of CPU instructions that the kernels are compiled for."""
+
+    name: str
+    table: str
+    """The C++ name of its `KernelTable`."""
+    flags: tuple[str, ...]
+    machines: tuple[str, ...] | None
+    """`platform.machine()` values that have it; None for all."""
+
+
+INSTRUCTION_SETS = (
+    InstructionSet("portable", "kPortable", (), None),
+    InstructionSet("avx2", "kAvx2", ("-mavx2", "-mfma"), ("x86_64",)),
+    InstructionSet("avx512", "kAvx512", AVX512_FLAGS, ("x86_64",)),
+    InstructionSet("avx512_bf16", "kAvx512Bf16", (*AVX512_FLAGS, "-mavx512bf16"), ("x86_64",)),
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One C++ file and the flags it is compiled with."""
+
+    name: str
+    source: Path
+    flags: tuple[str, ...]
+
+
+def kernel_units() -> list[Unit]:
+    """One unit for each instruction set of this kind of machine; none needs torch."""
+    return [
+        Unit(
+            each.name,
+            SOURCES / "linear_isa.cpp",
+            (*each.flags, f"-DSPLITPOINT_ISA={each.name}", f"-DSPLITPOINT_TABLE={each.table}"),
+        )
+        for each in INSTRUCTION_SETS
+        if each.machines is None or platform.machine() in each.machines
+    ]
+
+
+def library() -> Path:
+    """The path of the kernels' shared library, built first if this machine has none.
+
+    Raises:
+        KernelBuildError: when there is no compiler, it fails, or the cache folder cannot be
+            written; the message says which and what to do.
+    """
+    if sys.platform != "linux":
+        raise KernelBuildError(
+            f"the C++ kernels are built on Linux only, and this is {sys.platform}: models are "
+            f"compiled with Inductor's own kernels"
+        )
+    compiler = _torch_build.cpp_compiler()
+    if compiler is None:
+        raise KernelBuildError(
+            f"the C++ kernels need a C++ compiler, and {os.environ.get('CXX', 'g++')!r} was not "
+            f"found: install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install "
+            f"gcc-c++) or set CXX to its path"
+        )
+    units = [
+        *kernel_units(),
+        Unit("glue", SOURCES / "linear.cpp", tuple(_isystem(_torch_build.include_folders()))),
+    ]
+    folder = cache_folder() / "kernels"
+    path = folder / f"splitpoint-{_key(compiler, units)}.so"
+    if path.exists():
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _build(compiler, units, path)
+    except OSError as error:
+        raise KernelBuildError(
+            f"the C++ kernels cannot be written to {folder}: {error}; set SPLITPOINT_CACHE to a "
+            f"folder that can be written"
+        ) from error
+    return path
+
+
+def _isystem(folders: Sequence[Path]) -> Iterator[str]:
+    for folder in folders:
+        yield from ("-isystem", str(folder))
+
+
+def _key(compiler: str, units: Sequence[Unit]) -> str:
+    """24 hexadecimal digits of a SHA-256 of the sources, flags, compiler and torch."""
+    digest = hashlib.sha256()
+    parts = [
+        _run([compiler, "--version"]),
+        _torch_build.torch_version,
+        str(_torch_build.cxx11_abi),
+        platform.machine(),
+        *COMMON_FLAGS,
+    ]
+    for unit in units:
+        parts += [unit.name, *unit.flags]
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        parts += [source.name, source.read_text()]
+    for part in parts:
+        data = part.encode()
+        # The length keeps "ab", "c" apart from "a", "bc".
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:24]
+
+
+def _build(compiler: str, units: Sequence[Unit], path: Path) -> None:
+    """Compile the units, link them and move the library to `path` in one step."""
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as name:
+        folder = Path(name)
+        objects = [folder / f"{unit.name}.o" for unit in units]
+
+        def compile_unit(unit: Unit, target: Path) -> None:
+            source = str(unit.source)
+            _run([compiler, *COMMON_FLAGS, *unit.flags, "-c", source, "-o", str(target)])
+
+        # The compilers are processes of their own: threads only wait for them.
+        workers = min(len(units), len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(compile_unit, units, objects))
+        whole = folder / path.name
+        libraries = ["-L", str(_torch_build.library_folder()), "-ltorch_cpu", "-lc10"]
+        _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(whole)])
+        # On disk before it has its name: after a power cut a library that is there is whole.
+        with whole.open("rb") as file:
+            os.fsync(file.fileno())
+        whole.replace(path)
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a compiler prints.
+
+    Raises:
+        KernelBuildError: when it fails, with the command and the end of its messages.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KernelBuildError(
+            f"{command[0]} failed with exit status {done.returncode} on the C++ kernels; they need "
+            f"C++20 (GCC 12 or clang 15 or later): install a newer one and set CXX to its "
+            f"path.\n{' '.join(command)}\n{done.stderr[-4000:]}"
+        )
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, waiting for it; it falls when the process ends."""
+    import fcntl
+
+    # The file is left behind: removing it would let two processes lock two files of one name.
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

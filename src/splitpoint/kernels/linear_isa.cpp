@@ -1,0 +1,16 @@
+// Compiled once for each instruction set, with its compiler flags and these two names.
+#include "linear_kernels.h"
+
+namespace splitpoint {
+
+#define SPLITPOINT_TEXT_OF(name) #name
+#define SPLITPOINT_TEXT(name) SPLITPOINT_TEXT_OF(name)
+
+extern const KernelTable SPLITPOINT_TABLE;
+const KernelTable SPLITPOINT_TABLE = {
+    SPLITPOINT_TEXT(SPLITPOINT_ISA), SPLITPOINT_ISA::kDots, SPLITPOINT_ISA::run_packed,
+    SPLITPOINT_ISA::run_gemv,        SPLITPOINT_ISA::widen, SPLITPOINT_ISA::run_pack,
+    SPLITPOINT_ISA::read,
+};
+
+}  // namespace splitpoint

@@ -1,0 +1,377 @@
+// The skinny matrix product over a packed weight: a register-blocked kernel that reads each
+// weight once for up to 14 rows of x, and the loops around it.
+#pragma once
+
+#include "linear_epilogue.h"
+
+namespace splitpoint::SPLITPOINT_ISA {
+
+inline constexpr int kBlockVecs = kBlock / kLanes;
+
+// Rows of x that a kernel call takes at most: as many as there are accumulators for, with two
+// registers of columns each.
+inline constexpr int kMaxRows = kAccumulators / (kBlockVecs < 2 ? kBlockVecs : 2);
+
+// Registers of columns that a kernel for so many rows takes side by side.
+constexpr int vecs_for(int rows) {
+  int vecs = kBlockVecs;
+  while (vecs > 1 && rows * vecs > kAccumulators) vecs /= 2;
+  return vecs;
+}
+
+// Steps of k that are summed apart, so that few rows still fill the adder's pipeline.
+constexpr int unroll_for(int rows) {
+  const int sets = kAccumulators / (rows * vecs_for(rows));
+  return sets >= 4 ? 4 : sets >= 2 ? 2 : 1;
+}
+
+// Where the rows of x lie, four to a pointer: the other three are reached by addressing modes,
+// which keeps 14 rows within the general registers.
+template <class X, int kRows>
+struct Rows {
+  const X* base[(kRows + 3) / 4];
+  int64_t stride;
+
+  SPLITPOINT_INLINE Rows(const X* x, int64_t stride) : stride(stride) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] = x + 4 * i * stride;
+  }
+  SPLITPOINT_INLINE const X* at(int row, int64_t k) const {
+    return base[row / 4] + (row % 4) * stride + k;
+  }
+  SPLITPOINT_INLINE void advance(int64_t k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < (kRows + 3) / 4; ++i) base[i] += k;
+  }
+};
+
+// The three ways to multiply in fp32. Each takes kDepth values of k a step, from kDepth *
+// kBlock stored weights; `last` is the step of an odd k, whose second half is padding that must
+// meet no x (there is none, and 0 * NaN would not be 0).
+
+struct F32 {
+  using X = float;
+  using Stored = float;
+  static constexpr int kDepth = 1;
+
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void step(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
+                                     const Stored* w) {
+    Vec weight[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = splat(*x.at(r, k));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] += weight[v] * value;
+    }
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void last(Vec (&)[kRows][kVecs], const Rows<X, kRows>&, const Stored*) {}
+  static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) { return w + v * kLanes; }
+};
+
+struct Bf16Wide {
+  using X = float;
+  using Stored = Bf16;
+  static constexpr int kDepth = 2;
+
+  // A bf16 is the upper half of an fp32, so a pair of k's unpacks with one shift or mask.
+  static SPLITPOINT_INLINE Vec half(const Stored* w, int odd) {
+    const BitVec pair = load_bits<BitVec>(w);
+    return (Vec)(odd ? pair & 0xffff0000u : pair << 16);
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void one(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
+                                    const Stored* w, int odd) {
+    Vec weight[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) weight[v] = half(w + 2 * v * kLanes, odd);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = splat(*x.at(r, k + odd));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] += weight[v] * value;
+    }
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void step(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
+                                     const Stored* w) {
+    one(acc, x, k, w, 0);
+    one(acc, x, k, w, 1);
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void last(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x,
+                                     const Stored* w) {
+    one(acc, x, 0, w, 0);
+  }
+  static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) {
+    return w + 2 * v * kLanes;
+  }
+};
+
+struct Int8Wide {
+  using X = float;
+  using Stored = int8_t;
+  static constexpr int kDepth = 2;
+
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void one(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
+                                    const Stored* w) {
+    Vec weight[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) weight[v] = load(w + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vec value = splat(*x.at(r, k));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[r][v] += weight[v] * value;
+    }
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void step(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
+                                     const Stored* w) {
+    one(acc, x, k, w);
+    one(acc, x, k + 1, w + kBlock);
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void last(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x,
+                                     const Stored* w) {
+    one(acc, x, 0, w);
+  }
+  static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) { return w + v * kLanes; }
+};
+
+#if defined(__AVX512BF16__)
+
+// Multiplies pairs of bf16 and adds both products to an fp32 lane. The instruction takes
+// subnormal inputs and results as zero.
+template <class Weights>
+struct Dot {
+  using X = Bf16;
+  using Stored = typename Weights::Stored;
+  static constexpr int kDepth = 2;
+
+  template <int kRows, int kVecs, class Pair>
+  static SPLITPOINT_INLINE void one(Vec (&acc)[kRows][kVecs], const Stored* w, Pair pair) {
+    __m512bh weight[kVecs];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) weight[v] = Weights::pairs(w, v);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(pair(r));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        acc[r][v] = (Vec)_mm512_dpbf16_ps((__m512)acc[r][v], weight[v], value);
+      }
+    }
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void step(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
+                                     const Stored* w) {
+    one(acc, w, [&](int r) __attribute__((always_inline)) {
+      return load_bits<int32_t>(x.at(r, k));
+    });
+  }
+  template <int kRows, int kVecs>
+  static SPLITPOINT_INLINE void last(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x,
+                                     const Stored* w) {
+    one(acc, w, [&](int r) __attribute__((always_inline)) {
+      return static_cast<int32_t>(x.at(r, 0)->bits);
+    });
+  }
+  static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) {
+    return Weights::columns(w, v);
+  }
+};
+
+struct Bf16Pairs {
+  using Stored = Bf16;
+  static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
+    return (__m512bh)load_bits<__m512i>(w + 2 * v * kLanes);
+  }
+  static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) {
+    return w + 2 * v * kLanes;
+  }
+};
+
+// Every int8 is exact in bf16, so the upper half of its fp32 is all there is to it.
+struct Int8Pairs {
+  using Stored = int8_t;
+  static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
+    const BitVec even = (BitVec)load(w + v * kLanes);
+    const BitVec odd = (BitVec)load(w + kBlock + v * kLanes);
+    return (__m512bh)((even >> 16) | (odd & 0xffff0000u));
+  }
+  static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) { return w + v * kLanes; }
+};
+
+#endif  // __AVX512BF16__
+
+// What a tile kernel is given: sums[rows][kBlock] (+)= x[rows, depth] @ block[kBlock, depth]^T.
+template <class W>
+struct Tile {
+  const typename W::X* x;
+  int64_t stride;
+  const typename W::Stored* w;
+  int64_t depth;
+  float* sums;
+  bool accumulate;
+  // At every step the cache line at `ahead` is fetched, which then moves on by so many bytes.
+  const char* ahead;
+  int64_t ahead_step;
+};
+
+template <class W, int kRows, int kVecs>
+SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* w, float* sums) {
+  constexpr int kUnroll = unroll_for(kRows);
+  constexpr int64_t kStored = W::kDepth * kBlock;
+  Vec acc[kUnroll][kRows][kVecs];
+#pragma GCC unroll 4
+  for (int u = 0; u < kUnroll; ++u) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) acc[u][r][v] = Vec{};
+    }
+  }
+  Rows<typename W::X, kRows> rows(t.x, t.stride);
+  const char* ahead = t.ahead;
+  int64_t steps = t.depth / W::kDepth;
+  for (; steps >= kUnroll; steps -= kUnroll) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += t.ahead_step;
+      W::template step<kRows, kVecs>(acc[u], rows, u * W::kDepth, w + u * kStored);
+    }
+    rows.advance(kUnroll * W::kDepth);
+    w += kUnroll * kStored;
+  }
+  if (kUnroll > 1) {
+    for (; steps > 0; --steps) {
+      W::template step<kRows, kVecs>(acc[0], rows, 0, w);
+      rows.advance(W::kDepth);
+      w += kStored;
+    }
+  }
+  if (t.depth % W::kDepth) W::template last<kRows, kVecs>(acc[0], rows, w);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) {
+      Vec total = acc[0][r][v];
+#pragma GCC unroll 4
+      for (int u = 1; u < kUnroll; ++u) total += acc[u][r][v];
+      float* to = sums + r * kBlock + v * kLanes;
+      store(to, t.accumulate ? load(to) + total : total);
+    }
+  }
+}
+
+template <class W, int kRows>
+void tile(const Tile<W>& t) {
+  constexpr int kVecs = vecs_for(kRows);
+  for (int v = 0; v < kBlockVecs; v += kVecs) {
+    tile_columns<W, kRows, kVecs>(t, W::columns(t.w, v), t.sums + v * kLanes);
+  }
+}
+
+// The kernel for each number of rows, from 1 on.
+template <class W, int... kRow>
+struct Tiles {
+  static constexpr void (*run[])(const Tile<W>&) = {tile<W, kRow>...};
+};
+template <class W, int kRows, int... kRow>
+struct TilesUpTo : TilesUpTo<W, kRows - 1, kRows, kRow...> {};
+template <class W, int... kRow>
+struct TilesUpTo<W, 0, kRow...> : Tiles<W, kRow...> {};
+
+template <class W>
+SPLITPOINT_INLINE void run_tile(int64_t rows, const Tile<W>& t) {
+  TilesUpTo<W, kMaxRows>::run[rows - 1](t);
+}
+
+// Bytes of packed weight that stay in the second-level cache while row tiles pass over them,
+// beside as many that are being fetched for the next turn.
+inline constexpr int64_t kResidentBytes = 256 * 1024;
+
+// Rows whose fp32 sums are kept between slices of k.
+inline constexpr int64_t kGroupRows = 4 * kMaxRows;
+
+// The loops: slices of k that fit the cache, groups of column blocks, row tiles, blocks.
+// Row tiles are evened out (13 rows are 7 and 6, not 12 and 1), as a tile's cost per row falls
+// with its rows.
+template <class W, class Y>
+inline void packed_part(const LinearArgs& a, const Part& part) {
+  using Stored = typename W::Stored;
+  const auto* x = static_cast<const typename W::X*>(a.x);
+  const auto* weight = static_cast<const Stored*>(a.weight);
+  const int64_t stored_k = ceil_div(a.k, W::kDepth) * W::kDepth;
+  const int64_t panel = stored_k * kBlock;
+  const int64_t slice = kResidentBytes / static_cast<int64_t>(kBlock * sizeof(Stored));
+  const int64_t slices = a.k > slice ? ceil_div(a.k, slice) : 1;
+  const int64_t panel_bytes = panel * static_cast<int64_t>(sizeof(Stored));
+  int64_t together = slices > 1 || !panel_bytes ? 1 : kResidentBytes / panel_bytes;
+  if (together < 1) together = 1;
+  const int64_t columns = packed_block_columns(a.activation);
+  constexpr int64_t kLines = W::kDepth * kBlock * sizeof(Stored) / 64;  // a step
+  float sums[kGroupRows * kBlock];
+
+  const auto finish = [&](int64_t t, int64_t rows, int64_t block) {
+    const int64_t c = block * columns;
+    const int64_t count = a.n - c < columns ? a.n - c : columns;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = sums + r * kBlock;
+      finish_row<Y>(a, row, row + kBlock / 2, t + r, c, count);
+    }
+  };
+
+  if (slices > 1) {
+    for (int64_t block = part.block0; block < part.block1; ++block) {
+      for (int64_t t0 = part.t0; t0 < part.t1; t0 += kGroupRows) {
+        const int64_t group = part.t1 - t0 < kGroupRows ? part.t1 - t0 : kGroupRows;
+        const int64_t tiles = ceil_div(group, kMaxRows);
+        for (int64_t s = 0; s < slices; ++s) {
+          const int64_t k0 = s * slice;
+          const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
+          const Stored* w = weight + block * panel + k0 * kBlock;
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t r0 = group * i / tiles, r1 = group * (i + 1) / tiles;
+            const auto* rows = x + (t0 + r0) * a.x_stride + k0;
+            run_tile<W>(r1 - r0, {rows, a.x_stride, w, depth, sums + r0 * kBlock, s > 0,
+                                  reinterpret_cast<const char*>(w), 0});
+          }
+        }
+        finish(t0, group, block);
+      }
+    }
+    return;
+  }
+
+  const int64_t height = part.t1 - part.t0;
+  const int64_t tiles = ceil_div(height, kMaxRows);
+  for (int64_t b0 = part.block0; b0 < part.block1; b0 += together) {
+    const int64_t b1 = part.block1 - b0 < together ? part.block1 : b0 + together;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t0 = part.t0 + height * i / tiles, t1 = part.t0 + height * (i + 1) / tiles;
+      for (int64_t block = b0; block < b1; ++block) {
+        const Stored* w = weight + block * panel;
+        // With several row tiles all but the first run out of the cache, and memory would
+        // idle: the first ones fetch the next group of blocks meanwhile.
+        const auto* ahead = reinterpret_cast<const char*>(w);
+        int64_t ahead_step = 0;
+        if (tiles > 1 && i < kLines && block + together < part.block1) {
+          ahead += together * panel_bytes + i * (panel_bytes / kLines);
+          ahead_step = 64;
+        }
+        run_tile<W>(t1 - t0, {x + t0 * a.x_stride, a.x_stride, w, a.k, sums, false, ahead,
+                              ahead_step});
+        finish(t0, t1 - t0, block);
+      }
+    }
+  }
+}
+
+}  // namespace splitpoint::SPLITPOINT_ISA

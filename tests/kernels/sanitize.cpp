@@ -1,0 +1,181 @@
+// Runs every kernel of every instruction set that this CPU has over many shapes, for the address
+// and undefined-behaviour sanitizers: each matrix has a heap allocation of exactly its size.
+// Results are compared with double sums as well, so that a kernel that does nothing is noticed.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "linear_types.h"
+
+using namespace splitpoint;
+
+namespace {
+
+uint32_t state = 12345;
+float uniform() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / (1 << 23) - 1.0f;
+}
+
+Bf16 to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+float to_float(Bf16 value) {
+  const uint32_t bits = uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+int64_t size_of(DType type) { return type == DType::f32 ? 4 : type == DType::bf16 ? 2 : 1; }
+
+// `count` values in an allocation of exactly their bytes.
+struct Buffer {
+  DType type;
+  int64_t count;
+  std::unique_ptr<char[]> bytes;
+
+  Buffer(DType type, int64_t count)
+      : type(type), count(count), bytes(new char[count * size_of(type)]) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = uniform();
+      if (type == DType::f32) reinterpret_cast<float*>(bytes.get())[i] = value;
+      if (type == DType::bf16) reinterpret_cast<Bf16*>(bytes.get())[i] = to_bf16(value);
+      if (type == DType::i8) bytes[i] = static_cast<char>(static_cast<int>(value * 127));
+    }
+  }
+  double at(int64_t i) const {
+    if (type == DType::f32) return reinterpret_cast<const float*>(bytes.get())[i];
+    if (type == DType::bf16) return to_float(reinterpret_cast<const Bf16*>(bytes.get())[i]);
+    return static_cast<signed char>(bytes[i]);
+  }
+};
+
+struct Shape {
+  int64_t t, n, k;
+};
+
+long runs = 0;
+
+void check(const KernelTable& table, bool packed, const Shape& s, DType type, DType w_type,
+           Activation activation, bool extras) {
+  const bool two = activation == Activation::silu_mul;
+  const int64_t rows = two ? 2 * s.n : s.n;
+  const int64_t gap = extras ? 5 : 0;
+  // The last row ends where the allocation does.
+  const int64_t x_stride = s.k + gap, r_stride = s.n + gap;
+  const Buffer x(type, s.t ? (s.t - 1) * x_stride + s.k : 0), weight(w_type, rows * s.k);
+  const Buffer scale(DType::f32, w_type == DType::i8 ? rows : 0);
+  const Buffer bias(type, extras ? rows : 0);
+  const Buffer residual(type, extras && s.t ? (s.t - 1) * r_stride + s.n : 0);
+  Buffer y(type, s.t * s.n);
+  const int64_t columns = packed ? packed_block_columns(activation) : kBlock;
+  const int64_t blocks = ceil_div(s.n, columns);
+
+  LinearArgs a{};
+  a.t = s.t, a.n = s.n, a.k = s.k;
+  a.x = x.bytes.get(), a.x_stride = x_stride;
+  a.scale = scale.count ? reinterpret_cast<const float*>(scale.bytes.get()) : nullptr;
+  a.bias = extras ? bias.bytes.get() : nullptr;
+  a.residual = extras ? residual.bytes.get() : nullptr, a.residual_stride = r_stride;
+  a.y = y.bytes.get(), a.y_stride = s.n;
+  a.x_type = type, a.y_type = type, a.w_type = w_type, a.activation = activation;
+  Buffer wide(DType::f32, 0);
+  if (type == DType::bf16 && (!table.dots_bf16 || (!packed && w_type == DType::i8))) {
+    wide = Buffer(DType::f32, s.t * s.k);
+    for (int64_t t = 0; t < s.t; ++t) {
+      table.widen(reinterpret_cast<const Bf16*>(x.bytes.get()) + t * x_stride,
+                  reinterpret_cast<float*>(wide.bytes.get()) + t * s.k, s.k);
+    }
+    a.x = wide.bytes.get(), a.x_stride = s.k, a.x_type = DType::f32;
+  }
+  const int64_t stored_k = w_type == DType::f32 ? s.k : ceil_div(s.k, 2) * 2;
+  Buffer laid_out(w_type, packed ? blocks * kBlock * stored_k : 0);
+  if (packed) {
+    table.pack({weight.bytes.get(), laid_out.bytes.get(), rows, s.k, w_type, two}, 0, blocks);
+  }
+  a.weight = packed ? laid_out.bytes.get() : weight.bytes.get();
+  // In four parts, as threads would.
+  const auto kernel = packed ? table.packed : table.gemv;
+  for (const auto [t0, t1] : {std::pair{int64_t{0}, s.t / 2}, std::pair{s.t / 2, s.t}}) {
+    kernel(a, {t0, t1, 0, blocks / 2});
+    kernel(a, {t0, t1, blocks / 2, blocks});
+  }
+  ++runs;
+
+  for (int64_t t = 0; t < s.t; ++t) {
+    for (int64_t c = 0; c < s.n; ++c) {
+      double sums[2] = {};
+      for (int half = 0; half < (two ? 2 : 1); ++half) {
+        const int64_t row = half * s.n + c;
+        for (int64_t k = 0; k < s.k; ++k) sums[half] += x.at(t * x_stride + k) * weight.at(row * s.k + k);
+        if (scale.count) sums[half] *= scale.at(row);
+        if (extras) sums[half] += bias.at(row);
+      }
+      double value = sums[0];
+      if (two) value = sums[0] / (1 + std::exp(-sums[0])) * sums[1];
+      if (activation == Activation::gelu_erf) value *= 0.5 * (1 + std::erf(value / std::sqrt(2.0)));
+      if (activation == Activation::gelu_tanh) {
+        const double u = 0.79788456080286536 * (value + 0.044715 * value * value * value);
+        value *= 0.5 * (1 + std::tanh(u));
+      }
+      if (extras) value += residual.at(t * r_stride + c);
+      // Coarse: the property tests hold the derived bounds, these sums only catch nonsense.
+      const double size = s.k * (w_type == DType::i8 ? 127.0 : 1.0) + 4;
+      const double slack = (type == DType::bf16 ? 1e-2 : 1e-5) * (1 + std::fabs(value)) +
+                           1e-6 * size * (1 + std::fabs(sums[0]) + std::fabs(sums[1]));
+      if (!(std::fabs(y.at(t * s.n + c) - value) <= slack)) {
+        std::printf("%s %s t %ld n %ld k %ld activation %d at (%ld, %ld): %g, expected %g\n",
+                    table.name, packed ? "packed" : "gemv", static_cast<long>(s.t),
+                    static_cast<long>(s.n), static_cast<long>(s.k), static_cast<int>(activation),
+                    static_cast<long>(t), static_cast<long>(c), y.at(t * s.n + c), value);
+        std::exit(1);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::vector<const KernelTable*> tables{&kPortable};
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (avx2) tables.push_back(&kAvx2);
+  if (avx512) tables.push_back(&kAvx512);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&kAvx512Bf16);
+#endif
+  std::vector<Shape> shapes{{0, 5, 5},   {3, 0, 5},   {3, 5, 0},   {1, 1, 1},
+                            {2, 70, 47}, {30, 33, 64}, {61, 17, 96}, {130, 40, 33},
+                            {3, 33, 4100}, {60, 5, 8200}};
+  for (int64_t t = 1; t <= 15; ++t) shapes.push_back({t, 20 + 3 * t, 2 * t + 29});
+  for (int64_t n = 1; n <= 66; n += 5) shapes.push_back({5, n, 18 + n});
+  for (int64_t k = 1; k <= 67; k += 3) shapes.push_back({4, 35, k});
+  const DType types[][2] = {{DType::f32, DType::f32},
+                            {DType::bf16, DType::bf16},
+                            {DType::f32, DType::i8},
+                            {DType::bf16, DType::i8}};
+  for (const KernelTable* table : tables) {
+    for (const Shape& shape : shapes) {
+      for (const auto& [type, w_type] : types) {
+        for (const bool packed : {false, true}) {
+          check(*table, packed, shape, type, w_type, Activation::none, false);
+          check(*table, packed, shape, type, w_type, Activation::none, true);
+          check(*table, packed, shape, type, w_type, Activation::silu_mul, runs % 2 == 0);
+          check(*table, packed, shape, type, w_type,
+                runs % 3 ? Activation::gelu_erf : Activation::gelu_tanh, runs % 2 == 1);
+        }
+      }
+    }
+    std::printf("%s\n", table->name);
+  }
+  std::printf("%ld runs\n", runs);
+}

@@ -1,0 +1,327 @@
+"""The operators against float64, on random shapes, dtypes, layouts and instruction sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from splitpoint import kernels
+from splitpoint.kernels import reference
+from splitpoint.kernels.layout import packed_shape, quantize
+
+from .bounds import assert_close
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+OPS: Any = torch.ops.splitpoint
+
+LAYOUTS = ("contiguous", "strided", "offset", "transposed")
+
+thorough = settings(
+    max_examples=400,
+    deadline=None,
+    # The fixture sets what every example needs, once; examples undo nothing of it.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@dataclass
+class Case:
+    """Arguments of a linear layer, its weight still unpacked."""
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    activation: str
+
+    @property
+    def n(self) -> int:
+        rows = self.weight.shape[0]
+        return rows // 2 if self.activation == "silu_mul" else rows
+
+    @property
+    def rest(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "bias": self.bias,
+            "residual": self.residual,
+            "activation": self.activation,
+        }
+
+    def packed(self) -> Tensor:
+        weight: Tensor = OPS.pack_weight(self.weight, self.activation == "silu_mul")
+        y: Tensor = OPS.linear_packed(self.x, weight, self.n, **self.rest)
+        return y
+
+    def gemv(self) -> Tensor:
+        y: Tensor = OPS.linear_gemv(self.x, self.weight, **self.rest)
+        return y
+
+    def check(self, y: Tensor) -> None:
+        assert y.is_contiguous()
+        assert_close(y, self.x, self.weight, **self.rest)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """The same matrix in another layout; what lies between its rows is NaN."""
+    t, k = values.shape
+    if layout == "contiguous":
+        return values
+    if layout == "transposed":
+        return values.t().contiguous().t()
+    left, right = (1, 0) if layout == "offset" else (0, 3)
+    around = values.new_full((t, left + k + right), torch.nan)
+    around[:, left : left + k] = values
+    return around[:, left : left + k]
+
+
+def make_case(
+    t: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    int8: bool = False,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str = "none",
+    layout: str = "contiguous",
+    seed: int = 0,
+) -> Case:
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    rows = 2 * n if activation == "silu_mul" else n
+    weight, scale = normal(rows, k), None
+    if int8:
+        weight, scale = quantize(weight)
+        # -128 is no result of quantize, but is a value an int8 weight may hold.
+        weight[:, ::7] = -128
+    return Case(
+        laid_out(normal(t, k), layout),
+        weight,
+        scale,
+        normal(rows) if bias else None,
+        laid_out(normal(t, n), layout) if residual else None,
+        activation,
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    # Small shapes find edges fast; multiples of the blocks and larger ones reach every loop.
+    dims = st.one_of(st.integers(1, 70), st.sampled_from([16, 32, 64, 96, 160, 257]))
+    return make_case(
+        draw(st.integers(0, 70)),
+        draw(st.one_of(dims, st.just(0))),
+        draw(st.one_of(dims, st.just(0))),
+        draw(st.sampled_from([torch.bfloat16, torch.float32])),
+        int8=draw(st.booleans()),
+        bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        activation=draw(st.sampled_from(reference.ACTIVATIONS)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@thorough
+@given(
+    case=cases(),
+    threads=st.sampled_from([1, 2]),
+    instruction_set=st.sampled_from(kernels.instruction_sets()),
+    variant=st.sampled_from([Case.packed, Case.gemv]),
+)
+def test_matches_float64(case: Case, threads: int, instruction_set: str, variant: Any) -> None:
+    torch.set_num_threads(threads)
+    assert kernels.use_instruction_set(instruction_set) == instruction_set
+    case.check(variant(case))
+
+
+@pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
+@pytest.mark.parametrize("variant", ["packed", "gemv"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("t", "n", "k"),
+    [
+        (1, 576, 576),
+        (14, 100, 1537),
+        (15, 33, 576),
+        (200, 70, 301),  # rows are split between threads too
+        (61, 40, 9001),  # k is taken in slices
+        (3, 4100, 33),
+    ],
+)
+@pytest.mark.parametrize(
+    ("dtype", "int8"), [("bfloat16", False), ("float32", False), ("bfloat16", True)]
+)
+def test_matches_float64_at_larger_shapes(
+    instruction_set: str, variant: str, threads: int, t: int, n: int, k: int, dtype: str, int8: bool
+) -> None:
+    torch.set_num_threads(threads)
+    kernels.use_instruction_set(instruction_set)
+    case = make_case(t, n, k, getattr(torch, dtype), int8=int8, bias=True, layout="strided")
+    case.check(getattr(case, variant)())
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
+def test_activations_over_their_whole_range(activation: str, instruction_set: str) -> None:
+    """A weight of one k makes the activation's argument whatever x is."""
+    kernels.use_instruction_set(instruction_set)
+    x = torch.linspace(-120, 120, 4001)[:, None]
+    weight = torch.ones(32, 1)
+    case = Case(x, weight, None, None, None, activation)
+    case.check(case.packed())
+    case.check(case.gemv())
+
+
+@pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_stay_in_their_row(
+    instruction_set: str, dtype: torch.dtype, value: float
+) -> None:
+    kernels.use_instruction_set(instruction_set)
+    case = make_case(5, 40, 33, dtype)
+    case.x[2, 32] = value
+    expected = reference.linear(case.x, case.weight)
+    for y in (case.packed(), case.gemv()):
+        assert torch.equal(y[2].isnan(), expected[2].isnan())
+        assert torch.equal(y[2].isinf(), expected[2].isinf())
+        assert y[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_threads_and_row_counts_change_nothing_in_fp32_sums(dtype: torch.dtype) -> None:
+    """A token's output depends on neither its neighbours' values nor the number of threads."""
+    case = make_case(200, 70, 64, dtype)
+    torch.set_num_threads(1)
+    alone = case.packed()
+    torch.set_num_threads(2)
+    assert torch.equal(case.packed(), alone)
+    case.x[:100] = 7
+    assert torch.equal(case.packed()[100:], alone[100:])
+
+
+@given(
+    rows=st.integers(0, 100),
+    k=st.integers(0, 70),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.int8]),
+    gate_up=st.booleans(),
+    transposed=st.booleans(),
+)
+@thorough
+def test_pack_weight_has_the_documented_layout(
+    rows: int, k: int, dtype: torch.dtype, gate_up: bool, transposed: bool
+) -> None:
+    rows *= 2 if gate_up else 1
+    weight = torch.randint(-128, 128, (rows, k)).to(dtype)
+    given_weight = weight.t().contiguous().t() if transposed else weight
+    packed = OPS.pack_weight(given_weight, gate_up)
+    expected = reference.pack_weight(weight, gate_up)
+    assert packed.shape == expected.shape == packed_shape(rows, k, dtype, gate_up)
+    assert packed.dtype == dtype
+    assert packed.is_contiguous()
+    assert torch.equal(packed, expected)
+
+
+@given(rows=st.integers(1, 20), k=st.integers(0, 40), seed=st.integers(0, 1000))
+@thorough
+def test_quantize_is_within_half_a_step(rows: int, k: int, seed: int) -> None:
+    weight = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed))
+    weight[0] = 0
+    values, scale = quantize(weight)
+    assert values.dtype == torch.int8
+    assert scale.shape == (rows,)
+    assert bool((scale > 0).all())
+    error = (values.double() * scale[:, None] - weight).abs()
+    assert bool((error <= scale[:, None].double() * 0.5001).all())
+
+
+def good() -> dict[str, Any]:
+    case = make_case(3, 40, 10, torch.bfloat16, bias=True, residual=True)
+    return {"x": case.x, "weight": OPS.pack_weight(case.weight), "n": 40, **case.rest}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x": torch.zeros(3, 10)}, TypeError, "its dtype or int8"),
+        ({"x": torch.zeros(3, 10, dtype=torch.float16)}, TypeError, "float32, bfloat16 or int8"),
+        ({"x": torch.zeros(3, 10, dtype=torch.int8)}, TypeError, "float32 or bfloat16"),
+        ({"x": torch.zeros(10, dtype=torch.bfloat16)}, ValueError, "x must be"),
+        ({"x": torch.zeros(3, 12, dtype=torch.bfloat16)}, ValueError, "is not one for k = 12"),
+        ({"n": 65}, ValueError, "and 65 columns"),
+        ({"n": -1}, ValueError, "negative"),
+        ({"bias": torch.zeros(40)}, ValueError, "bias"),
+        ({"bias": torch.zeros(39, dtype=torch.bfloat16)}, ValueError, "bias"),
+        ({"residual": torch.zeros(1, 40, dtype=torch.bfloat16)}, ValueError, "residual"),
+        ({"scale": torch.ones(40)}, ValueError, "int8 weight needs"),
+        ({"activation": "relu"}, ValueError, "got relu"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], error: type, says: str) -> None:
+    OPS.linear_packed(**good())
+    with pytest.raises(error, match=says):
+        OPS.linear_packed(**(good() | change))
+
+
+def test_an_int8_weight_needs_its_scale() -> None:
+    case = make_case(2, 32, 8, torch.float32, int8=True)
+    with pytest.raises(ValueError, match="int8 weight needs its scale"):
+        OPS.linear_gemv(case.x, case.weight)
+
+
+def test_gates_and_ups_must_pair() -> None:
+    weight = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="even number"):
+        OPS.pack_weight(weight, True)
+    with pytest.raises(ValueError, match="even number"):
+        OPS.linear_gemv(torch.zeros(1, 4), weight, activation="silu_mul")
+
+
+def test_an_instruction_set_this_cpu_lacks_is_refused() -> None:
+    with pytest.raises(ValueError, match="no instruction set named 'mmx'"):
+        kernels.use_instruction_set("mmx")
+    assert kernels.use_instruction_set("portable") == "portable"
+    assert kernels.use_instruction_set() == kernels.instruction_sets()[0]
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "int8"), [("bfloat16", False), ("float32", True)])
+def test_opcheck(activation: str, dtype: str, int8: bool) -> None:
+    case = make_case(
+        3, 40, 10, getattr(torch, dtype), int8=int8, bias=True, residual=True, activation=activation
+    )
+    gate_up = activation == "silu_mul"
+    packed = OPS.pack_weight(case.weight, gate_up)
+    torch.library.opcheck(OPS.pack_weight.default, (case.weight, gate_up))
+    torch.library.opcheck(OPS.linear_packed.default, (case.x, packed, case.n), case.rest)
+    torch.library.opcheck(OPS.linear_gemv.default, (case.x, case.weight), case.rest)
+
+
+@pytest.mark.slow
+def test_inductor_calls_it_at_every_size() -> None:
+    case = make_case(6, 40, 10, torch.bfloat16)
+    packed = OPS.pack_weight(case.weight)
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def forward(x: Tensor, packed: Tensor) -> Tensor:
+        y: Tensor = OPS.linear_packed(torch.relu(x), packed, 40)
+        return y + 1
+
+    for t in (6, 1, 9):
+        x = case.x[:1].expand(t, -1)
+        expected = OPS.linear_packed(torch.relu(x), packed, 40) + 1
+        assert torch.equal(forward(x, packed), expected)
