@@ -46,6 +46,8 @@ class Stats:
     """Pieces compiled, ranges counted each."""
     dispatches: dict[Range, int] = field(default_factory=dict)
     """Calls by range."""
+    packed_bytes: int = 0
+    """Memory of weights in other layouts, beside the module's own."""
     eager_calls: int = 0
     """Calls that ran the model itself: size 0, and sizes out of plan if allowed."""
     matches: tuple[MatchCount, ...] = ()
@@ -60,6 +62,8 @@ class Stats:
             f"{self.captures} captured, {self.pieces} pieces of which {self.unique_pieces} unique, "
             f"{self.compilations} compilations"
         )
+        if self.packed_bytes:
+            heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
         table = align(rows, right={1}) if len(rows) > 1 else []
         by_pass: dict[str, int] = {}
         for count in self.matches:
@@ -137,6 +141,7 @@ class CompiledModel:
             unique_pieces=len({name for graph in graphs for name in graph.split.pieces}),
             compilations=counts.compilations,
             dispatches=self._program.dispatches(),
+            packed_bytes=self._program.weights.nbytes,
             eager_calls=counts.eager_calls + self._early_eager_calls,
             matches=tuple(counts.matches),
         )

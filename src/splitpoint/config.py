@@ -38,6 +38,9 @@ OnOutOfPlan = Literal["error", "eager"]
 Hint = Literal["start", "middle", "end"]
 ModuleGuards = Literal["every_call", "first_call"]
 
+LINEAR_VARIANTS = ("auto", "inductor", "gemv", "packed")
+"""What `Config.linear` may name for a range."""
+
 ATTENTION_OPS = ("aten::scaled_dot_product_attention", "flex_attention")
 """The splitting ops that apply unless others are named."""
 
@@ -77,6 +80,17 @@ class Config:
     the key is a range ({"1-8": {"max_autotune": True}}); a range's own win."""
     passes: Sequence[Pass] = (NoopElimination(),)
     """Graph passes, in the order in which they run; each decides which ranges it is for."""
+    linear: str | Mapping[str, str] = "auto"
+    """Kernels of linear layers on CPU, by range: "auto" measures this package's against
+    Inductor's when a range is compiled, "inductor" leaves them all as they are, and a mapping
+    such as {"1-8": "packed", "9-64": "inductor"} names one (`splitpoint.passes.linear.VARIANTS`)
+    for the ranges inside each; others are measured."""
+    linear_budget_s: float = 10.0
+    """Seconds that measuring for `linear="auto"` may take in all; layers not measured by then
+    stay with Inductor."""
+    max_packed_bytes: int | None = None
+    """Most bytes that copies of weights in other layouts may take; None for no limit. Layers
+    over it keep the module's own weight."""
     lazy: bool = False
     """Compile a range when its first call comes, instead of all ranges at the first call."""
     hint: Hint = "end"
@@ -117,6 +131,13 @@ class Config:
             ("module_guards", ModuleGuards),
         ):
             _choice(name, getattr(self, name), get_args(kind))
+        self._set("linear", _linear(self.linear))
+        for name in ("linear_budget_s", "max_packed_bytes"):
+            value = getattr(self, name)
+            if value is None and name == "max_packed_bytes":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+                raise InvalidField(f"{name} must be a number of 0 or more, got {value!r}")
         if not isinstance(self.lazy, bool):
             raise InvalidField(f"lazy must be True or False, got {self.lazy!r}")
         self._set("passes", _passes(self.passes))
@@ -144,6 +165,16 @@ class Config:
                     own |= value
         return common | own
 
+    def linear_for(self, range_: Range) -> str:
+        """The kernel named for a range's linear layers, or "auto"."""
+        if isinstance(self.linear, str):
+            return self.linear
+        for key, variant in self.linear.items():
+            given = Range.parse(key)
+            if given.start <= range_.start and range_.end <= given.end:
+                return variant
+        return "auto"
+
     def planned(
         self, range_: Range, only: tuple[tuple[int, int], ...] = (), note: str = ""
     ) -> PlannedRange:
@@ -153,8 +184,8 @@ class Config:
             self.hint_for(range_),
             tuple(p.name for p in self.passes if p.applies_to(range_)),
             self.options_for(range_),
-            only,
-            note,
+            only=only,
+            note=note,
         )
 
     def to_json(self) -> str:
@@ -166,6 +197,8 @@ class Config:
         """
         data: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["passes"] = [_pass_to_json(p) for p in self.passes]
+        if not isinstance(self.linear, str):
+            data["linear"] = dict(self.linear)
         data["inductor_options"] = {
             k: dict(v) if isinstance(v, Mapping) else v for k, v in self.inductor_options.items()
         }
@@ -269,6 +302,27 @@ def _passes(values: object) -> tuple[Pass, ...]:
             mend = f": write {value.__name__}()" if isinstance(value, type) else ""
             raise InvalidField(f"passes must hold splitpoint.Pass objects, got {value!r}{mend}")
     return tuple(values)
+
+
+def _linear(value: object) -> str | Mapping[str, str]:
+    # Which variants there are is known where they are defined; here they are only named.
+    if isinstance(value, str):
+        _choice("linear", value, ("auto", "inductor"))
+        return value
+    if not isinstance(value, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, str) for k, v in value.items()
+    ):
+        raise InvalidField(
+            f"linear must be 'auto', 'inductor' or a dict such as {{'1-8': 'packed'}}, got "
+            f"{value!r}"
+        )
+    for key, variant in value.items():
+        try:
+            Range.parse(key)
+        except InvalidRange as error:
+            raise InvalidField(f"linear: {error}") from error
+        _choice(f"linear[{key!r}]", variant, LINEAR_VARIANTS)
+    return MappingProxyType(dict(value))
 
 
 def _is_range(key: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,14 +13,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from . import kernels
 from .config import Config
-from .errors import GuardError, StateChanged
+from .errors import GuardError, KernelBuildError, StateChanged
 from .graph.assumptions import Assumption, runs, valid
 from .graph.capture import Argument, Bound, Held, SizeInput
-from .graph.pieces import Piece, Split
-from .graph.stitch import Guard, Stitched, rebind, stitch
+from .graph.pieces import CallPiece, Piece, Split
+from .graph.stitch import CompiledPiece, Guard, Packed, Stitched, rebind, stitch
+from .packing import PackedWeights
+from .passes import linear
+from .passes.linear import LinearShape
 from .passes.manager import MatchCount
 from .ranges import NOT_SERVED, Plan, PlannedRange, Range
+from .tuning.linear import LinearTuner
 
 log = logging.getLogger("splitpoint")
 
@@ -41,9 +47,25 @@ class Graph:
     explain: Callable[[], str] = str
     bound: list[Any] = field(default_factory=list)
     facts: tuple[Held, ...] | None = ()
+    bound_of: dict[str, frozenset[int]] = field(default_factory=dict)
+    """By piece: which of its inputs are tensors that the module holds, at every call of it."""
 
     def __post_init__(self) -> None:
         self.bind()
+        names = {
+            name
+            for name, source in zip(self.split.inputs, self.inputs, strict=True)
+            if isinstance(source, Bound)
+        }
+        for fingerprint in self.split.pieces:
+            calls = [
+                step.inputs
+                for step in self.split.steps
+                if isinstance(step, CallPiece) and step.fingerprint == fingerprint
+            ]
+            self.bound_of[fingerprint] = frozenset(
+                index for index, _ in enumerate(calls[0]) if all(c[index] in names for c in calls)
+            )
 
     def bind(self) -> None:
         """Take the tensors that the module holds now."""
@@ -60,6 +82,8 @@ class Lane:
     sizes: Sequence[int]
     """The sizes it serves, ascending: those of its range without the single sizes in it."""
     run: Stitched | None = None
+    packed: frozenset[tuple[int, str]] = frozenset()
+    """The packed weights that `run` reads, by `Bound.index` and layout."""
 
 
 class TooWide(Exception):
@@ -87,6 +111,10 @@ class Program:
         self.config = config
         self.notes = tuple(notes)
         self.counts = Counts()
+        self.weights = PackedWeights()
+        self.tuner = LinearTuner(torch.get_num_threads(), config.linear_budget_s)
+        self._reserved: dict[tuple[LinearShape, str], int] = {}
+        self._warned = False
         self.lanes: list[Lane | None] = []
         """None for a lane that was split; lane i has table entry i + 1."""
         self.table = array("H", bytes(2 * (config.max_size + 1)))
@@ -151,8 +179,9 @@ class Program:
             if lane is None or lane.run is not None:
                 return  # another thread was first
             try:
+                chosen = self._choose_linear(lane)
                 compiled = {
-                    fingerprint: self._compile_piece(piece, lane)
+                    fingerprint: self._compile_piece(piece, lane, chosen)
                     for fingerprint, piece in lane.graph.split.pieces.items()
                 }
             except TooWide as narrowed:
@@ -164,14 +193,68 @@ class Program:
             lane.run = self._stitch(lane, compiled)
             self.runners[index] = lane.run
 
-    def _compile_piece(self, piece: Piece, lane: Lane) -> Callable[..., Sequence[Any]]:
+    def _choose_linear(self, lane: Lane) -> dict[LinearShape, str]:
+        """Choose a kernel for each shape of linear layer in the lane's pieces, and note it in
+        the plan."""
+        wanted = self.config.linear_for(lane.planned.range)
+        if self.config.backend == "eager" or wanted == "inductor":
+            return {}
+        graph = lane.graph
+        shapes = Counter(
+            site.shape
+            for step in graph.split.steps
+            if isinstance(step, CallPiece)
+            for site in linear.find(
+                graph.split.pieces[step.fingerprint], graph.bound_of[step.fingerprint]
+            )
+        )
+        if not shapes or not self._kernels_available():
+            return {}
+        room = self.config.max_packed_bytes
+        chosen: dict[LinearShape, str] = {}
+        for shape, count in shapes.items():
+            name = wanted
+            if wanted == "auto":
+                name = self.tuner.choose(shape, lane.planned.range)
+            layout = linear.VARIANTS[name].layout if name in linear.VARIANTS else "plain"
+            if layout != "plain" and room is not None:
+                key = (shape, layout)
+                if key not in self._reserved:
+                    cost = count * linear.nbytes(shape, layout)
+                    if sum(self._reserved.values()) + cost > room:
+                        log.info("%s of %s would exceed max_packed_bytes", name, shape)
+                        name = "inductor"
+                    else:
+                        self._reserved[key] = cost
+            chosen[shape] = name
+        self.tuner.done()
+        if any(name != "inductor" for name in chosen.values()):
+            summary = {str(shape): name for shape, name in chosen.items()}
+            lane.planned = replace(lane.planned, linear=summary)
+        return chosen
+
+    def _kernels_available(self) -> bool:
+        try:
+            kernels.load()
+        except KernelBuildError as error:
+            if not self._warned:
+                log.warning("linear layers stay with Inductor: %s", error)
+                self._warned = True
+            return False
+        return True
+
+    def _compile_piece(
+        self, piece: Piece, lane: Lane, chosen: dict[LinearShape, str]
+    ) -> CompiledPiece:
         if self.config.backend == "eager":
             from .compilers import eager
 
-            return eager.compile_piece(piece)
+            return CompiledPiece(eager.compile_piece(piece), linear.unchanged(piece).sources)
         from .compilers import inductor
 
-        compiled = inductor.compile_piece(piece, lane.planned, self.config.passes)
+        bound = lane.graph.bound_of[piece.fingerprint]
+        prepared = linear.rewrite(piece, bound, chosen) if chosen else linear.unchanged(piece)
+        compiled = inductor.compile_piece(prepared.piece, lane.planned, self.config.passes)
         self.counts.compilations += 1
         self.counts.matches += compiled.matches
         log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)
@@ -180,7 +263,7 @@ class Program:
             raise TooWide(
                 right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))]
             )
-        return compiled.call
+        return CompiledPiece(compiled.call, prepared.sources)
 
     def _parts(self, lane: Lane, narrowed: TooWide) -> list[Lane]:
         range_ = lane.planned.range
@@ -211,15 +294,30 @@ class Program:
             for part in parts
         ]
 
-    def _stitch(self, lane: Lane, compiled: dict[str, Callable[..., Sequence[Any]]]) -> Stitched:
+    def _stitch(self, lane: Lane, compiled: dict[str, CompiledPiece]) -> Stitched:
         graph = lane.graph
         guard = None
         if self.config.module_guards == "every_call":
             guard = Guard(graph.check, lambda: self.refresh(graph), graph.facts)
         self._check(graph)
-        run = stitch(graph.split, graph.inputs, compiled, graph.argument_count, graph.result, guard)
-        rebind(run, graph.bound, graph.facts)
+        run, lane.packed = stitch(
+            graph.split,
+            graph.inputs,
+            compiled,
+            graph.argument_count,
+            graph.result,
+            guard,
+            Packed(self.weights.fresh, self.repack),
+        )
+        self._rebind(run, lane)
         return run
+
+    def _rebind(self, run: Stitched, lane: Lane) -> None:
+        bound = lane.graph.bound
+        packed = {
+            (index, layout): self.weights.get(bound[index], layout) for index, layout in lane.packed
+        }
+        rebind(run, bound, lane.graph.facts, packed)
 
     # --- the module --------------------------------------------------------------------
 
@@ -232,9 +330,16 @@ class Program:
         self._check(graph)
         with self._lock:
             graph.bind()
+            graphs = {id(lane.graph): lane.graph for lane in self.lanes if lane}.values()
+            self.weights.retain([tensor for each in graphs for tensor in each.bound])
             for lane in self.lanes:
                 if lane and lane.graph is graph and lane.run is not None:
-                    rebind(lane.run, graph.bound, graph.facts)
+                    self._rebind(lane.run, lane)
+
+    def repack(self) -> None:
+        """Bring packed copies of weights that were updated in place up to date."""
+        with self._lock:
+            self.weights.repack()
 
     def _check(self, graph: Graph) -> None:
         with torch.no_grad():  # as it was at capture, and is around every call

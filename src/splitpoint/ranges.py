@@ -89,6 +89,8 @@ class PlannedRange:
     """Names of the passes that run for this range."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Inductor options of this range."""
+    linear: Mapping[str, str] = field(default_factory=dict)
+    """Kernel of each shape of linear layer ("576->1536"), for those that are not Inductor's."""
     only: tuple[tuple[int, int], ...] = ()
     """The runs (first, last) of sizes that are served, where the range serves only some of
     its sizes (those that a model's own condition leaves it); () means all of them."""
@@ -184,6 +186,7 @@ class Plan:
                         "hint": entry.hint,
                         "passes": list(entry.passes),
                         "options": dict(entry.options),
+                        "linear": dict(entry.linear),
                         "only": [list(run) for run in entry.only],
                         "note": entry.note,
                     }
@@ -209,6 +212,7 @@ class Plan:
                     row["hint"],
                     tuple(row["passes"]),
                     dict(row["options"]),
+                    dict(row["linear"]),
                     tuple((int(first), int(last)) for first, last in row["only"]),
                     row["note"],
                 )
@@ -219,7 +223,7 @@ class Plan:
             raise InvalidJSON(f"this is not the JSON of a plan: {error!r}") from error
 
     def __str__(self) -> str:
-        rows = [("range", "sizes", "hint", "passes", "options", "note")]
+        rows = [("range", "sizes", "hint", "linear", "passes", "options", "note")]
         served = Counter(self.table)
         for index, entry in enumerate(self.entries):
             rows.append(
@@ -227,12 +231,21 @@ class Plan:
                     str(entry.range),
                     f"{served[index + 1]}",
                     "static" if entry.range.is_single_size else f"{entry.hint}",
+                    _summary(entry.linear),
                     ", ".join(entry.passes),
                     ", ".join(f"{name}={value}" for name, value in entry.options.items()),
                     entry.note,
                 )
             )
         return "\n".join([*align(rows, right={1, 2}), *self.notes])
+
+
+def _summary(linear: Mapping[str, str]) -> str:
+    """`packed`, where all layers have the same kernel, or `packed 4, gemv 1` by shapes."""
+    counts = Counter(linear.values())
+    if len(counts) == 1 and "inductor" not in counts:
+        return next(iter(counts))
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 
 
 def align(rows: Iterable[tuple[str, ...]], right: Collection[int] = ()) -> list[str]:

@@ -171,7 +171,7 @@ def _emptied(
         guard = None
         if config.module_guards == "every_call":
             guard = Guard(graph.check, partial(program.refresh, graph), graph.facts)
-        function = stitch(nothing, graph.inputs, {}, graph.argument_count, None, guard)
+        function, _ = stitch(nothing, graph.inputs, {}, graph.argument_count, None, guard)
         rebind(function, graph.bound, graph.facts)
         program.runners[index] = function
     return compiled

@@ -16,6 +16,9 @@ from torch import fx
 from .. import _torch
 from ..errors import UnknownSplittingOp, UnsupportedGraph
 
+RANK, DTYPE = "splitpoint_rank", "splitpoint_dtype"
+"""Keys of a piece's `node.meta`: what is known of a tensor without a ShapeEnv."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -275,6 +278,8 @@ class _Splitter:
         size = graph.placeholder("size") if symbolic else None
         for index, node in enumerate(inputs):
             copies[node] = graph.placeholder(f"arg{index}")
+            value = node.meta["example_value"]
+            copies[node].meta |= {RANK: value.dim(), DTYPE: value.dtype}
         for node in used:
             if node in self.sizes:
                 expr = self.sizes[node].expr
@@ -290,7 +295,9 @@ class _Splitter:
         for node in nodes:
             copy = _copy(graph, node, copies)
             # Captured values belong to the capture's ShapeEnv: no range may see them.
-            copy.meta.pop("example_value", None)
+            value = copy.meta.pop("example_value", None)
+            if isinstance(value, torch.Tensor):
+                copy.meta[RANK], copy.meta[DTYPE] = value.dim(), value.dtype
             copies[node] = copy
         graph.output(tuple(copies[node] for node in outputs))
         graph_module = fx.GraphModule(attributes, graph)

@@ -16,6 +16,24 @@ Stitched = Callable[..., Any]
 
 
 @dataclass(frozen=True)
+class CompiledPiece:
+    """A piece as one range calls it."""
+
+    call: Callable[..., Sequence[Any]]
+    """Takes the size if the piece does, then the tensors of `sources`."""
+    sources: Sequence[tuple[int, str]]
+    """For each tensor: which of the piece's inputs it is, in which layout."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a stitched function sees that its packed weights are those of the module."""
+
+    fresh: Callable[[], bool]
+    repack: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class Guard:
     """What a stitched function checks of the module before it runs."""
 
@@ -29,11 +47,12 @@ class Guard:
 def stitch(
     split: Split,
     inputs: Sequence[Argument | Bound | SizeInput],
-    compiled: Mapping[str, Callable[..., Sequence[Any]]],
+    compiled: Mapping[str, CompiledPiece],
     argument_count: int,
     result: tuple[Sequence[Any], Any] | None,
     guard: Guard | None,
-) -> Stitched:
+    packed: Packed | None = None,
+) -> tuple[Stitched, frozenset[tuple[int, str]]]:
     """Generate the function of one range. `rebind` must follow before it is called.
 
     Args:
@@ -44,13 +63,26 @@ def stitch(
         result: leaves (`GraphOutput`, `Argument` or constant) and pytree spec of what the
             callable returns; None to return the tuple of graph outputs.
         guard: what to check of the module at each call, if anything.
+        packed: how to keep packed weights up to date, where there are any.
+
+    Returns:
+        The function, and the (`Bound.index`, layout) of the packed weights it reads.
     """
-    return _Writer(split, inputs, compiled, argument_count).function(result, guard)
+    writer = _Writer(split, inputs, compiled, argument_count)
+    return writer.function(result, guard, packed), frozenset(writer.packed)
 
 
-def rebind(stitched: Stitched, bound: Sequence[Any], held: Sequence[Held] | None) -> None:
-    """Give a stitched function the tensors that the module holds, by `Bound.index`."""
+def rebind(
+    stitched: Stitched,
+    bound: Sequence[Any],
+    held: Sequence[Held] | None,
+    packed: Mapping[tuple[int, str], Any] | None = None,
+) -> None:
+    """Give a stitched function the tensors that the module holds, by `Bound.index`, and their
+    packed copies, by index and layout."""
     names = {f"w{index}": value for index, value in enumerate(bound)}
+    for (index, layout), value in (packed or {}).items():
+        names[f"w{index}_{layout}"] = value
     for index, fact in enumerate(held or ()):
         names[f"h{index}"] = fact.holder
         names[f"o{index}"] = fact.value
@@ -65,7 +97,7 @@ class _Writer:
         self,
         split: Split,
         inputs: Sequence[Argument | Bound | SizeInput],
-        compiled: Mapping[str, Callable[..., Sequence[Any]]],
+        compiled: Mapping[str, CompiledPiece],
         argument_count: int,
     ) -> None:
         self.split = split
@@ -79,10 +111,22 @@ class _Writer:
             elif isinstance(source, Bound):
                 self.names[name] = f"w{source.index}"
         self.lines: list[str] = []
+        self.bound = {
+            name: source.index
+            for name, source in zip(split.inputs, inputs, strict=True)
+            if isinstance(source, Bound)
+        }
+        self.packed: set[tuple[int, str]] = set()
 
-    def function(self, result: tuple[Sequence[Any], Any] | None, guard: Guard | None) -> Stitched:
+    def function(
+        self,
+        result: tuple[Sequence[Any], Any] | None,
+        guard: Guard | None,
+        packed: Packed | None,
+    ) -> Stitched:
         if guard is not None:
             self.write_guard(guard)
+        prologue = len(self.lines)
         uses = [self.used(step) for step in self.split.steps]
         last = {name: index for index, used in enumerate(uses) for name in used}
         kept = self.used(self.split.outputs)
@@ -94,6 +138,10 @@ class _Writer:
             locals_ = [self.names[name] for name in done + unused if name not in kept]
             if dead := [local for local in locals_ if local.startswith("v")]:
                 self.lines.append(f"del {', '.join(dead)}")
+        if self.packed:
+            assert packed is not None
+            fresh, repack = self.constant(packed.fresh), self.constant(packed.repack)
+            self.lines.insert(prologue, f"if not {fresh}(): {repack}()")
         if result is None:
             self.lines.append(f"return {self.code(tuple(self.split.outputs))}")
         else:
@@ -135,11 +183,11 @@ class _Writer:
 
     def write(self, step: CallPiece | CallOp) -> None:
         if isinstance(step, CallPiece):
-            piece = self.split.pieces[step.fingerprint]
-            args = ["size"] if piece.takes_size else []
-            args += [self.names[name] for name in step.inputs]
+            compiled = self.compiled[step.fingerprint]
+            args = ["size"] if self.split.pieces[step.fingerprint].takes_size else []
+            args += [self.input(step.inputs[index], layout) for index, layout in compiled.sources]
             call = f"p_{step.fingerprint}"
-            self.namespace[call] = self.compiled[step.fingerprint]
+            self.namespace[call] = compiled.call
             targets = [self.new(name) for name in step.outputs]
             left = f"({', '.join(targets)},) = " if targets else ""
             self.lines.append(f"{left}{call}({', '.join(args)})")
@@ -148,6 +196,12 @@ class _Writer:
             args += [f"{name}={self.code(value)}" for name, value in step.kwargs.items()]
             call = self.constant(step.target)
             self.lines.append(f"{self.new(step.output)} = {call}({', '.join(args)})")
+
+    def input(self, name: str, layout: str) -> str:
+        if layout == "plain":
+            return self.names[name]
+        self.packed.add((self.bound[name], layout))
+        return f"{self.names[name]}_{layout}"
 
     def new(self, name: str) -> str:
         self.names[name] = f"v{len(self.names)}"

@@ -1,0 +1,80 @@
+"""Derived copies of weights in the layouts that kernels read, kept equal to the weights."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import torch
+
+from .passes.linear import LAYOUTS
+
+_version = attrgetter("_version")
+_pointer = torch.Tensor.data_ptr
+
+
+class PackedWeights:
+    """Packed copies, one for each (weight, layout), shared by ranges and graphs.
+
+    A weight that is updated in place, or whose `.data` is exchanged, is packed anew into the
+    same copy, so that whoever holds a copy goes on with it.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[int, str], torch.Tensor] = {}
+        self._weights: dict[int, torch.Tensor] = {}
+        """By id; held, so that ids stay theirs."""
+        self._tensors: list[torch.Tensor] = []
+        self._versions: list[int] = []
+        self._pointers: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(packed.nbytes for packed in self._copies.values())
+
+    def get(self, weight: torch.Tensor, layout: str) -> torch.Tensor:
+        """The copy of a [n, k] weight in a layout; made at first use."""
+        key = (id(weight), layout)
+        if key not in self._copies:
+            self._copies[key] = _packed(weight, layout)
+            self._weights[id(weight)] = weight
+            self._note()
+        return self._copies[key]
+
+    def has(self, weight: torch.Tensor, layout: str) -> bool:
+        """Whether the copy exists."""
+        return (id(weight), layout) in self._copies
+
+    def fresh(self) -> bool:
+        """Whether no packed weight was updated since it was packed."""
+        return (
+            list(map(_version, self._tensors)) == self._versions
+            and list(map(_pointer, self._tensors)) == self._pointers
+        )
+
+    def repack(self) -> None:
+        """Pack anew what was updated."""
+        marks = zip(self._versions, self._pointers, strict=True)
+        for weight, (version, pointer) in zip(self._tensors, marks, strict=True):
+            if (weight._version, weight.data_ptr()) != (version, pointer):
+                for layout in LAYOUTS:
+                    if (copy := self._copies.get((id(weight), layout))) is not None:
+                        copy.copy_(_packed(weight, layout))
+        self._note()
+
+    def retain(self, weights: list[torch.Tensor]) -> None:
+        """Drop the copies of weights that are not among these."""
+        kept = set(map(id, weights))
+        self._copies = {key: copy for key, copy in self._copies.items() if key[0] in kept}
+        self._weights = {key: weight for key, weight in self._weights.items() if key in kept}
+        self._note()
+
+    def _note(self) -> None:
+        self._tensors = list(self._weights.values())
+        self._versions = list(map(_version, self._tensors))
+        self._pointers = list(map(_pointer, self._tensors))
+
+
+def _packed(weight: torch.Tensor, layout: str) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return LAYOUTS[layout].pack(weight.detach().contiguous())
