@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import inspect
 import logging
 import os
@@ -557,6 +558,55 @@ def inductor_compile(
     # The artifact's own __call__ does nothing but forward to this, at 1 us a piece.
     compiled: Callable[..., Sequence[Any]] = artifact._compiled_fn
     return compiled
+
+
+# --- oneDNN ----------------------------------------------------------------------------
+
+
+def onednn_linear_available(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has linear layers over weights in its own layout for a dtype."""
+    return bool(torch._C._has_mkldnn) and (
+        dtype == torch.float32
+        or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+def onednn_pack(weight: torch.Tensor) -> torch.Tensor:
+    """A [n, k] weight in oneDNN's own layout, an opaque tensor. The layout does not depend on
+    the number of tokens in a way that could be measured."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return packed
+
+
+def onednn_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[tokens, k] to [tokens, n] over a weight that `onednn_pack` made."""
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def onednn_linear_op() -> Any:
+    """`onednn_linear` as an operator of its own: Inductor's lowering of the one beneath takes
+    weights only as constants of the graph."""
+    _onednn_library()
+    return torch.ops.splitpoint_onednn.linear.default
+
+
+@functools.cache  # a library unregisters what it defined when it is collected
+def _onednn_library() -> torch.library.Library:
+    library = torch.library.Library("splitpoint_onednn", "DEF")  # type: ignore[no-untyped-call]
+    schema = "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor"
+    library.define(schema)  # type: ignore[no-untyped-call]
+    # An opaque weight has a dispatch key of its own, which comes before CPU.
+    for key in ("CPU", "MkldnnCPU"):
+        library.impl("linear", onednn_linear, key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(
+        "splitpoint_onednn::linear",
+        lambda x, weight, bias=None: x.new_empty((x.shape[0], weight.shape[0])),
+        lib=library,
+    )
+    return library
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ OnOutOfPlan = Literal["error", "eager"]
 Hint = Literal["start", "middle", "end"]
 ModuleGuards = Literal["every_call", "first_call"]
 
-LINEAR_VARIANTS = ("auto", "inductor", "gemv", "packed")
+LINEAR_VARIANTS = ("auto", "inductor", "gemv", "packed", "onednn")
 """What `Config.linear` may name for a range."""
 
 ATTENTION_OPS = ("aten::scaled_dot_product_attention", "flex_attention")

@@ -6,7 +6,7 @@ import logging
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,6 +67,13 @@ class Graph:
                 index for index, _ in enumerate(calls[0]) if all(c[index] in names for c in calls)
             )
 
+    def linear_sites(self) -> Iterator[linear.Site]:
+        """The linear layers of all pieces, equal pieces counted each."""
+        for step in self.split.steps:
+            if isinstance(step, CallPiece):
+                piece = self.split.pieces[step.fingerprint]
+                yield from linear.find(piece, self.bound_of[step.fingerprint])
+
     def bind(self) -> None:
         """Take the tensors that the module holds now."""
         self.bound = self.fetch()
@@ -82,6 +89,8 @@ class Lane:
     sizes: Sequence[int]
     """The sizes it serves, ascending: those of its range without the single sizes in it."""
     run: Stitched | None = None
+    kernels: dict[LinearShape, str] | None = None
+    """The kernel of each shape of linear layer; None while it is not chosen."""
     packed: frozenset[tuple[int, str]] = frozenset()
     """The packed weights that `run` reads, by `Bound.index` and layout."""
 
@@ -164,6 +173,7 @@ class Program:
     def compile_all(self) -> None:
         """Compile every lane not compiled yet, with a progress bar on a terminal."""
         todo = [index for index, lane in enumerate(self.lanes, 1) if lane and lane.run is None]
+        self._choose_linear([lane for lane in self.lanes if lane and lane.run is None])
         for index in tqdm(todo, desc="compiling ranges", unit="range", disable=None):
             self.compile(index)
 
@@ -179,9 +189,9 @@ class Program:
             if lane is None or lane.run is not None:
                 return  # another thread was first
             try:
-                chosen = self._choose_linear(lane)
+                self._choose_linear([lane])
                 compiled = {
-                    fingerprint: self._compile_piece(piece, lane, chosen)
+                    fingerprint: self._compile_piece(piece, lane)
                     for fingerprint, piece in lane.graph.split.pieces.items()
                 }
             except TooWide as narrowed:
@@ -193,45 +203,44 @@ class Program:
             lane.run = self._stitch(lane, compiled)
             self.runners[index] = lane.run
 
-    def _choose_linear(self, lane: Lane) -> dict[LinearShape, str]:
-        """Choose a kernel for each shape of linear layer in the lane's pieces, and note it in
-        the plan."""
-        wanted = self.config.linear_for(lane.planned.range)
-        if self.config.backend == "eager" or wanted == "inductor":
-            return {}
-        graph = lane.graph
-        shapes = Counter(
-            site.shape
-            for step in graph.split.steps
-            if isinstance(step, CallPiece)
-            for site in linear.find(
-                graph.split.pieces[step.fingerprint], graph.bound_of[step.fingerprint]
-            )
-        )
-        if not shapes or not self._kernels_available():
-            return {}
-        room = self.config.max_packed_bytes
-        chosen: dict[LinearShape, str] = {}
-        for shape, count in shapes.items():
-            name = wanted
-            if wanted == "auto":
-                name = self.tuner.choose(shape, lane.planned.range)
-            layout = linear.VARIANTS[name].layout if name in linear.VARIANTS else "plain"
-            if layout != "plain" and room is not None:
-                key = (shape, layout)
-                if key not in self._reserved:
-                    cost = count * linear.nbytes(shape, layout)
-                    if sum(self._reserved.values()) + cost > room:
-                        log.info("%s of %s would exceed max_packed_bytes", name, shape)
-                        name = "inductor"
-                    else:
-                        self._reserved[key] = cost
-            chosen[shape] = name
-        self.tuner.done()
-        if any(name != "inductor" for name in chosen.values()):
-            summary = {str(shape): name for shape, name in chosen.items()}
-            lane.planned = replace(lane.planned, linear=summary)
-        return chosen
+    def _choose_linear(self, lanes: Sequence[Lane]) -> None:
+        """Choose a kernel for each shape of linear layer in each lane, and note it in the
+        plan."""
+        counts: dict[LinearShape, Counter[int]] = {}
+        for index, lane in enumerate(lanes):
+            if self.config.linear_for(lane.planned.range) == "inductor" or lane.kernels is not None:
+                continue
+            lane.kernels = {}
+            for site in lane.graph.linear_sites():
+                counts.setdefault(site.shape, Counter())[index] += 1
+        if self.config.backend == "eager" or not counts or not self._kernels_available():
+            return
+        for shape, by_lane in counts.items():
+            for index, count in by_lane.items():
+                lane = lanes[index]
+                assert lane.kernels is not None
+                name = self.config.linear_for(lane.planned.range)
+                if name == "auto":
+                    layouts = {layout for known, layout in self._reserved if known == shape}
+                    name = self.tuner.choose(shape, lane.planned.range, layouts)
+                lane.kernels[shape] = name if self._has_room(shape, name, count) else "inductor"
+        self.tuner.free()
+        for lane in lanes:
+            if lane.kernels and set(lane.kernels.values()) != {"inductor"}:
+                summary = {str(shape): name for shape, name in lane.kernels.items()}
+                lane.planned = replace(lane.planned, linear=summary)
+
+    def _has_room(self, shape: LinearShape, name: str, count: int) -> bool:
+        """Whether the packed copies that a variant needs stay under `max_packed_bytes`."""
+        layout = linear.VARIANTS[name].layout if name in linear.VARIANTS else "plain"
+        if layout != "plain" and (shape, layout) not in self._reserved:
+            cost = count * linear.nbytes(shape, layout)
+            room = self.config.max_packed_bytes
+            if room is not None and sum(self._reserved.values()) + cost > room:
+                log.info("%s for %s would exceed max_packed_bytes", name, shape)
+                return False
+            self._reserved[shape, layout] = cost
+        return True
 
     def _kernels_available(self) -> bool:
         try:
@@ -243,9 +252,7 @@ class Program:
             return False
         return True
 
-    def _compile_piece(
-        self, piece: Piece, lane: Lane, chosen: dict[LinearShape, str]
-    ) -> CompiledPiece:
+    def _compile_piece(self, piece: Piece, lane: Lane) -> CompiledPiece:
         if self.config.backend == "eager":
             from .compilers import eager
 
@@ -253,8 +260,10 @@ class Program:
         from .compilers import inductor
 
         bound = lane.graph.bound_of[piece.fingerprint]
-        prepared = linear.rewrite(piece, bound, chosen) if chosen else linear.unchanged(piece)
-        compiled = inductor.compile_piece(prepared.piece, lane.planned, self.config.passes)
+        prepared = linear.rewrite(piece, bound, lane.kernels or {})
+        compiled = inductor.compile_piece(
+            prepared.piece, lane.planned, self.config.passes, prepared.options
+        )
         self.counts.compilations += 1
         self.counts.matches += compiled.matches
         log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)

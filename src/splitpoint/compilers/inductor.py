@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,14 @@ def check_options(options: dict[str, Any]) -> None:
             raise UnknownInductorOption(f"Inductor has no option {name!r}{mend}")
 
 
-def compile_piece(piece: Piece, planned: PlannedRange, passes: Sequence[Pass]) -> Compiled:
-    """Compile a piece for one line of the plan, in a ShapeEnv of its own.
+def compile_piece(
+    piece: Piece,
+    planned: PlannedRange,
+    passes: Sequence[Pass],
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a piece for one line of the plan, in a ShapeEnv of its own; `options` are added
+    to those of the plan.
 
     Raises:
         CompileError: when Inductor fails; the cause says why.
@@ -64,7 +70,12 @@ def compile_piece(piece: Piece, planned: PlannedRange, passes: Sequence[Pass]) -
     uuid = json.dumps([str(range_), planned.hint, manager.uuid()])
     try:
         call = _torch.inductor_compile(
-            piece.graph_module, shapes, inputs, manager, uuid, planned.options
+            piece.graph_module,
+            shapes,
+            inputs,
+            manager,
+            uuid,
+            {**planned.options, **(options or {})},
         )
     except SplitpointError:
         raise

@@ -69,12 +69,18 @@ def _any(shape: LinearShape, range_: Range) -> bool:
     return True
 
 
+def _onednn(shape: LinearShape, range_: Range) -> bool:
+    return range_.end >= 16 and _torch.onednn_linear_available(shape.dtype)
+
+
 LAYOUTS: dict[str, Layout] = {
     "plain": Layout(lambda s: (s.n, s.k), lambda w: w),
     "packed": Layout(
         lambda s: packed_shape(s.n, s.k, s.dtype),
         lambda w: torch.ops.splitpoint.pack_weight(w),
     ),
+    # Opaque: oneDNN blocks it as it likes, so nothing may look at its strides.
+    "onednn": Layout(lambda s: (s.n, s.k), _torch.onednn_pack),
 }
 
 VARIANTS: dict[str, Variant] = {
@@ -93,6 +99,13 @@ VARIANTS: dict[str, Variant] = {
             _any,
             lambda x, w, s, b: torch.ops.splitpoint.linear_packed(x, w, s.n, None, b),
             lambda s: (torch.ops.splitpoint.linear_packed.default, (s.n, None)),
+        ),
+        Variant(
+            "onednn",
+            "onednn",
+            _onednn,
+            lambda x, w, s, b: _torch.onednn_linear(x, w, b),
+            lambda s: (_torch.onednn_linear_op(), ()),
         ),
     )
 }
@@ -170,6 +183,13 @@ class Prepared:
     piece: Piece
     sources: tuple[tuple[int, str], ...]
     """For each tensor input: which input of the original piece it is, in which layout."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Inductor options that the piece needs."""
+        if any(layout == "onednn" for _, layout in self.sources):
+            return {"size_asserts": False, "alignment_asserts": False}
+        return {}
 
 
 def unchanged(piece: Piece) -> Prepared:

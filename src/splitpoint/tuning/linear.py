@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -23,16 +23,26 @@ COLD_BYTES = 64 << 20
 """Weights that the calls of a measurement cycle through, so that each finds its weight in
 memory and not in a cache, as it does in a model."""
 
-MOST_FLOPS = 4e9
+MOST_FLOPS = 1e9
 """A probe is no larger than this: what wins at it wins above it, where all kernels are bound
 by arithmetic."""
 
 INDUCTOR = "inductor"
 
+SMALLEST = 1 << 15
+"""Elements of a weight below which a layer costs about as much as its call, whatever runs it."""
+
+WORTH_A_COPY = 1.05
+"""A second layout of a weight must win by this factor over one that exists already."""
+
 
 @dataclass
 class LinearTuner:
-    """Measures variants for the shapes it is asked about, and remembers."""
+    """Measures variants for the shapes it is asked about, and remembers.
+
+    Ask for all ranges of a shape before the next shape: each shape's copies of weights are
+    made when it is first asked about, and stay until another is.
+    """
 
     threads: int
     budget_s: float = 10.0
@@ -44,19 +54,32 @@ class LinearTuner:
     _layers_of: LinearShape | None = None
     _weight: Tensor | None = None
 
-    def choose(self, shape: LinearShape, range_: Range) -> str:
+    def choose(self, shape: LinearShape, range_: Range, layouts: Collection[str] = ()) -> str:
         """The fastest variant for a layer in a range: the least mean, over the range's first,
-        middle and last size, of the time relative to the best variant there."""
+        middle and last size, of the time relative to the best variant there. Of variants
+        within 5 % of that, one whose layout is among `layouts`, which exist already."""
+        if shape.n * shape.k < SMALLEST:
+            return INDUCTOR
         names = [INDUCTOR, *(n for n, v in VARIANTS.items() if v.admits(shape, range_))]
         losses = dict.fromkeys(names, 0.0)
         for size in probes(shape, range_):
             seconds = self.seconds(shape, size, names)
             if seconds is None:
+                log.info("no time left to measure %s for %s: it stays with Inductor", shape, range_)
                 return INDUCTOR
             best = min(seconds[name] for name in names)
             for name in names:
                 losses[name] += seconds[name] / best
-        return min(names, key=losses.__getitem__)
+        best_name = min(names, key=losses.__getitem__)
+        there = [n for n in names if n == INDUCTOR or VARIANTS[n].layout in {"plain", *layouts}]
+        best_there = min(there, key=losses.__getitem__)
+        if losses[best_there] <= WORTH_A_COPY * losses[best_name]:
+            return best_there
+        return best_name
+
+    def free(self) -> None:
+        """Free the copies of weights that measuring took."""
+        self._layers, self._layers_of, self._weight = {}, None, None
 
     def seconds(self, shape: LinearShape, size: int, names: list[str]) -> dict[str, float] | None:
         """Median seconds a call of each variant at a size; None when the budget is spent."""
@@ -78,10 +101,6 @@ class LinearTuner:
             known |= {name: timing.median_s for name, timing in timings.items()}
             self.spent_s += clock.read() - start
         return known
-
-    def done(self) -> None:
-        """Free the copies of weights that measuring took."""
-        self._layers, self._layers_of, self._weight = {}, None, None
 
     def _make_layers(self, shape: LinearShape) -> None:
         if self._layers_of == shape:
@@ -107,9 +126,13 @@ class LinearTuner:
         """Compare a variant with float64: sums in fp32 in any order, then the dtype's own
         rounding. One that is wrong is never chosen, however fast."""
         assert self._weight is not None
-        y = self._layers[name][0](x)
-        exact = linear(x, self._weight)
-        magnitude = x.double().abs() @ self._weight.double().abs().t()
+        # Columns at random and the last ones, where a block may be cut: all of them in
+        # float64 would take longer than everything else here.
+        rows = self._weight.shape[0]
+        columns = torch.cat([torch.randint(rows, (512,)), torch.arange(rows)[-64:]])
+        y, weight = self._layers[name][0](x)[:, columns], self._weight[columns]
+        exact = linear(x, weight)
+        magnitude = x.double().abs() @ weight.double().abs().t()
         roundoff = torch.finfo(y.dtype).eps / 2
         allowed = (x.shape[1] + 4) * 2.0**-24 * magnitude + 1.01 * roundoff * exact.abs() + 1e-30
         right = bool(((y.double() - exact).abs() <= allowed).all())
