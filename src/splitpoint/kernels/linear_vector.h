@@ -63,17 +63,19 @@ SPLITPOINT_INLINE void store(Bf16* to, Vec value) {
 #endif
 }
 
-SPLITPOINT_INLINE float sum(Vec value) {
-  // Halves are added to halves, which rounds less than a running sum.
-  float lanes[kLanes];
-  store(lanes, value);
-#pragma GCC unroll 8
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// The sum of the lanes, halves added to halves, which rounds less than a running sum.
+template <int kWidth, class V>
+SPLITPOINT_INLINE float sum_lanes(V value) {
+  if constexpr (kWidth == 1) {
+    return value[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * kWidth)));
+    Half halves[2];
+    __builtin_memcpy(halves, &value, sizeof(value));
+    return sum_lanes<kWidth / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
 }
+SPLITPOINT_INLINE float sum(Vec value) { return sum_lanes<kLanes>(value); }
 
 // e^x to 2 ulp, after the Cephes library's expf: x = n ln 2 + r, a polynomial in r, times 2^n.
 // Clamped to [-87.3, 88], where the result is a normal number; a NaN stays one.
