@@ -202,7 +202,7 @@ struct Int8Pairs {
   static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
     const BitVec even = (BitVec)load(w + v * kLanes);
     const BitVec odd = (BitVec)load(w + kBlock + v * kLanes);
-    return (__m512bh)((even >> 16) | (odd & 0xffff0000u));
+    return (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even >> 16), (__m512i)odd);
   }
   static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) { return w + v * kLanes; }
 };
