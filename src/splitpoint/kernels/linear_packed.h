@@ -346,6 +346,7 @@ inline void packed_few_rows(const LinearArgs& a, const Part& part) {
 template <class W, class Y>
 inline void packed_part(const LinearArgs& a, const Part& part) {
   using Stored = typename W::Stored;
+  if (part.t1 == part.t0) return;
   if (part.t1 - part.t0 <= kMaxRows) return packed_few_rows<W, Y>(a, part);
   constexpr int64_t kRowBytes = kBlock * sizeof(Stored);  // of one k
   constexpr int64_t kLines = W::kDepth * kRowBytes / 64;  // of a step
