@@ -157,6 +157,7 @@ def test_matches_float64(case: Case, threads: int, instruction_set: str, variant
         (1, 576, 576),
         (14, 100, 1537),
         (15, 33, 576),
+        (20, 35, 1024),  # rows of x would compete for cache lines
         (200, 70, 301),  # rows are split between threads too
         (61, 40, 9001),  # k is taken in slices
         (3, 4100, 33),

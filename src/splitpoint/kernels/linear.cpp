@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -132,6 +133,13 @@ void run_parallel(const LinearArgs& a, void (*kernel)(const LinearArgs&, const P
   });
 }
 
+// Addresses this far apart share a set of the first-level cache's lines on every CPU with 64 sets
+// of 64 bytes. Rows a quarter of it apart leave four sets to all rows, so many rows at the same k
+// throw each other's lines out; one more line between rows gives each a set of its own.
+constexpr int64_t kAliasBytes = 4096;
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kCompetingRows = 8;
+
 // --- arguments -------------------------------------------------------------------------
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -232,20 +240,36 @@ Tensor run(const Tensor& x_given, const Tensor& weight, const std::optional<Tens
   a.y = y.mutable_data_ptr();
   a.y_stride = n;
 
-  Tensor wide;
-  if (type == DType::bf16 && (!table->dots_bf16 || (!packed && w_type == DType::i8))) {
-    wide = at::empty({t, k}, x_given.options().dtype(at::kFloat));
-    auto* to = static_cast<float*>(wide.mutable_data_ptr());
-    const auto* from = static_cast<const Bf16*>(a.x);
+  // x is copied where the kernels cannot use it as it is: bf16 without bf16 instructions, and
+  // rows so far apart that they would all compete for the same few cache lines.
+  const bool widens =
+      type == DType::bf16 && (!table->dots_bf16 || (!packed && w_type == DType::i8));
+  const int64_t item = type == DType::f32 || widens ? 4 : 2;
+  const bool spreads = packed && t >= kCompetingRows && k * item >= kAliasBytes / 4 &&
+                       (widens ? k : a.x_stride) * item % (kAliasBytes / 4) == 0;
+  Tensor copy;
+  if (widens || spreads) {
+    const int64_t stride = spreads ? k + kLineBytes / item : k;
+    copy = at::empty({t * stride}, x_given.options().dtype(item == 4 ? at::kFloat : at::kBFloat16));
+    auto* to = static_cast<char*>(copy.mutable_data_ptr());
+    const auto* from = static_cast<const char*>(a.x);
+    const int64_t from_bytes = a.x_stride * x_given.itemsize();
     parallel(t, std::max<int64_t>(1, kValuesWorthAThread / std::max<int64_t>(k, 1)),
              [&](int64_t begin, int64_t end) {
                for (int64_t row = begin; row < end; ++row) {
-                 table->widen(from + row * a.x_stride, to + row * k, k);
+                 char* target = to + row * stride * item;
+                 const char* source = from + row * from_bytes;
+                 if (widens) {
+                   table->widen(reinterpret_cast<const Bf16*>(source),
+                                reinterpret_cast<float*>(target), k);
+                 } else {
+                   std::memcpy(target, source, k * item);
+                 }
                }
              });
     a.x = to;
-    a.x_stride = k;
-    a.x_type = DType::f32;
+    a.x_stride = stride;
+    if (widens) a.x_type = DType::f32;
   }
   run_parallel(a, packed ? table->packed : table->gemv,
                packed ? packed_block_columns(activation) : kBlock,

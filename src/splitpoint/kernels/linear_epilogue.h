@@ -5,6 +5,9 @@
 
 namespace splitpoint::SPLITPOINT_ISA {
 
+// How far ahead of its use a weight that is read once is fetched: at 40 GB/s, 12 KiB are 300 ns.
+inline constexpr int64_t kAheadBytes = 12 * 1024;
+
 // One register of columns of one row: (sums * scale + bias), activated, plus the residual.
 // Null pointers stand for what is not there.
 template <class Y>

@@ -202,7 +202,7 @@ struct Int8Pairs {
   static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
     const BitVec even = (BitVec)load(w + v * kLanes);
     const BitVec odd = (BitVec)load(w + kBlock + v * kLanes);
-    return (__m512bh)((even >> 16) | (odd & 0xffff0000u));
+    return (__m512bh)_mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)(even >> 16), (__m512i)odd);
   }
   static SPLITPOINT_INLINE const Stored* columns(const Stored* w, int v) { return w + v * kLanes; }
 };
@@ -218,8 +218,10 @@ struct Tile {
   int64_t depth;
   float* sums;
   bool accumulate;
-  // At every step the cache line at `ahead` is fetched, which then moves on by so many bytes.
+  // At every step two cache lines are fetched, at `ahead` and `ahead_second` bytes after it
+  // (0: one line), and `ahead` moves on by `ahead_step` bytes.
   const char* ahead;
+  int64_t ahead_second;
   int64_t ahead_step;
 };
 
@@ -242,7 +244,8 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
   for (; steps >= kUnroll; steps -= kUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(ahead, 0, 3);
+      __builtin_prefetch(ahead + t.ahead_second, 0, 3);
       ahead += t.ahead_step;
       W::template step<kRows, kVecs>(acc[u], rows, u * W::kDepth, w + u * kStored);
     }
@@ -293,82 +296,92 @@ SPLITPOINT_INLINE void run_tile(int64_t rows, const Tile<W>& t) {
   TilesUpTo<W, kMaxRows>::run[rows - 1](t);
 }
 
-// Bytes of packed weight that stay in the second-level cache while row tiles pass over them,
-// beside as many that are being fetched for the next turn.
-inline constexpr int64_t kResidentBytes = 256 * 1024;
+// Bytes of a block's slice of k: it stays in the second-level cache over the row tiles, beside
+// the next one that is being fetched.
+inline constexpr int64_t kSliceBytes = 256 * 1024;
 
 // Rows whose fp32 sums are kept between slices of k.
-inline constexpr int64_t kGroupRows = 4 * kMaxRows;
+inline constexpr int64_t kGroupRows = 8 * kMaxRows;
 
-// The loops: slices of k that fit the cache, groups of column blocks, row tiles, blocks.
-// Row tiles are evened out (13 rows are 7 and 6, not 12 and 1), as a tile's cost per row falls
-// with its rows.
-template <class W, class Y>
-inline void packed_part(const LinearArgs& a, const Part& part) {
-  using Stored = typename W::Stored;
-  const auto* x = static_cast<const typename W::X*>(a.x);
-  const auto* weight = static_cast<const Stored*>(a.weight);
-  const int64_t stored_k = ceil_div(a.k, W::kDepth) * W::kDepth;
-  const int64_t panel = stored_k * kBlock;
-  const int64_t slice = kResidentBytes / static_cast<int64_t>(kBlock * sizeof(Stored));
-  const int64_t slices = a.k > slice ? ceil_div(a.k, slice) : 1;
-  const int64_t panel_bytes = panel * static_cast<int64_t>(sizeof(Stored));
-  int64_t together = slices > 1 || !panel_bytes ? 1 : kResidentBytes / panel_bytes;
-  if (together < 1) together = 1;
+template <class Y>
+inline void finish_tile(const LinearArgs& a, const float* sums, int64_t t, int64_t rows,
+                        int64_t block) {
   const int64_t columns = packed_block_columns(a.activation);
-  constexpr int64_t kLines = W::kDepth * kBlock * sizeof(Stored) / 64;  // a step
-  float sums[kGroupRows * kBlock];
-
-  const auto finish = [&](int64_t t, int64_t rows, int64_t block) {
-    const int64_t c = block * columns;
-    const int64_t count = a.n - c < columns ? a.n - c : columns;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* row = sums + r * kBlock;
-      finish_row<Y>(a, row, row + kBlock / 2, t + r, c, count);
-    }
-  };
-
-  if (slices > 1) {
-    for (int64_t block = part.block0; block < part.block1; ++block) {
-      for (int64_t t0 = part.t0; t0 < part.t1; t0 += kGroupRows) {
-        const int64_t group = part.t1 - t0 < kGroupRows ? part.t1 - t0 : kGroupRows;
-        const int64_t tiles = ceil_div(group, kMaxRows);
-        for (int64_t s = 0; s < slices; ++s) {
-          const int64_t k0 = s * slice;
-          const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
-          const Stored* w = weight + block * panel + k0 * kBlock;
-          for (int64_t i = 0; i < tiles; ++i) {
-            const int64_t r0 = group * i / tiles, r1 = group * (i + 1) / tiles;
-            const auto* rows = x + (t0 + r0) * a.x_stride + k0;
-            run_tile<W>(r1 - r0, {rows, a.x_stride, w, depth, sums + r0 * kBlock, s > 0,
-                                  reinterpret_cast<const char*>(w), 0});
-          }
-        }
-        finish(t0, group, block);
-      }
+  const int64_t c = block * columns;
+  const int64_t count = a.n - c < columns ? a.n - c : columns;
+  const bool plain = a.activation == Activation::none && !a.scale && !a.bias && !a.residual;
+  if (plain && count == kBlock) {
+    Y* y = static_cast<Y*>(a.y) + t * a.y_stride + c;
+    for (int64_t r = 0; r < rows; ++r, y += a.y_stride, sums += kBlock) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kBlockVecs; ++v) store(y + v * kLanes, load(sums + v * kLanes));
     }
     return;
   }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = sums + r * kBlock;
+    finish_row<Y>(a, row, row + kBlock / 2, t + r, c, count);
+  }
+}
 
+// One row tile or less: the weight is read once, in the order in which it lies.
+template <class W, class Y>
+inline void packed_few_rows(const LinearArgs& a, const Part& part) {
+  constexpr int64_t kStepBytes = W::kDepth * kBlock * sizeof(typename W::Stored);
+  const auto* x = static_cast<const typename W::X*>(a.x) + part.t0 * a.x_stride;
+  const int64_t panel = ceil_div(a.k, W::kDepth) * W::kDepth * kBlock;
+  const auto* w = static_cast<const typename W::Stored*>(a.weight) + part.block0 * panel;
+  float sums[kMaxRows * kBlock];
+  for (int64_t block = part.block0; block < part.block1; ++block, w += panel) {
+    run_tile<W>(part.t1 - part.t0,
+                {x, a.x_stride, w, a.k, sums, false, reinterpret_cast<const char*>(w) + kAheadBytes,
+                 kStepBytes / 2, kStepBytes});
+    finish_tile<Y>(a, sums, part.t0, part.t1 - part.t0, block);
+  }
+}
+
+// The loops, from outside in: column blocks, groups of rows, slices of k, row tiles. Row tiles
+// are evened out (15 rows are 8 and 7, not 14 and 1), as a tile's cost per row falls with its
+// rows.
+template <class W, class Y>
+inline void packed_part(const LinearArgs& a, const Part& part) {
+  using Stored = typename W::Stored;
+  if (part.t1 == part.t0) return;
+  if (part.t1 - part.t0 <= kMaxRows) return packed_few_rows<W, Y>(a, part);
+  constexpr int64_t kRowBytes = kBlock * sizeof(Stored);  // of one k
+  constexpr int64_t kLines = W::kDepth * kRowBytes / 64;  // of a step
+  constexpr int64_t kMostDepth = kSliceBytes / kRowBytes;
+  const auto* x = static_cast<const typename W::X*>(a.x);
+  const auto* weight = static_cast<const Stored*>(a.weight);
+  const int64_t panel = ceil_div(a.k, W::kDepth) * W::kDepth * kBlock;
+  const int64_t slices = a.k > kMostDepth ? ceil_div(a.k, kMostDepth) : 1;
+  const int64_t slice = ceil_div(ceil_div(a.k, slices), 2) * 2;  // pairs stay together
   const int64_t height = part.t1 - part.t0;
-  const int64_t tiles = ceil_div(height, kMaxRows);
-  for (int64_t b0 = part.block0; b0 < part.block1; b0 += together) {
-    const int64_t b1 = part.block1 - b0 < together ? part.block1 : b0 + together;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t t0 = part.t0 + height * i / tiles, t1 = part.t0 + height * (i + 1) / tiles;
-      for (int64_t block = b0; block < b1; ++block) {
-        const Stored* w = weight + block * panel;
-        // With several row tiles all but the first run out of the cache, and memory would
-        // idle: the first ones fetch the next group of blocks meanwhile.
-        const auto* ahead = reinterpret_cast<const char*>(w);
-        int64_t ahead_step = 0;
-        if (tiles > 1 && i < kLines && block + together < part.block1) {
-          ahead += together * panel_bytes + i * (panel_bytes / kLines);
-          ahead_step = 64;
+  const int64_t row_groups = ceil_div(height, kGroupRows);
+  float sums[kGroupRows * kBlock];
+
+  for (int64_t block = part.block0; block < part.block1; ++block) {
+    for (int64_t g = 0; g < row_groups; ++g) {
+      const int64_t t0 = part.t0 + height * g / row_groups;
+      const int64_t t1 = part.t0 + height * (g + 1) / row_groups;
+      const int64_t tiles = ceil_div(t1 - t0, kMaxRows);
+      for (int64_t s = 0; s < slices; ++s) {
+        const int64_t k0 = s * slice;
+        const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
+        const Stored* w = weight + block * panel + k0 * kBlock;
+        // All row tiles but the first run out of the cache, and memory would idle: the first
+        // ones fetch a part each of what lies after this slice, which comes next.
+        const bool more = s + 1 < slices || (g + 1 == row_groups && block + 1 < part.block1);
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t r0 = (t1 - t0) * i / tiles, r1 = (t1 - t0) * (i + 1) / tiles;
+          const bool fetches = more && i < kLines;
+          const auto* ahead = reinterpret_cast<const char*>(w);
+          if (fetches) ahead += depth * kRowBytes + i * (depth * kRowBytes / kLines);
+          float* to = sums + r0 * kBlock;
+          run_tile<W>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth, to, s > 0,
+                                ahead, 0, fetches ? 64 : 0});
+          if (s + 1 == slices) finish_tile<Y>(a, to, t0 + r0, r1 - r0, block);
         }
-        run_tile<W>(t1 - t0, {x + t0 * a.x_stride, a.x_stride, w, a.k, sums, false, ahead,
-                              ahead_step});
-        finish(t0, t1 - t0, block);
       }
     }
   }

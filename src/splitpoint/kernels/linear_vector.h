@@ -5,7 +5,7 @@
 
 #include "linear_types.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -38,42 +38,75 @@ SPLITPOINT_INLINE V load_bits(const void* from) {
   return value;
 }
 
-SPLITPOINT_INLINE Vec splat(float value) { return Vec{} + value; }
+// Minus zero leaves every value as it is, so that only the broadcast remains; plus would not.
+SPLITPOINT_INLINE Vec splat(float value) { return value - Vec{}; }
+
+// Changes of width are spelt out where there is an instruction: GCC 12 does most of them lane by
+// lane.
+SPLITPOINT_INLINE BitVec widened(HalfVec value) {
+#if defined(__AVX512F__)
+  return (BitVec)_mm512_cvtepu16_epi32((__m256i)value);
+#elif defined(__AVX2__)
+  return (BitVec)_mm256_cvtepu16_epi32((__m128i)value);
+#else
+  return __builtin_convertvector(value, BitVec);
+#endif
+}
+SPLITPOINT_INLINE IntVec widened(ByteVec value) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepi8_epi32((__m128i)value);
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)value));
+#else
+  return __builtin_convertvector(value, IntVec);
+#endif
+}
+SPLITPOINT_INLINE HalfVec narrowed(BitVec value) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtepi32_epi16((__m512i)value);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)value, (__m256i)value);
+  return (HalfVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(value, HalfVec);
+#endif
+}
 
 SPLITPOINT_INLINE Vec load(const float* from) { return load_bits<Vec>(from); }
 SPLITPOINT_INLINE Vec load(const Bf16* from) {
-  return (Vec)(__builtin_convertvector(load_bits<HalfVec>(from), BitVec) << 16);
+  return (Vec)(widened(load_bits<HalfVec>(from)) << 16);
 }
 SPLITPOINT_INLINE Vec load(const int8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(load_bits<ByteVec>(from), IntVec), Vec);
+  return __builtin_convertvector(widened(load_bits<ByteVec>(from)), Vec);
 }
 
 SPLITPOINT_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(Vec)); }
 SPLITPOINT_INLINE void store(Bf16* to, Vec value) {
 #if defined(__AVX512BF16__)
   const auto rounded = _mm512_cvtneps_pbh((__m512)value);
-  __builtin_memcpy(to, &rounded, sizeof(rounded));
 #else
   // Round to nearest even; a NaN keeps its sign and becomes quiet.
   const BitVec bits = (BitVec)value;
   const BitVec up = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const BitVec nan = (bits >> 16) | 0x40u;
-  const HalfVec rounded = __builtin_convertvector(value == value ? up : nan, HalfVec);
-  __builtin_memcpy(to, &rounded, sizeof(rounded));
+  const HalfVec rounded = narrowed(value == value ? up : nan);
 #endif
+  __builtin_memcpy(to, &rounded, sizeof(rounded));
 }
 
-SPLITPOINT_INLINE float sum(Vec value) {
-  // Halves are added to halves, which rounds less than a running sum.
-  float lanes[kLanes];
-  store(lanes, value);
-#pragma GCC unroll 8
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// The sum of the lanes, halves added to halves, which rounds less than a running sum.
+template <int kWidth, class V>
+SPLITPOINT_INLINE float sum_lanes(V value) {
+  if constexpr (kWidth == 1) {
+    return value[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * kWidth)));
+    Half halves[2];
+    __builtin_memcpy(halves, &value, sizeof(value));
+    return sum_lanes<kWidth / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
 }
+SPLITPOINT_INLINE float sum(Vec value) { return sum_lanes<kLanes>(value); }
 
 // e^x to 2 ulp, after the Cephes library's expf: x = n ln 2 + r, a polynomial in r, times 2^n.
 // Clamped to [-87.3, 88], where the result is a normal number; a NaN stays one.
