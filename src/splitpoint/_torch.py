@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,9 @@ class DynamoCapture:
     """What the callable returns for given graph outputs."""
     check: Callable[[], bool]
     """Whether everything that was guarded still is as it was."""
+    check_rest: Callable[[torch.nn.Module, Collection[int]], Callable[[], bool]]
+    """`check` without what a watch over a module tree, and over the tensors with these ids,
+    sees anyway."""
     explain: Callable[[], str]
     """Which guard no longer holds."""
     dimensions: frozenset[sympy.Symbol]
@@ -295,6 +298,50 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     maybe_mark_dynamic(tensor, dim)
 
 
+_IN_TREE = re.compile(
+    r"(?:\._modules(?:\['[^']*'\])?)*"
+    r"(?:\.(?:_parameters|_buffers)(?:\['[^']*'\])?|\.\w+)?$"
+)
+"""What follows a module's name in the name of something that its tree's dicts hold."""
+
+_CONSTANTS = (bool, int, float, str, type(None), type, torch.dtype, torch.device)
+
+
+def _not_covered(
+    entries: Sequence[Any], module: torch.nn.Module, tensors: Collection[int]
+) -> list[bool]:
+    """Which guards depend on more than the dicts of a module's tree and the tensors watched."""
+    roots = {_plain_name(entry.name) for entry in entries if entry.value is module}
+
+    def in_tree(name: str) -> bool:
+        return any(
+            name.startswith(root) and _IN_TREE.match(name[len(root) :]) is not None
+            for root in roots
+        )
+
+    def covered(entry: Any) -> bool:
+        if not in_tree(_plain_name(entry.name)):
+            return False
+        value = entry.value
+        if isinstance(value, torch.Tensor):
+            if id(value) not in tensors:
+                return False
+            other = getattr(entry.orig_guard.create_fn, "keywords", {}).get("source_b")
+            return other is None or in_tree(_plain_name(other.name))
+        # A dict of the tree is compared as a whole; of other containers (a list, a
+        # configuration object) only which one it is.
+        return isinstance(value, (*_CONSTANTS, torch.nn.Module)) or entry.name.endswith(
+            ("._modules", "._parameters", "._buffers")
+        )
+
+    return [not covered(entry) for entry in entries]
+
+
+def _plain_name(name: str) -> str:
+    """`self.layers` for `L['self'].layers`: guards are named either way."""
+    return re.sub(r"^L\['(\w+)'\]", r"\1", name)
+
+
 def dynamo_capture(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> DynamoCapture:
@@ -314,6 +361,7 @@ def dynamo_capture(
         get_traced_fn,
     )
     from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.hooks import Hooks
     from torch._dynamo.source import TensorProperty, TensorPropertySource
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
     from torch._guards import TracingContext, tracing
@@ -365,19 +413,44 @@ def dynamo_capture(
         node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
     )
 
-    # Guards are built once and then evaluated against the example arguments: what they
-    # hold of the module and of globals is live, what they hold of arguments is constant.
+    # Guards are evaluated against the example arguments: what they hold of the module and of
+    # globals is live, what they hold of arguments is constant.
     context = TracingContext(backend_input.fake_mode)
     context.tensor_to_context = backend_input.tensor_to_context
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        tracing(context),
-        get_metrics_context(),
-        dynamo_timed("splitpoint_build_guards", log_pt2_compile_event=True),
-    ):
-        manager = captured.build_guards(traced.__code__).guard_manager
     frame_locals = _get_frame(function, args, dict(kwargs)).locals
+    cells = tuple(zip(traced.__code__.co_freevars, traced.__closure__ or (), strict=True))
+
+    def build(keep: Callable[[Sequence[Any]], Sequence[bool]] | None = None) -> Any:
+        for guard in captured.output_graph.guards:  # what an earlier build left on them
+            guard.guard_types = guard.guarded_class_weakref = None
+            guard.code_list = guard.obj_weakref = None
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            tracing(context),
+            get_metrics_context(),
+            dynamo_timed("splitpoint_build_guards", log_pt2_compile_event=True),
+        ):
+            hooks = Hooks(guard_filter_fn=keep)
+            return captured.build_guards(traced.__code__, hooks=hooks).guard_manager
+
+    manager = build()
+
+    def checker(manager: Any) -> Callable[[], bool]:
+        holds = manager.check
+
+        def check() -> bool:
+            for name, cell in cells:  # a closure's variables may have been set anew
+                frame_locals[name] = cell.cell_contents
+            if torch.is_inference_mode_enabled():
+                with torch.inference_mode(False), torch.no_grad():
+                    return bool(holds(frame_locals))
+            return bool(holds(frame_locals))
+
+        return check
+
+    def check_rest(module: torch.nn.Module, tensors: Collection[int]) -> Callable[[], bool]:
+        return checker(build(lambda entries: _not_covered(entries, module, tensors)))
 
     own_args = args if owner is None else (owner, *args)
 
@@ -399,16 +472,6 @@ def dynamo_capture(
     def result(outputs: Sequence[Any]) -> Any:
         return run_bytecode(lambda *_: outputs)
 
-    cells = tuple(zip(traced.__code__.co_freevars, traced.__closure__ or (), strict=True))
-
-    def check() -> bool:
-        for name, cell in cells:  # a closure's variables may have been set anew
-            frame_locals[name] = cell.cell_contents
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                return bool(manager.check(frame_locals))
-        return bool(manager.check(frame_locals))
-
     def explain() -> str:
         with torch.inference_mode(False), torch.no_grad():
             return "; ".join(manager.check_verbose(frame_locals).verbose_code_parts)
@@ -418,7 +481,8 @@ def dynamo_capture(
         placeholders,
         inputs,
         result,
-        check,
+        checker(manager),
+        check_rest,
         explain,
         frozenset(
             symbol

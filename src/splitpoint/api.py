@@ -209,6 +209,8 @@ class CompiledModel:
                 captured.fetch,
                 captured.held,
                 captured.check,
+                captured.check_rest,
+                captured.owner,
                 captured.explain,
             )
             for captured in regions.captures

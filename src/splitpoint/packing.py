@@ -45,6 +45,10 @@ class PackedWeights:
         """Whether the copy exists."""
         return (id(weight), layout) in self._copies
 
+    def packed_ids(self) -> set[int]:
+        """The ids of the weights that have copies."""
+        return set(self._weights)
+
     def fresh(self) -> bool:
         """Whether no packed weight was updated since it was packed."""
         return (

@@ -6,7 +6,7 @@ import logging
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from .graph.assumptions import Assumption, runs, valid
 from .graph.capture import Argument, Bound, Held, SizeInput
 from .graph.pieces import CallPiece, Piece, Split
 from .graph.stitch import CompiledPiece, Guard, Packed, Stitched, rebind, stitch
+from .module_watch import ModuleWatch, watch
 from .packing import PackedWeights
 from .passes import linear
 from .passes.linear import LinearShape
@@ -44,9 +45,15 @@ class Graph:
     fetch: Callable[[], list[Any]] = list
     held: Callable[[list[Any]], tuple[Held, ...] | None] = lambda _: ()
     check: Callable[[], bool] = lambda: True
+    check_rest: Callable[[torch.nn.Module, Collection[int]], Callable[[], bool]] | None = None
+    owner: torch.nn.Module | None = None
     explain: Callable[[], str] = str
     bound: list[Any] = field(default_factory=list)
     facts: tuple[Held, ...] | None = ()
+    rest: Callable[[], bool] = lambda: True
+    """What of `check` the watch does not see."""
+    watch: ModuleWatch | None = None
+    """Sees at each call what `facts` and most of `check` would say, where there are the means."""
     bound_of: dict[str, frozenset[int]] = field(default_factory=dict)
     """By piece: which of its inputs are tensors that the module holds, at every call of it."""
 
@@ -306,9 +313,9 @@ class Program:
     def _stitch(self, lane: Lane, compiled: dict[str, CompiledPiece]) -> Stitched:
         graph = lane.graph
         guard = None
-        if self.config.module_guards == "every_call":
-            guard = Guard(graph.check, lambda: self.refresh(graph), graph.facts)
         self._check(graph)
+        if self.config.module_guards == "every_call":
+            guard = self._guard(graph)
         run, lane.packed = stitch(
             graph.split,
             graph.inputs,
@@ -316,10 +323,25 @@ class Program:
             graph.argument_count,
             graph.result,
             guard,
-            Packed(self.weights.fresh, self.repack),
+            Packed(self.weights.fresh, self.repack) if graph.watch is None else None,
         )
         self._rebind(run, lane)
+        self._renew_watch(graph)
         return run
+
+    def _guard(self, graph: Graph) -> Guard:
+        def refresh() -> None:
+            self.refresh(graph)
+
+        if graph.watch is None and graph.facts is not None and graph.check_rest is not None:
+            graph.watch = watch(graph.owner, graph.bound)
+            if graph.watch is not None:
+                assert graph.owner is not None
+                with torch.no_grad():
+                    graph.rest = graph.check_rest(graph.owner, set(map(id, graph.bound)))
+        if graph.watch is None:
+            return Guard((graph.check,), refresh, graph.facts)
+        return Guard((graph.watch.check(), graph.rest), refresh, ())
 
     def _rebind(self, run: Stitched, lane: Lane) -> None:
         bound = lane.graph.bound
@@ -339,11 +361,17 @@ class Program:
         self._check(graph)
         with self._lock:
             graph.bind()
+            self.weights.repack()
             graphs = {id(lane.graph): lane.graph for lane in self.lanes if lane}.values()
             self.weights.retain([tensor for each in graphs for tensor in each.bound])
             for lane in self.lanes:
                 if lane and lane.graph is graph and lane.run is not None:
                     self._rebind(lane.run, lane)
+            self._renew_watch(graph)
+
+    def _renew_watch(self, graph: Graph) -> None:
+        if graph.watch is not None:
+            graph.watch.renew(graph.bound, self.weights.packed_ids())
 
     def repack(self) -> None:
         """Bring packed copies of weights that were updated in place up to date."""

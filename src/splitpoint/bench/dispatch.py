@@ -14,7 +14,7 @@ from torch import nn
 from .. import Config, compile
 from ..api import CompiledModel
 from ..graph.pieces import Name
-from ..graph.stitch import Guard, rebind, stitch
+from ..graph.stitch import rebind, stitch
 from ..ranges import align
 from ..tuning.measure import THREAD_CPU_TIME, interleave
 from .environment import environment
@@ -170,7 +170,7 @@ def _emptied(
         nothing = replace(graph.split, steps=(), outputs=(Name(graph.split.inputs[0]),), pieces={})
         guard = None
         if config.module_guards == "every_call":
-            guard = Guard(graph.check, partial(program.refresh, graph), graph.facts)
+            guard = program._guard(graph)
         function, _ = stitch(nothing, graph.inputs, {}, graph.argument_count, None, guard)
         rebind(function, graph.bound, graph.facts)
         program.runners[index] = function

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,10 @@ class Capture:
     """The bound tensors as the module holds them now."""
     check: Callable[[], bool]
     """Whether all else that was guarded is as it was."""
+    check_rest: Callable[[torch.nn.Module, Collection[int]], Callable[[], bool]]
+    """`check` without what a watch over the module and these tensors' ids sees anyway."""
+    owner: torch.nn.Module | None
+    """The module whose tree may hold bound tensors."""
     explain: Callable[[], str]
     held: Callable[[list[Any]], tuple[Held, ...] | None]
     """Given the bound tensors: what to compare to notice a replaced one; None when the
@@ -153,6 +157,8 @@ def capture(
         symbols,
         fetch,
         dynamo.check,
+        dynamo.check_rest,
+        owner,
         dynamo.explain,
         lambda tensors: _held(owner, tensors),
     )

@@ -37,7 +37,7 @@ class Packed:
 class Guard:
     """What a stitched function checks of the module before it runs."""
 
-    check: Callable[[], bool]
+    checks: Sequence[Callable[[], bool]]
     refresh: Callable[[], None]
     """Called when something is not as it was: binds anew what was replaced, or raises."""
     held: Sequence[Held] | None
@@ -63,7 +63,8 @@ def stitch(
         result: leaves (`GraphOutput`, `Argument` or constant) and pytree spec of what the
             callable returns; None to return the tuple of graph outputs.
         guard: what to check of the module at each call, if anything.
-        packed: how to keep packed weights up to date, where there are any.
+        packed: how to keep packed weights up to date, where there are any and the guard does
+            not see that they are.
 
     Returns:
         The function, and the (`Bound.index`, layout) of the packed weights it reads.
@@ -138,8 +139,7 @@ class _Writer:
             locals_ = [self.names[name] for name in done + unused if name not in kept]
             if dead := [local for local in locals_ if local.startswith("v")]:
                 self.lines.append(f"del {', '.join(dead)}")
-        if self.packed:
-            assert packed is not None
+        if self.packed and packed is not None:
             fresh, repack = self.constant(packed.fresh), self.constant(packed.repack)
             self.lines.insert(prologue, f"if not {fresh}(): {repack}()")
         if result is None:
@@ -159,7 +159,8 @@ class _Writer:
             self.lines.append(f"{refresh}()")
             return
         facts = [f"h{index}.get({fact.key!r}) is o{index}" for index, fact in enumerate(guard.held)]
-        conditions = " and ".join([f"{self.constant(guard.check)}()", *facts])
+        checks = [f"{self.constant(check)}()" for check in guard.checks]
+        conditions = " and ".join([*checks, *facts])
         self.lines.append(f"if not ({conditions}): {refresh}()")
 
     def write_result(self, leaves: Iterator[Any], spec: Any) -> str:

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,9 +101,11 @@ def library() -> Path:
             f"found: install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install "
             f"gcc-c++) or set CXX to its path"
         )
+    torch_headers = tuple(_isystem(_torch_build.include_folders()))
     units = [
         *kernel_units(),
-        Unit("glue", SOURCES / "linear.cpp", tuple(_isystem(_torch_build.include_folders()))),
+        Unit("glue", SOURCES / "linear.cpp", torch_headers),
+        Unit("watch", SOURCES / "watch.cpp", (*torch_headers, *_python_headers())),
     ]
     folder = cache_folder() / "kernels"
     path = folder / f"splitpoint-{_key(compiler, units)}.so"
@@ -121,19 +124,27 @@ def library() -> Path:
     return path
 
 
+def _python_headers() -> Iterator[str]:
+    """Flags for the watch: without Python's headers it is built to say that it cannot."""
+    folder = Path(sysconfig.get_paths()["include"])
+    if (folder / "Python.h").exists():
+        yield from ("-DSPLITPOINT_PYTHON", "-isystem", str(folder))
+
+
 def _isystem(folders: Sequence[Path]) -> Iterator[str]:
     for folder in folders:
         yield from ("-isystem", str(folder))
 
 
 def _key(compiler: str, units: Sequence[Unit]) -> str:
-    """24 hexadecimal digits of a SHA-256 of the sources, flags, compiler and torch."""
+    """24 hexadecimal digits of a SHA-256 of the sources, flags, compiler, Python and torch."""
     digest = hashlib.sha256()
     parts = [
         _run([compiler, "--version"]),
         _torch_build.torch_version,
         str(_torch_build.cxx11_abi),
         platform.machine(),
+        platform.python_version(),
         *COMMON_FLAGS,
     ]
     for unit in units:
