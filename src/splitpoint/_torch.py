@@ -114,6 +114,13 @@ def statically_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def statically_at_most(size: int | torch.SymInt, bound: int) -> bool:
+    """Whether a size is at most `bound` for every size of the range, without a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(size <= bound))
+
+
 def expression(value: object) -> sympy.Basic | None:
     """The expression of a symbolic int, float or bool; the number of a plain one; or None."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -387,7 +394,11 @@ def dynamo_capture(
     def result(outputs: Sequence[Any]) -> Any:
         return run_bytecode(lambda *_: outputs)
 
+    cells = tuple(zip(traced.__code__.co_freevars, traced.__closure__ or (), strict=True))
+
     def check() -> bool:
+        for name, cell in cells:  # a closure's variables may have been set anew
+            frame_locals[name] = cell.cell_contents
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return bool(manager.check(frame_locals))
@@ -406,7 +417,7 @@ def dynamo_capture(
         explain,
         frozenset(
             symbol
-            for symbol, sources in env.var_to_sources.items()
+            for symbol, sources in env.var_to_sources.items()  # type: ignore[union-attr]
             if any(
                 isinstance(source, TensorPropertySource) and source.prop is TensorProperty.SIZE
                 for source in sources

@@ -80,6 +80,12 @@ class Pass:
         text = json.dumps([kind.__module__, kind.__qualname__, source, dict(self.settings())])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and isinstance(other, Pass) and other.uuid() == self.uuid()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.uuid()))
+
     def __call__(self, graph: fx.Graph) -> int:
         """Rewrite the graph in place and return how many places matched."""
         raise NotImplementedError

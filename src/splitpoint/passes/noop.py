@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,28 +12,34 @@ from .. import _torch
 from .base import Pass
 
 
-def _same_shape(value: torch.Tensor, result: torch.Tensor) -> bool:
+def _same_shape(node: fx.Node, value: torch.Tensor, result: torch.Tensor) -> bool:
     return len(value.shape) == len(result.shape) and all(
-        _torch.statically_equal(a, b) for a, b in zip(value.shape, result.shape, strict=True)
+        map(_torch.statically_equal, value.shape, result.shape)
     )
 
 
-def _same_dtype(value: torch.Tensor, result: torch.Tensor) -> bool:
+def _whole(node: fx.Node, value: torch.Tensor, result: torch.Tensor) -> bool:
+    """Whether a slice takes all of its dimension: `x[:64]` does in [1,64], not in [65,512]."""
+    given: list[Any] = list(node.args[1:])
+    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    if not isinstance(dim, int) or start not in (0, None) or step != 1:
+        return False
+    return end is None or (
+        isinstance(end, int) and _torch.statically_at_most(value.shape[dim], end)
+    )
+
+
+def _same_dtype(node: fx.Node, value: torch.Tensor, result: torch.Tensor) -> bool:
     return (
         value.dtype == result.dtype
         and value.device == result.device
-        and _same_shape(value, result)
-        and all(
-            _torch.statically_equal(a, b)
-            for a, b in zip(value.stride(), result.stride(), strict=True)
-        )
+        and _same_shape(node, value, result)
+        and all(map(_torch.statically_equal, value.stride(), result.stride()))
     )
 
 
-NOOPS: dict[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
-    # A slice, view or expand of unchanged shape leaves every element where it was. Whether
-    # a slice `x[:64]` does depends on the range: it does in [1,64] and not in [65,512].
-    "aten::slice.Tensor": _same_shape,
+NOOPS: dict[str, Callable[[fx.Node, torch.Tensor, torch.Tensor], bool]] = {
+    "aten::slice.Tensor": _whole,
     "aten::view": _same_shape,
     "aten::reshape": _same_shape,
     "aten::_unsafe_view": _same_shape,
@@ -40,7 +47,7 @@ NOOPS: dict[str, Callable[[torch.Tensor, torch.Tensor], bool]] = {
     "prims::convert_element_type": _same_dtype,
     "aten::_to_copy": _same_dtype,
 }
-"""By operator: whether its result is its first argument, from their (fake) values."""
+"""By operator: whether a node returns its first argument as it is, given their fake values."""
 
 
 class NoopElimination(Pass):
@@ -61,7 +68,7 @@ class NoopElimination(Pass):
             value, result = source.meta.get("val"), node.meta.get("val")
             if not (isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor)):
                 continue
-            if changes_nothing(value, result):
+            if changes_nothing(node, value, result):
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
                 removed += 1
