@@ -303,24 +303,70 @@ inline constexpr int64_t kSliceBytes = 256 * 1024;
 // Rows whose fp32 sums are kept between slices of k.
 inline constexpr int64_t kGroupRows = 8 * kMaxRows;
 
+// All columns of a block, for a row tile: what belongs to a column is loaded once for all rows.
+// Without a scale or bias, times one and plus zero change nothing.
+template <Activation kActivation, class Y>
+inline void finish_block(const LinearArgs& a, const float* sums, int64_t t, int64_t rows,
+                         int64_t c) {
+  constexpr bool kTwo = kActivation == Activation::silu_mul;
+  constexpr int kColumns = kTwo ? kBlock / 2 : kBlock;
+  const Y* bias = static_cast<const Y*>(a.bias);
+  for (int i = 0; i < kColumns; i += kLanes) {
+    const int64_t column = c + i, up = a.n + c + i;
+    const Vec scale = a.scale ? load(a.scale + column) : splat(1);
+    const Vec shift = bias ? load(bias + column) : Vec{};
+    const Vec up_scale = kTwo && a.scale ? load(a.scale + up) : splat(1);
+    const Vec up_shift = kTwo && bias ? load(bias + up) : Vec{};
+    const float* from = sums + i;
+    Y* y = static_cast<Y*>(a.y) + t * a.y_stride + column;
+    const Y* residual = offset(static_cast<const Y*>(a.residual), t * a.residual_stride + column);
+    for (int64_t r = 0; r < rows; ++r, from += kBlock, y += a.y_stride) {
+      Vec out = load(from) * scale + shift;
+      if constexpr (kActivation == Activation::gelu_tanh) out = gelu_tanh(out);
+      if constexpr (kActivation == Activation::gelu_erf) out = gelu_erf(out);
+      if constexpr (kTwo) out = silu(out) * (load(from + kColumns) * up_scale + up_shift);
+      if (residual) {
+        out += load(residual);
+        residual += a.residual_stride;
+      }
+      store(y, out);
+    }
+  }
+}
+
 template <class Y>
-inline void finish_tile(const LinearArgs& a, const float* sums, int64_t t, int64_t rows,
-                        int64_t block) {
+void finish_tile(const LinearArgs& a, const float* sums, int64_t t, int64_t rows, int64_t block) {
   const int64_t columns = packed_block_columns(a.activation);
   const int64_t c = block * columns;
-  const int64_t count = a.n - c < columns ? a.n - c : columns;
-  const bool plain = a.activation == Activation::none && !a.scale && !a.bias && !a.residual;
-  if (plain && count == kBlock) {
-    Y* y = static_cast<Y*>(a.y) + t * a.y_stride + c;
-    for (int64_t r = 0; r < rows; ++r, y += a.y_stride, sums += kBlock) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kBlockVecs; ++v) store(y + v * kLanes, load(sums + v * kLanes));
+  if (a.n - c < columns) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = sums + r * kBlock;
+      finish_row<Y>(a, row, row + kBlock / 2, t + r, c, a.n - c);
     }
     return;
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* row = sums + r * kBlock;
-    finish_row<Y>(a, row, row + kBlock / 2, t + r, c, count);
+  switch (a.activation) {
+    case Activation::none: return finish_block<Activation::none, Y>(a, sums, t, rows, c);
+    case Activation::silu_mul: return finish_block<Activation::silu_mul, Y>(a, sums, t, rows, c);
+    case Activation::gelu_tanh: return finish_block<Activation::gelu_tanh, Y>(a, sums, t, rows, c);
+    case Activation::gelu_erf: return finish_block<Activation::gelu_erf, Y>(a, sums, t, rows, c);
+  }
+}
+
+// Fetches what finish_tile will need of a block's columns, a line or two in each row and far apart,
+// which no hardware prefetcher follows, while the product is still being computed.
+template <class Y>
+inline void fetch_for_finish(const LinearArgs& a, int64_t t, int64_t rows, int64_t block) {
+  const int64_t columns = packed_block_columns(a.activation);
+  const int64_t c = block * columns;
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(Y));
+  for (int64_t r = t; r < t + rows; ++r) {
+    const char* y = reinterpret_cast<const char*>(static_cast<Y*>(a.y) + r * a.y_stride + c);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1, 3);
+    if (!a.residual) continue;
+    const auto* residual = reinterpret_cast<const char*>(static_cast<const Y*>(a.residual) +
+                                                         r * a.residual_stride + c);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(residual + i, 0, 3);
   }
 }
 
@@ -333,6 +379,7 @@ inline void packed_few_rows(const LinearArgs& a, const Part& part) {
   const auto* w = static_cast<const typename W::Stored*>(a.weight) + part.block0 * panel;
   float sums[kMaxRows * kBlock];
   for (int64_t block = part.block0; block < part.block1; ++block, w += panel) {
+    fetch_for_finish<Y>(a, part.t0, part.t1 - part.t0, block);
     run_tile<W>(part.t1 - part.t0,
                 {x, a.x_stride, w, a.k, sums, false, reinterpret_cast<const char*>(w) + kAheadBytes,
                  kStepBytes / 2, kStepBytes});
@@ -378,6 +425,7 @@ inline void packed_part(const LinearArgs& a, const Part& part) {
           const auto* ahead = reinterpret_cast<const char*>(w);
           if (fetches) ahead += depth * kRowBytes + i * (depth * kRowBytes / kLines);
           float* to = sums + r0 * kBlock;
+          if (s + 1 == slices) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
           run_tile<W>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth, to, s > 0,
                                 ahead, 0, fetches ? 64 : 0});
           if (s + 1 == slices) finish_tile<Y>(a, to, t0 + r0, r1 - r0, block);

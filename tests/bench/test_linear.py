@@ -1,0 +1,58 @@
+"""Measuring one layer: what is timed is right, and what is wrong is not timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from splitpoint.bench.linear import LayerRow, _verify, measure_layer, memory_bandwidth
+from splitpoint.errors import OutputMismatch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_variant_is_timed_at_every_size(dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    rows = measure_layer(
+        40, 33, dtype, [1, 20], threads=1, cold=False, int8=True, budget_s=0.01, bandwidth=1e10
+    )
+    assert torch.get_num_threads() == threads
+    by_size: dict[int, dict[str, LayerRow]] = {1: {}, 20: {}}
+    for row in rows:
+        by_size[row.size][row.variant] = row
+    assert {"linear", "gemv", "packed", "packed_int8"} <= set(by_size[1])
+    assert "gemv" not in by_size[20], "out of its depth at 20 tokens"
+    for row in rows:
+        assert (row.n, row.k, row.threads) == (40, 33, 1)
+        assert row.dtype == str(dtype).removeprefix("torch.")
+        assert row.timing.median_s > 0
+        linear = by_size[row.size]["linear"]
+        assert row.over_linear == pytest.approx(linear.timing.median_s / row.timing.median_s)
+    packed = by_size[1]["packed"]
+    # 40 rows are two blocks of 32; 33 k's are 17 pairs in bfloat16.
+    assert packed.weight_bytes == (64 * 34 * 2 if dtype == torch.bfloat16 else 64 * 33 * 4)
+    assert packed.floor_s == packed.weight_bytes / 1e10
+    assert packed.floor_share == pytest.approx(packed.floor_s / packed.timing.median_s)
+
+
+def test_an_output_that_rounding_does_not_explain_is_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, generator=generator).bfloat16()
+    weight = torch.randn(8, 64, generator=generator).bfloat16()
+    y = (x.double() @ weight.double().t()).bfloat16()
+    _verify("right", y, x, weight)
+    # One token's output off by 2 %, ten times bfloat16's rounding.
+    y[1, 5] *= 1.02
+    with pytest.raises(OutputMismatch, match=r"'wrong' at size 3 of a \(8, 64\) layer"):
+        _verify("wrong", y, x, weight)
+    y[1, 5] = torch.nan
+    with pytest.raises(OutputMismatch, match="inf times"):
+        _verify("wrong", y, x, weight)
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match="float64"):
+        measure_layer(4, 4, torch.float64, [1])
+
+
+def test_memory_bandwidth_is_plausible() -> None:
+    assert 1e9 < memory_bandwidth(threads=1, repeats=3) < 1e13
