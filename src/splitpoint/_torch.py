@@ -13,6 +13,8 @@ import inspect
 import logging
 import os
 import re
+import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -624,6 +626,52 @@ def inductor_compile(
     return compiled
 
 
+# --- building C++ ----------------------------------------------------------------------
+
+TORCH_VERSION: str = torch.__version__
+CXX11_ABI: bool = torch.compiled_with_cxx11_abi()
+
+
+def cpp_compiler() -> str | None:
+    """The path of the C++ compiler that Inductor uses; None when it would find none.
+
+    Inductor's own search costs a second for the import of its C++ builder. The same answer
+    comes at once from what that reads, `CXX` and the platform's default, unless Inductor was
+    configured otherwise or has a compiler of its own installed by conda.
+    """
+    inductor_config = sys.modules.get("torch._inductor.config")
+    if inductor_config is None and not os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
+        named = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        return shutil.which(named)
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return shutil.which(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return None
+
+
+def include_folders() -> tuple[Path, ...]:
+    """The folders of torch's C++ headers."""
+    include = Path(torch.__file__).parent / "include"
+    return (include, include / "torch" / "csrc" / "api" / "include")
+
+
+def library_folder() -> Path:
+    """The folder of torch's shared libraries."""
+    return Path(torch.__file__).parent / "lib"
+
+
+def load_library(path: Path) -> None:
+    """Load a shared library and register the operators in it.
+
+    Raises:
+        OSError: when it cannot be loaded.
+    """
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+
+
 # --- oneDNN ----------------------------------------------------------------------------
 
 
@@ -648,6 +696,17 @@ def onednn_linear(
     """[tokens, k] to [tokens, n] over a weight that `onednn_pack` made."""
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
+
+
+def prepacked_linear(
+    weight: torch.Tensor,
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A function [tokens, k] to [tokens, n] by oneDNN, over its own layout of a [n, k] weight;
+    None when this torch has no oneDNN or it has no such layer for the dtype."""
+    if not onednn_linear_available(weight.dtype):
+        return None
+    packed = onednn_pack(weight)
+    return lambda x: onednn_linear(x, packed)
 
 
 def onednn_linear_op() -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from splitpoint import _torch_build, kernels
+from splitpoint import _torch, kernels
 from splitpoint.kernels import build
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g")
@@ -18,7 +18,7 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"
 @pytest.mark.slow
 @pytest.mark.processes
 def test_kernels_stay_within_their_buffers(tmp_path: Path) -> None:
-    compiler = _torch_build.cpp_compiler()
+    compiler = _torch.cpp_compiler()
     assert compiler is not None
     units = [
         *build.kernel_units(),

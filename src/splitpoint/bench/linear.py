@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from .._torch_onednn import prepacked_linear
+from .._torch import prepacked_linear
 from ..errors import OutputMismatch
 from ..kernels.layout import packed_shape, quantize
 from ..kernels.reference import linear

@@ -12,7 +12,7 @@ import threading
 
 import torch
 
-from .. import _torch_build
+from .. import _torch
 from ..errors import KernelBuildError
 from . import build
 from .fakes import register_fakes
@@ -35,7 +35,7 @@ def load() -> None:
 def _load() -> None:
     path = build.library()
     try:
-        _torch_build.load_library(path)
+        _torch.load_library(path)
     except OSError as error:
         raise KernelBuildError(
             f"the C++ kernels in {path} cannot be loaded: {error}; delete the file to have them "

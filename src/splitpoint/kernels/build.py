@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import _torch_build
+from .. import _torch
 from ..errors import KernelBuildError
 from ..paths import cache_folder
 
@@ -94,14 +94,14 @@ def library() -> Path:
             f"the C++ kernels are built on Linux only, and this is {sys.platform}: models are "
             f"compiled with Inductor's own kernels"
         )
-    compiler = _torch_build.cpp_compiler()
+    compiler = _torch.cpp_compiler()
     if compiler is None:
         raise KernelBuildError(
             f"the C++ kernels need a C++ compiler, and {os.environ.get('CXX', 'g++')!r} was not "
             f"found: install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install "
             f"gcc-c++) or set CXX to its path"
         )
-    torch_headers = tuple(_isystem(_torch_build.include_folders()))
+    torch_headers = tuple(_isystem(_torch.include_folders()))
     units = [
         *kernel_units(),
         Unit("glue", SOURCES / "linear.cpp", torch_headers),
@@ -141,8 +141,8 @@ def _key(compiler: str, units: Sequence[Unit]) -> str:
     digest = hashlib.sha256()
     parts = [
         _run([compiler, "--version"]),
-        _torch_build.torch_version,
-        str(_torch_build.cxx11_abi),
+        _torch.TORCH_VERSION,
+        str(_torch.CXX11_ABI),
         platform.machine(),
         platform.python_version(),
         *COMMON_FLAGS,
@@ -173,7 +173,7 @@ def _build(compiler: str, units: Sequence[Unit], path: Path) -> None:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(compile_unit, units, objects))
         whole = folder / path.name
-        libraries = ["-L", str(_torch_build.library_folder()), "-ltorch_cpu", "-lc10"]
+        libraries = ["-L", str(_torch.library_folder()), "-ltorch_cpu", "-lc10"]
         _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(whole)])
         # On disk before it has its name: after a power cut a library that is there is whole.
         with whole.open("rb") as file:

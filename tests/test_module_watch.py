@@ -1,0 +1,124 @@
+"""What a watch over a module tree sees, and that guards it does not cover are kept."""
+
+import sys
+
+import pytest
+import torch
+
+import splitpoint
+from splitpoint import Config, errors
+from splitpoint.module_watch import watch
+
+needs_tags = pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11), reason="dicts have version tags in CPython 3.11 only"
+)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.register_buffer("scale", torch.ones(4))
+        self.factor = 2.0
+        self.offsets = [1.0, 2.0]
+        self.config = type("Config", (), {"bias": 1.0})()
+
+    def forward(self, x):
+        for layer, offset in zip(self.layers, self.offsets, strict=True):
+            x = layer(x) * self.factor + offset
+        return x * self.scale + self.config.bias
+
+
+def tensors_of(model):
+    return [*model.parameters(), *model.buffers()]
+
+
+CHANGES = {
+    "attribute": lambda m: setattr(m, "factor", 3.0),
+    "new attribute": lambda m: setattr(m.layers[1], "note", 1),
+    "deleted attribute": lambda m: delattr(m, "factor"),
+    "training": lambda m: m.layers[0].train(False),
+    "parameter": lambda m: setattr(m.layers[0], "weight", torch.nn.Parameter(torch.eye(4))),
+    "buffer": lambda m: setattr(m, "scale", torch.zeros(4)),
+    "submodule": lambda m: m.layers.__setitem__(1, torch.nn.Linear(4, 4)),
+    "data": lambda m: setattr(m.scale, "data", torch.zeros(4)),
+    "dtype": lambda m: m.to(torch.float64),
+}
+
+
+@needs_tags
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_seen_until_renewed(name):
+    model = Model()
+    seen = watch(model, tensors_of(model))
+    check = seen.check()
+    assert check()
+    assert check()
+    CHANGES[name](model)
+    assert not check()
+    assert seen.renew(tensors_of(model), ())
+    assert check()
+
+
+@needs_tags
+def test_in_place_updates_count_for_the_tensors_asked_for():
+    model = Model()
+    seen = watch(model, tensors_of(model))
+    with torch.no_grad():
+        model.scale.add_(1)
+    assert seen.check()()
+    seen.renew(tensors_of(model), {id(model.scale)})
+    with torch.no_grad():
+        model.layers[0].weight.add_(1)
+    assert seen.check()()
+    with torch.no_grad():
+        model.scale.add_(1)
+    assert not seen.check()()
+
+
+@needs_tags
+def test_a_watch_does_not_outlive_its_owner():
+    model = Model()
+    seen = watch(model, tensors_of(model))
+    handle, check = seen._handle, seen.check()
+    del seen
+    with pytest.raises(ValueError, match=f"no watch has the handle {handle}"):
+        check()
+
+
+def test_nothing_to_watch():
+    assert watch(None, []) is None
+    assert watch(Model(), [torch.eye(3).to_sparse()]) is None
+
+
+def _grow(model):
+    model.offsets.append(3.0)
+    model.layers.append(torch.nn.Linear(4, 4))
+
+
+UNSEEN = {
+    "element of a list": (lambda m: m.offsets.__setitem__(0, 5.0), True),
+    "attribute of an object": (lambda m: setattr(m.config, "bias", 7.0), True),
+    "longer list": (_grow, True),
+    "constant": (lambda m: setattr(m, "factor", 3.0), True),
+    "attribute that forward does not read": (lambda m: setattr(m, "other", 3.0), False),
+    "weights": (lambda m: torch.nn.init.zeros_(m.layers[0].weight), False),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_every_guard_is_checked_at_every_call(name):
+    """Also those that dict versions do not cover: the compiled model never answers with what
+    the model was."""
+    change, matters = UNSEEN[name]
+    model = Model().eval()
+    compiled = splitpoint.compile(model, Config(max_size=8))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(compiled(x), model(x))
+    change(model)
+    if matters:
+        with pytest.raises(errors.StateChanged):
+            compiled(x)
+        compiled.reset()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), model(x))
