@@ -34,6 +34,13 @@ def test_every_variant_is_timed_at_every_size(dtype: torch.dtype) -> None:
     assert packed.floor_share == pytest.approx(packed.floor_s / packed.timing.median_s)
 
 
+def test_the_floor_is_measured_in_turn_with_the_variants() -> None:
+    rows = measure_layer(32, 32, torch.float32, [1], cold=False, budget_s=0.01)
+    assert {row.variant for row in rows} >= {"linear", "gemv", "packed"}
+    assert "read memory" not in {row.variant for row in rows}
+    assert all(1e9 < row.weight_bytes / row.floor_s < 1e13 for row in rows)
+
+
 def test_an_output_that_rounding_does_not_explain_is_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 64, generator=generator).bfloat16()

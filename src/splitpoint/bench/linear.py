@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ the last-level cache of most machines."""
 
 MOST_ROWS_OF_GEMV = 16
 """Sizes above this are not timed for the row-dot kernel: it is out of its depth there."""
+
+READ = "read memory"
+"""What is timed beside the variants for the floor."""
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -98,7 +102,8 @@ def measure_layer(
     (this package's kernels), and with `int8` "packed_int8". Each is compared with float64
     before it is timed. `cold` has calls cycle through copies of the weight, as they do in a
     model; otherwise one copy is called again and again. `budget_s` is for each variant at each
-    size; `bandwidth` in bytes a second spares measuring it again.
+    size. Without `bandwidth` (bytes a second) reading memory takes turns with the variants too,
+    so that floors are of the moment: other processes share the memory's bandwidth.
 
     Raises:
         OutputMismatch: when a variant is further from float64 than rounding explains.
@@ -108,11 +113,10 @@ def measure_layer(
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     kernels.load()
-    if bandwidth is None:
-        bandwidth = memory_bandwidth(threads)
     rng = torch.Generator().manual_seed(n * k)
     weight = (torch.randn(n, k, generator=rng) / k**0.5).to(dtype)
     variants = _variants(weight, int8)
+    data = torch.ones(COLD_BYTES if bandwidth is None else 0, dtype=torch.uint8)
     rows: list[LayerRow] = []
     with _threads(threads), torch.inference_mode():
         layers = {
@@ -128,9 +132,13 @@ def measure_layer(
             }
             for name in timed:
                 _verify(name, layers[name][0](x), x, weight)
+            if bandwidth is None:
+                timed[READ] = lambda: torch.ops.splitpoint.read_memory(data)
             timings = interleave(
                 timed, clock=clock_for(threads), budget_s=budget_s, warm_up=1, repeats=9
             )
+            read = timings.pop(READ, None)
+            rate = bandwidth or (data.nbytes / read.median_s if read else math.inf)
             for name, timing in timings.items():
                 onednn = timings.get("onednn")
                 rows.append(
@@ -143,7 +151,7 @@ def measure_layer(
                         variant=name,
                         timing=timing,
                         weight_bytes=variants[name].weight_bytes,
-                        floor_s=variants[name].weight_bytes / bandwidth,
+                        floor_s=variants[name].weight_bytes / rate,
                         over_linear=timings["linear"].median_s / timing.median_s,
                         over_onednn=onednn.median_s / timing.median_s if onednn else None,
                     )
