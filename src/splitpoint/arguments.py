@@ -57,6 +57,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     benches = bench.add_subparsers(required=True, metavar="WHAT", title="what to measure")
     _bench_forward(benches, verbs_by_name["bench forward"])
     _bench_dispatch(benches, verbs_by_name["bench dispatch"])
+    _bench_linear(benches, verbs_by_name["bench linear"])
     return parser
 
 
@@ -190,6 +191,44 @@ examples:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
     )
+
+
+def _bench_linear(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "linear",
+        run,
+        "time one linear layer, size by size and kernel by kernel",
+        """\
+Times y[tokens, N] = x[tokens, K] @ weight^T with torch's own layer, with oneDNN over its own
+layout, and with this package's kernels, in turns, after checking each against float64. Every
+call finds its weight in memory and not in a cache, as in a model.""",
+        """\
+examples:
+  splitpoint bench linear 1536 576
+  splitpoint bench linear 8192 2048 --dtype fp32 --sizes 1,4,16,64 --png layer.png""",
+    )
+    parser.add_argument("n", type=_positive, metavar="N", help="columns of the result")
+    parser.add_argument("k", type=_positive, metavar="K", help="columns of the input")
+    parser.add_argument(
+        "--sizes",
+        type=_integers,
+        default=SIZES,
+        metavar="N,N,...",
+        help=f"sizes to time, in tokens (default: {_commas(SIZES)})",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=0.3,
+        metavar="S",
+        help="time given to each kernel at each size, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="write the curves as PNG")
+    _run_arguments(parser)
 
 
 def _commas(values: Sequence[int]) -> str:

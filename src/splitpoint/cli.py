@@ -96,11 +96,34 @@ def bench_dispatch(args: argparse.Namespace) -> None:
         args.json.write_text(report.to_json() + "\n")
 
 
+def bench_linear(args: argparse.Namespace) -> None:
+    """`splitpoint bench linear`."""
+    from .bench.linear_report import run, save_picture
+    from .bench.picture import check_outputs
+    from .models import DTYPES
+
+    check_outputs(png=args.png, json=args.json)
+    report = run(
+        args.n,
+        args.k,
+        DTYPES[args.dtype],
+        sizes=args.sizes,
+        threads=args.threads,
+        budget_s=args.seconds,
+    )
+    print(report)
+    if args.json:
+        args.json.write_text(report.to_json() + "\n")
+    if args.png:
+        save_picture(report, args.png)
+
+
 VERBS = {
     "demo": demo,
     "plan": plan,
     "bench forward": bench_forward,
     "bench dispatch": bench_dispatch,
+    "bench linear": bench_linear,
 }
 
 

@@ -112,8 +112,10 @@ class DispatchReport:
                 "",
                 "us a call, medians. The function called is empty; the wrapper binds and checks "
                 "two tensors,",
-                "looks the size up, counts and calls. Module guards are torch's own, one for each "
-                "thing read.",
+                "looks the size up, counts and calls. Module guards see every change to the module "
+                "and to the",
+                "globals it reads; caches are warm here, as they are not in a model that has just "
+                "read its weights.",
             ]
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import CompiledModel, Config, compile
+from .. import CompiledModel, Config, compile, kernels
 from .._torch import fresh_inductor_cache
 from ..errors import UsageError
 from ..ranges import Plan, align
@@ -154,10 +154,11 @@ def check_sizes(sizes: Sequence[int], config: Config) -> None:
 def start_up(threads: int) -> None:
     """Set the thread count and pay what the first compilation of a process costs.
 
-    Inductor's imports, worker pool and precompiled header come once for a process; whoever
-    compiled first would be charged for them.
+    Inductor's imports, worker pool and precompiled header come once for a process, and this
+    package's C++ kernels once for a machine; whoever compiled first would be charged for them.
     """
     torch.set_num_threads(threads)
+    kernels.available()
     torch.compiler.reset()
     with fresh_inductor_cache(), torch.no_grad():
         torch.compile(lambda x: torch.nn.functional.silu(x) * 2)(torch.randn(33, 57))

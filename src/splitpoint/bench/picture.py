@@ -16,8 +16,7 @@ def save_picture(report: ForwardReport, path: Path) -> None:
     Raises:
         UsageError: when matplotlib is not installed.
     """
-    plots = _plots()
-    plots.save_curves(
+    plots().save_curves(
         path,
         [row.size for row in report.rows],
         {
@@ -42,10 +41,15 @@ def check_outputs(*, png: Path | None = None, json: Path | None = None) -> None:
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise UsageError(f"cannot write {path}: name a file in a folder that exists")
     if png:
-        _plots()
+        plots()
 
 
-def _plots() -> ModuleType:
+def plots() -> ModuleType:
+    """The module that draws.
+
+    Raises:
+        UsageError: when matplotlib is not installed.
+    """
     try:
         from ..report import plots
     except ImportError as error:

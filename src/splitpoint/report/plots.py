@@ -25,13 +25,13 @@ def save_curves(
     path: Path,
     sizes: Sequence[int],
     series: Mapping[str, Sequence[float]],
-    plan: Plan,
+    plan: Plan | None,
     *,
     title: str,
 ) -> None:
     """Draw one line for each of `series` (name -> milliseconds a call at each of `sizes`).
 
-    Both axes are logarithmic. The ends of the plan's ranges are faint vertical lines, and each
+    Both axes are logarithmic. The ends of a plan's ranges are faint vertical lines, and each
     range wide enough is named above the plot. The folder of `path` must exist.
     """
     figure = Figure(figsize=(8.4, 5.2), dpi=150, facecolor=PAPER, layout="constrained")
@@ -41,7 +41,8 @@ def save_curves(
     axes.set_yscale("log")
     for (name, times), colour, marker in zip(series.items(), STYLES, MARKERS, strict=False):
         axes.plot(sizes, times, marker, ls="-", color=colour, lw=2, ms=5, label=name)
-    _ranges(axes, plan, sizes)
+    if plan is not None:
+        _ranges(axes, plan, sizes)
     _axes(axes, sizes)
     figure.suptitle(title, color=INK, fontsize=12)
     figure.legend(
