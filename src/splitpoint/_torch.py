@@ -128,6 +128,12 @@ def statically_at_most(size: int | torch.SymInt, bound: int) -> bool:
     return bool(statically_known_true(size <= bound))
 
 
+def share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether two of some (fake) tensors are views of the same memory."""
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return len(set(storages)) < len(storages)
+
+
 def expression(value: object) -> sympy.Basic | None:
     """The expression of a symbolic int, float or bool; the number of a plain one; or None."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):

@@ -203,6 +203,29 @@ def test_tuples_and_sizes_do_not_cross_a_splitting_op():
     check(f, lambda n: (torch.randn(n, 8),), config("splitpoint_test_pieces::pair"))
 
 
+def test_an_update_in_place_of_memory_that_a_piece_sees_twice_is_refused():
+    def f(x):
+        x = x * 2
+        a, b = x.chunk(2, -1)
+        c = OPS.pair(a)[0]
+        a.add_(1)
+        return b + c + x.sum()
+
+    with pytest.raises(errors.UnsupportedGraph, match="updated in place"):
+        check(f, lambda n: (torch.randn(n, 8),), config("splitpoint_test_pieces::pair"))
+    check(f, lambda n: (torch.randn(n, 8),), config())
+
+
+def test_an_update_in_place_across_a_splitting_op():
+    def f(x):
+        x = x * 2
+        c = OPS.pair(x)[0]
+        x.add_(1)
+        return x + c + OPS.pair(x)[1]
+
+    check(f, lambda n: (torch.randn(n, 8),), config("splitpoint_test_pieces::pair"))
+
+
 def test_results_of_a_splitting_op_are_returned():
     def f(x):
         return OPS.pair(x)

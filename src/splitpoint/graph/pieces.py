@@ -302,6 +302,12 @@ class _Splitter:
         graph.output(tuple(copies[node] for node in outputs))
         graph_module = fx.GraphModule(attributes, graph)
         values = tuple(node.meta["example_value"] for node in inputs)
+        if _torch.share_memory(values) and any(map(_writes, nodes)):
+            # Each input of a piece is compiled as memory of its own.
+            raise UnsupportedGraph(
+                "between two splitting ops a tensor is updated in place of which the same code "
+                "takes another view: update it out of place, or pass splitting_ops=()"
+            )
         fingerprint = _fingerprint(graph_module, values, self.symbols)
         return Piece(graph_module, values, symbolic, self.symbols, fingerprint), inputs
 
