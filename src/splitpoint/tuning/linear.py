@@ -19,11 +19,11 @@ from .measure import clock_for, interleave
 
 log = logging.getLogger("splitpoint")
 
-COLD_BYTES = 64 << 20
+COLD_BYTES = 48 << 20
 """Weights that the calls of a measurement cycle through, so that each finds its weight in
 memory and not in a cache, as it does in a model."""
 
-MOST_FLOPS = 1e9
+MOST_FLOPS = 5e8
 """A probe is no larger than this: what wins at it wins above it, where all kernels are bound
 by arithmetic."""
 
@@ -96,7 +96,7 @@ class LinearTuner:
                 for name in names
                 if name == INDUCTOR or self._is_right(name, x)
             }
-            timings = interleave(timed, clock=clock, budget_s=0.02, warm_up=1, repeats=5)
+            timings = interleave(timed, clock=clock, budget_s=0.008, warm_up=1, repeats=5)
             known |= dict.fromkeys(names, math.inf)
             known |= {name: timing.median_s for name, timing in timings.items()}
             self.spent_s += clock.read() - start
