@@ -15,6 +15,8 @@ needs_tags = pytest.mark.skipif(
 
 
 class Model(torch.nn.Module):
+    shift = 0.5
+
     def __init__(self):
         super().__init__()
         self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
@@ -26,7 +28,7 @@ class Model(torch.nn.Module):
     def forward(self, x):
         for layer, offset in zip(self.layers, self.offsets, strict=True):
             x = layer(x) * self.factor + offset
-        return x * self.scale + self.config.bias
+        return x * self.scale + self.config.bias + self.shift
 
 
 def tensors_of(model):
@@ -100,6 +102,7 @@ UNSEEN = {
     "element of a list": (lambda m: m.offsets.__setitem__(0, 5.0), True),
     "attribute of an object": (lambda m: setattr(m.config, "bias", 7.0), True),
     "longer list": (_grow, True),
+    "attribute of the class": (lambda m: setattr(type(m), "shift", 1.5), True),
     "constant": (lambda m: setattr(m, "factor", 3.0), True),
     "attribute that forward does not read": (lambda m: setattr(m, "other", 3.0), False),
     "weights": (lambda m: torch.nn.init.zeros_(m.layers[0].weight), False),
@@ -107,10 +110,11 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("name", UNSEEN)
-def test_every_guard_is_checked_at_every_call(name):
+def test_every_guard_is_checked_at_every_call(name, monkeypatch):
     """Also those that dict versions do not cover: the compiled model never answers with what
     the model was."""
     change, matters = UNSEEN[name]
+    monkeypatch.setattr(Model, "shift", 0.5)  # put back afterwards
     model = Model().eval()
     compiled = splitpoint.compile(model, Config(max_size=8))
     x = torch.randn(3, 4)

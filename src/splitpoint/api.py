@@ -301,7 +301,8 @@ def dynamo_backend(
 
     Raises:
         ConfigError: for options that are none of `Config`'s.
-        InvalidDynamicDims: when the graph has two independent dynamic sizes.
+        InvalidDynamicDims: when the graph has two independent dynamic sizes, or none of its
+            inputs has the size itself.
     """
     config = Config.from_dict(options or {})
     _check_options(config)
@@ -321,7 +322,13 @@ def dynamo_backend(
         for index, value in enumerate(values)
     ]
     graph = Graph(split(graph_module, config.splitting_ops, symbols), inputs, len(values))
-    find = _torch.size_finder(values, symbols)
+    try:
+        find = _torch.size_finder(values, symbols)
+    except LookupError:
+        raise InvalidDynamicDims(
+            "no input of the graph is the dynamic size or has it as a dimension of its own: mark "
+            "the dimension itself with torch._dynamo.mark_dynamic, before what follows from it"
+        ) from None
     if find is None:
         config = replace(config, max_size=1, split_points=(), compile_sizes=())
     owner = array("H", [0]) + array("H", [1]) * config.max_size

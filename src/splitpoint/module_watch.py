@@ -20,7 +20,7 @@ class ModuleWatch:
 
     Sees attributes, parameters, buffers and submodules that are added, removed or replaced,
     and tensors whose memory, dtype or shape is exchanged. What an attribute refers to may
-    change unseen (a list that grows, say).
+    change unseen (a list that grows, say), and so may a module's `__class__`.
     """
 
     def __init__(self, owner: torch.nn.Module) -> None:
