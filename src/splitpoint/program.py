@@ -108,8 +108,8 @@ class Lane:
     run: Stitched | None = None
     kernels: dict[LinearShape, str] | None = None
     """The kernel of each shape of linear layer; None while it is not chosen."""
-    packed: frozenset[tuple[int, str]] = frozenset()
-    """The packed weights that `run` reads, by `Bound.index` and layout."""
+    packed: tuple[tuple[int, str], ...] = ()
+    """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
 
 
 class TooWide(Exception):

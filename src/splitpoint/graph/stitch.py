@@ -52,7 +52,7 @@ def stitch(
     result: tuple[Sequence[Any], Any] | None,
     guard: Guard | None,
     packed: Packed | None = None,
-) -> tuple[Stitched, frozenset[tuple[int, str]]]:
+) -> tuple[Stitched, tuple[tuple[int, str], ...]]:
     """Generate the function of one range. `rebind` must follow before it is called.
 
     Args:
@@ -67,10 +67,11 @@ def stitch(
             not see that they are.
 
     Returns:
-        The function, and the (`Bound.index`, layout) of the packed weights it reads.
+        The function, and the (`Bound.index`, layout) of the packed weights it reads, in the order
+        in which it does.
     """
     writer = _Writer(split, inputs, compiled, argument_count)
-    return writer.function(result, guard, packed), frozenset(writer.packed)
+    return writer.function(result, guard, packed), tuple(writer.packed)
 
 
 def rebind(
@@ -117,7 +118,7 @@ class _Writer:
             for name, source in zip(split.inputs, inputs, strict=True)
             if isinstance(source, Bound)
         }
-        self.packed: set[tuple[int, str]] = set()
+        self.packed: dict[tuple[int, str], None] = {}
 
     def function(
         self,
@@ -201,7 +202,7 @@ class _Writer:
     def input(self, name: str, layout: str) -> str:
         if layout == "plain":
             return self.names[name]
-        self.packed.add((self.bound[name], layout))
+        self.packed[self.bound[name], layout] = None
         return f"{self.names[name]}_{layout}"
 
     def new(self, name: str) -> str:
