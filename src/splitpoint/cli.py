@@ -75,6 +75,8 @@ def bench_forward(args: argparse.Namespace) -> None:
         sizes=args.sizes,
         threads=args.threads,
         budget_s=args.seconds,
+        singles=args.singles,
+        baselines=args.baselines,
         say=_say,
     )
     print(report)

@@ -186,3 +186,7 @@ class ModelNotFound(UsageError):
 
 class OutputMismatch(SplitpointError, RuntimeError):
     """A compiled model's output differs from eager's by more than rounding explains."""
+
+
+class BaselineFailed(SplitpointError, RuntimeError):
+    """Something that splitpoint is compared with could not run the model."""
