@@ -43,11 +43,14 @@ class Expected:
         self._outputs = {
             size: [exact(ids) for ids in inputs] for size, inputs in self._inputs.items()
         }
+        self.eager_error = 0.0
+        """The worst error of the model itself over the sizes."""
         self.limit = FP32_LIMIT
         """Largest error allowed."""
         if model.dtype != torch.float32:
             eager = last_logits(model)
-            self.limit = BF16_FACTOR * max(self._error(eager, size) for size in sizes)
+            self.eager_error = max(self._error(eager, size) for size in sizes)
+            self.limit = BF16_FACTOR * self.eager_error
 
     def check(self, name: str, forward: Forward, sizes: Sequence[int] | None = None) -> float:
         """The worst error of a forward over the sizes (default: all): |logits - reference| /

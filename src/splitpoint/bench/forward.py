@@ -129,11 +129,12 @@ def compare(
 ) -> ForwardReport:
     """As `run`, with a model that `compile_splitpoint` has compiled."""
     say("running the model in fp32, to check outputs ...")
-    entrants = Entrants(Expected(model, sizes))
+    expected = Expected(model, sizes)
+    entrants = Entrants(expected, {"eager": last_logits(model)})
+    entrants.errors["eager"] = expected.eager_error
     work = {size: work_of(model, size) for size in sizes}
     shapes = {layer.shape for layer in work[sizes[0]].layers}
 
-    entrants.forwards["eager"] = entrants.add("eager", last_logits(model))
     say("torch.compile(dynamic=True): compiling ...")
     # fullgraph, so that a recompilation limit is an error here and not a quiet fall back to
     # eager. Two graphs are expected: Dynamo takes size 1 for a constant.
