@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from splitpoint.bench.floor import GEMM, READ, Layer, Probes, Rates, Work, work_of
-from splitpoint.passes.linear import LinearShape
 from splitpoint.tuning.measure import THREAD_CPU_TIME, interleave
 
 from .. import tiny
@@ -20,7 +19,7 @@ def test_every_linear_layer_is_counted_with_its_rows(dtype: torch.dtype):
     *layers, head = work.layers
     assert {layer.rows for layer in layers} == {5}
     assert head.rows == 1, "the logits of the last token only"
-    assert head.shape == LinearShape(tiny.VOCABULARY, tiny.HIDDEN, dtype, False)
+    assert (head.n, head.k, head.itemsize) == (tiny.VOCABULARY, tiny.HIDDEN, dtype.itemsize)
     everything = sum(p.nbytes for p in model.parameters())  # tied: the head is the embedding
     assert sum(layer.weight_bytes for layer in work.layers) + work.other_bytes == everything
     assert work.other_bytes == (2 * tiny.LAYERS + 1) * tiny.HIDDEN * dtype.itemsize, "the norms"
@@ -28,8 +27,8 @@ def test_every_linear_layer_is_counted_with_its_rows(dtype: torch.dtype):
 
 
 def test_each_layer_takes_the_longer_of_its_two_times():
-    wide = LinearShape(100, 10, torch.float32, False)  # 4000 bytes, 2000 operations a row
-    work = Work((Layer(wide, 1), Layer(wide, 50)), other_bytes=30)
+    # 4000 bytes each, and 2000 operations a row.
+    work = Work((Layer(100, 10, 4, rows=1), Layer(100, 10, 4, rows=50)), other_bytes=30)
     assert work.floor_s(Rates(bytes_s=1e3, flops_s=1e4)) == pytest.approx(4 + 10 + 0.03)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import CompiledModel, Config, compile, kernels
 from .._torch import fresh_inductor_cache
 from ..errors import BaselineFailed, OutputMismatch
-from ..passes.linear import VARIANTS, LinearShape
+from ..passes.linear import VARIANTS
 from ..ranges import Range
 from .baselines import BASELINES, Baseline
 from .check import Expected
@@ -77,19 +77,17 @@ class Entrants:
             BASELINES[name].release(forward)
         gc.collect()  # modules hold cycles, and with them their weights
 
-    def add_singles(
-        self,
-        model: Any,
-        config: Config,
-        shapes: Collection[LinearShape],
-        sizes: Sequence[int],
-        say: Say,
-    ) -> None:
-        """Splitpoint with one range and one kernel, once for each that can serve all sizes."""
-        for kernel in single_kernels(shapes, config.max_size):
+    def add_singles(self, model: Any, config: Config, sizes: Sequence[int], say: Say) -> None:
+        """Splitpoint with one range and one kernel, once for each that is meant for all sizes."""
+        for kernel in single_kernels(config.max_size):
             name = ONLY + kernel
             say(f"splitpoint with one range and {name}: compiling ...")
-            compiled, self.costs[name] = compile_cold(model, one_kernel(config, kernel), sizes)
+            compiled, cost = compile_cold(model, one_kernel(config, kernel), sizes)
+            used = {each for entry in compiled.plan.entries for each in entry.linear.values()}
+            if kernel != "inductor" and kernel not in used:
+                self.notes.append(f"{name} was left out: it can run none of the linear layers.")
+                continue
+            self.costs[name] = cost
             self.forwards[name] = self.add(name, last_logits(compiled))
 
     def add_baselines(
@@ -118,15 +116,12 @@ def compile_cold(model: Any, config: Config, sizes: Sequence[int]) -> tuple[Comp
     return compiled, cost
 
 
-def single_kernels(shapes: Collection[LinearShape], max_size: int) -> list[str]:
-    """The kernels that can serve layers of these shapes at all sizes."""
+def single_kernels(max_size: int) -> list[str]:
+    """The kernels that are meant for all sizes."""
+    if not kernels.available():
+        return ["inductor"]
     everywhere = Range(1, max_size)
-    found = [
-        name
-        for name, variant in VARIANTS.items()
-        if kernels.available() and all(variant.admits(shape, everywhere) for shape in shapes)
-    ]
-    return ["inductor", *found]
+    return ["inductor", *(name for name, v in VARIANTS.items() if v.promises(everywhere))]
 
 
 def one_kernel(config: Config, kernel: str) -> Config:

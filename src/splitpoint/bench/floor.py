@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .._torch import prepacked_linear
-from ..passes.linear import LinearShape
 from ..tuning.measure import Timing
 from .inputs import last_logits, random_ids
 from .linear import COLD_BYTES
@@ -47,19 +46,23 @@ class Rates:
 class Layer:
     """One linear layer of a pass."""
 
-    shape: LinearShape
+    n: int
+    k: int
+    """Its weight is [n, k]."""
+    itemsize: int
+    """Bytes of an element of the weight."""
     rows: int
     """Rows of its input."""
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weight."""
-        return self.shape.n * self.shape.k * self.shape.dtype.itemsize
+        return self.n * self.k * self.itemsize
 
     @property
     def flops(self) -> int:
         """Operations, a multiply-add as two."""
-        return 2 * self.rows * self.shape.n * self.shape.k
+        return 2 * self.rows * self.n * self.k
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,7 @@ def work_of(model: Any, size: int) -> Work:
 
     def note(module: nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:
         n, k = module.weight.shape
-        shape = LinearShape(n, k, module.weight.dtype, module.bias is not None)
-        layers.append(Layer(shape, args[0].numel() // k))
+        layers.append(Layer(n, k, module.weight.itemsize, args[0].numel() // k))
 
     modules = list(model.modules())
     hooks = [m.register_forward_hook(note) for m in modules if isinstance(m, nn.Linear)]

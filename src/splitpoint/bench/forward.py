@@ -133,7 +133,6 @@ def compare(
     entrants = Entrants(expected, {"eager": last_logits(model)})
     entrants.errors["eager"] = expected.eager_error
     work = {size: work_of(model, size) for size in sizes}
-    shapes = {layer.shape for layer in work[sizes[0]].layers}
 
     say("torch.compile(dynamic=True): compiling ...")
     # fullgraph, so that a recompilation limit is an error here and not a quiet fall back to
@@ -145,7 +144,7 @@ def compare(
     entrants.costs["splitpoint"] = cost
     entrants.forwards["splitpoint"] = entrants.add("splitpoint", last_logits(compiled))
     if singles:
-        entrants.add_singles(model, compiled.config, shapes, sizes, say)
+        entrants.add_singles(model, compiled.config, sizes, say)
     entrants.add_baselines(model, baselines, sizes, say)
 
     probes = _probes(model, entrants)
@@ -160,7 +159,7 @@ def compare(
         if probes is not None:
             rates = probes.rates(timings)
             floor = Floor(work[size].floor_s(rates) * 1e3, rates.bytes_s / 1e9, rates.flops_s / 1e9)
-        variant = variant_of(compiled.plan.entry_for(size), len(shapes))
+        variant = variant_of(compiled.plan.entry_for(size))
         rows.append(_row(size, dtype, threads, variant, floor, timings, baselines))
         entrants.release(built)
     return ForwardReport(

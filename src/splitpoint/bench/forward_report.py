@@ -48,7 +48,7 @@ class Row:
     dtype: str
     threads: int
     variant: str
-    """Kernels of the linear layers at this size, with the number of shapes that have each."""
+    """Kernels of the linear layers at this size, see `variant_of`."""
     eager: Measured
     torch_compile: Measured
     splitpoint: Measured
@@ -274,15 +274,12 @@ class ForwardReport:
         )
 
 
-def variant_of(entry: PlannedRange, shapes: int) -> str:
+def variant_of(entry: PlannedRange) -> str:
     """The kernels of a range's linear layers: `packed`, or `packed 4, inductor 1` by the number
-    of `shapes` that have each."""
+    of different layers that have each."""
     counts = Counter(entry.linear.values())
-    rest = shapes - sum(counts.values())
-    if rest > 0:
-        counts["inductor"] += rest
-    if len(counts) == 1:
-        return next(iter(counts))
+    if len(counts) < 2:
+        return next(iter(counts), "inductor")
     return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 
 
