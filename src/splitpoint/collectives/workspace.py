@@ -273,9 +273,8 @@ def _share_file(
     if any(refused):
         try:
             if server is not None:
-                _hand_over(
-                    server, fd, [known[peer].pid for peer in range(1, len(known)) if refused[peer]]
-                )
+                in_need = {each.pid for each, why in zip(known, refused, strict=True) if why}
+                _hand_over(server, fd, in_need)
             elif denied:
                 fd = _receive(made[0][1], known[0].pid)
                 stack.callback(os.close, fd)
