@@ -36,7 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("verb", [(), ("demo",), ("plan",), ("bench",), ("bench", "forward")])
+    @pytest.mark.parametrize(
+        "verb",
+        [(), ("demo",), ("plan",), ("bench",), ("bench", "forward"), ("bench", "collective")],
+    )
     def test_every_verb_has_it(self, verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit) as end:
             main([*verb, "--help"])

@@ -173,6 +173,21 @@ class KernelBuildError(SplitpointError, RuntimeError):
     """The package's own C++ kernels could not be built or loaded on this machine."""
 
 
+# --- collectives -----------------------------------------------------------------------
+
+
+class InvalidCollective(SplitpointError, ValueError):
+    """An argument of a collective operator has no meaning for it."""
+
+
+class WorkspaceError(SplitpointError, RuntimeError):
+    """A shared-memory workspace could not be attached to a process group."""
+
+
+class RankFailed(SplitpointError, RuntimeError):
+    """A process that was started as a rank died before it was done."""
+
+
 # --- the command line ------------------------------------------------------------------
 
 
