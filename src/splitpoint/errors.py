@@ -173,6 +173,17 @@ class KernelBuildError(SplitpointError, RuntimeError):
     """The package's own C++ kernels could not be built or loaded on this machine."""
 
 
+# --- policies of collectives -----------------------------------------------------------
+
+
+class InvalidPolicy(ConfigError):
+    """A collective policy, or a table to build one from, that cannot be used."""
+
+
+class RanksDisagree(SplitpointError, RuntimeError):
+    """The ranks of a group would decide differently, which would leave some of them waiting."""
+
+
 # --- the command line ------------------------------------------------------------------
 
 

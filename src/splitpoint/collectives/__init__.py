@@ -1,0 +1,1 @@
+"""All-reduce, residual add, RMSNorm and quantisation as one step, where it pays."""
