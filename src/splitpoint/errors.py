@@ -173,6 +173,17 @@ class KernelBuildError(SplitpointError, RuntimeError):
     """The package's own C++ kernels could not be built or loaded on this machine."""
 
 
+# --- collectives -----------------------------------------------------------------------
+
+
+class InvalidCollective(SplitpointError, ValueError):
+    """An argument of a collective operator has no meaning for it."""
+
+
+class WorkspaceError(SplitpointError, RuntimeError):
+    """A shared-memory workspace could not be attached to a process group."""
+
+
 # --- the command line ------------------------------------------------------------------
 
 
