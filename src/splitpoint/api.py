@@ -69,7 +69,8 @@ class Stats:
         for count in self.matches:
             by_pass[count.name] = by_pass.get(count.name, 0) + (count.matches or 0)
         passes = [f"pass {name} matched {matches} times" for name, matches in by_pass.items()]
-        return "\n".join([heading, *table, *passes])
+        notes = dict.fromkeys(f"{c.name}: {note}" for c in self.matches for note in c.notes)
+        return "\n".join([heading, *table, *passes, *notes])
 
 
 class CompiledModel:

@@ -173,7 +173,7 @@ class KernelBuildError(SplitpointError, RuntimeError):
     """The package's own C++ kernels could not be built or loaded on this machine."""
 
 
-# --- policies of collectives -----------------------------------------------------------
+# --- collectives -----------------------------------------------------------------------
 
 
 class InvalidPolicy(ConfigError):
@@ -182,6 +182,14 @@ class InvalidPolicy(ConfigError):
 
 class RanksDisagree(SplitpointError, RuntimeError):
     """The ranks of a group would decide differently, which would leave some of them waiting."""
+
+
+class InvalidCollective(SplitpointError, ValueError):
+    """An argument of a collective operator has no meaning for it."""
+
+
+class WorkspaceError(SplitpointError, RuntimeError):
+    """A shared-memory workspace could not be attached to a process group."""
 
 
 # --- the command line ------------------------------------------------------------------

@@ -431,4 +431,5 @@ def _crossing(
     share = 0.5
     if math.isfinite(ahead) and math.isfinite(behind) and ahead > behind:
         share = min(max(ahead / (ahead - behind), 0.0), 1.0)
-    return min(max(round(first * (last / first) ** share), first), last - 1)
+    cut: int = round(first * (last / first) ** share)
+    return min(max(cut, first), last - 1)

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..errors import PassError, SplitpointError
 from ..ranges import Range
-from .base import Pass, compiling
+from .base import Found, Pass, compiling
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class MatchCount:
     range: Range
     matches: int | None
     """None when the piece came compiled from Inductor's cache, where no pass runs."""
+    notes: tuple[str, ...] = ()
+    """What did not match, and why."""
+    chosen: tuple[str, ...] = ()
+    """What the piece was given, and why."""
 
 
 class PassManager:
@@ -32,7 +36,7 @@ class PassManager:
         self.passes = [p for p in passes if p.applies_to(range_)]
         self.piece = piece
         self.range = range_
-        self._counts: dict[int, int] = {}
+        self._found: dict[int, Found] = {}
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run the passes in order.
@@ -44,15 +48,22 @@ class PassManager:
             for index, given in enumerate(self.passes):
                 where = f"pass {given.name} on {self.range}"
                 try:
-                    matches = given(graph)
+                    found = given(graph)
                     graph.lint()
                 except SplitpointError:
                     raise
                 except Exception as error:
                     raise PassError(f"{where} failed: {type(error).__name__}: {error}") from error
-                if isinstance(matches, bool) or not isinstance(matches, int):
-                    raise PassError(f"{where} must return its number of matches, got {matches!r}")
-                self._counts[index] = self._counts.get(index, 0) + matches
+                if isinstance(found, int) and not isinstance(found, bool):
+                    found = Found(found)
+                if not isinstance(found, Found):
+                    raise PassError(f"{where} must return its number of matches, got {found!r}")
+                before = self._found.get(index, Found(0))
+                self._found[index] = Found(
+                    before.matches + found.matches,
+                    before.notes + found.notes,
+                    before.chosen + found.chosen,
+                )
 
     def uuid(self) -> str:
         """Identifies the passes, in order, with their settings."""
@@ -60,7 +71,9 @@ class PassManager:
 
     def matches(self) -> list[MatchCount]:
         """What was counted, one entry a pass, in order."""
-        return [
-            MatchCount(p.name, self.piece, self.range, self._counts.get(index))
-            for index, p in enumerate(self.passes)
-        ]
+        counts = []
+        for index, given in enumerate(self.passes):
+            found = self._found.get(index)
+            parts = (None, (), ()) if found is None else (found.matches, found.notes, found.chosen)
+            counts.append(MatchCount(given.name, self.piece, self.range, *parts))
+        return counts

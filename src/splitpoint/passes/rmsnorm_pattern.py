@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from .. import _torch
+from ..collectives.policy import Quant
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
@@ -45,10 +46,12 @@ class Match:
     """The result of the all-reduce."""
     hidden: int
     residual: fx.Node | None = None
+    given_residual: fx.Node | None = None
+    """The residual as it is added, where `residual` is what a widening cast took."""
     weight: fx.Node | None = None
     weight_bias: float = 0.0
     eps: float = 0.0
-    quant: str = "none"
+    quant: Quant = "none"
     quant_scale: fx.Node | None = None
     scale_is_inverse: bool = False
     """Whether values are multiplied by `quant_scale` instead of divided."""
@@ -187,7 +190,13 @@ def _is_transparent(node: fx.Node, hidden: int) -> bool:
         return False
     if name in CASTS:
         return True
-    return name in VIEWS and own.dim() > 0 and _torch.statically_equal(own.shape[-1], hidden)
+    return (
+        name in VIEWS
+        and own.dim() > 0
+        and _torch.statically_equal(own.shape[-1], hidden)
+        # One unknown dimension can be written as -1 when results get their shape back.
+        and sum(isinstance(size, torch.SymInt) for size in own.shape) <= 1
+    )
 
 
 def _aliases(node: fx.Node, hidden: int) -> list[fx.Node]:
@@ -233,13 +242,13 @@ def match(reduce: fx.Node, *, quantise: bool = True) -> Match:
     for attempt in attempts:
         try:
             _norm(attempt)
+            if quantise:
+                _quantisation(attempt)
             _check_users(attempt)
         except Miss as miss:
             misses.append(miss)
-            continue
-        if quantise:
-            _quantisation(attempt)
-        return attempt
+        else:
+            return attempt
     raise max(misses, key=lambda miss: miss.depth)
 
 
@@ -296,6 +305,7 @@ def _with_residual(found: Match, add: fx.Node) -> Match:
         found.reduced,
         found.hidden,
         residual=_uncast(residual),
+        given_residual=residual,
         sums=sums,
         inner={*found.inner, *sums},
     )
@@ -308,7 +318,7 @@ def _norm(found: Match) -> None:
         if name_of(node) in NORM_OPS:
             return _norm_op(found, node)
     squares = [
-        (node, source)
+        node
         for source in found.sums
         for node in source.users
         if (form := SQUARE.get(name_of(node))) and form(node, source)
@@ -316,7 +326,7 @@ def _norm(found: Match) -> None:
     if len(squares) != 1:
         seen = ", ".join(map(describe, _users(found.sums))) or "nothing"
         raise Miss(f"after {where} expected one square (of an RMSNorm), found {seen}", 1)
-    square, source = squares[0]
+    (square,) = squares
     found.inner.add(square)
     mean, _ = _step(found, square, MEAN, "a mean over the last dimension, kept", 2)
     shifted, found.eps = _step(found, mean, EPS, "the add of a constant (eps)", 3)
@@ -371,8 +381,7 @@ def _weight(found: Match, product: fx.Node) -> None:
         for node in factor.users:
             if name_of(node) != "aten::mul.Tensor" or node.args[0] is node.args[1]:
                 continue
-            weight = _operand(node, factor)
-            if isinstance(weight, fx.Node) and _is_row(value(weight), found.hidden):
+            if weight := _row(_operand(node, factor), found.hidden):
                 found.inner |= {*scaled, node}
                 if others := [u for u in _users(scaled) if u is not node]:
                     raise Miss(
@@ -388,14 +397,13 @@ def _weight(found: Match, product: fx.Node) -> None:
     found.inner |= {*scaled}
 
 
-def _is_row(given: Any, hidden: int) -> bool:
-    """Whether a tensor has one number for each column."""
-    return (
-        isinstance(given, torch.Tensor)
-        and given.dim() > 0
-        and all(_torch.statically_equal(n, 1) for n in given.shape[:-1])
-        and _torch.statically_equal(given.shape[-1], hidden)
-    )
+def _row(node: object, hidden: int) -> fx.Node | None:
+    """The [hidden] tensor that an operand is, or is a view of."""
+    while isinstance(node, fx.Node) and value(node).dim() != 1:
+        node = node.args[0] if name_of(node) in (*VIEWS, "aten::expand") else None
+    if isinstance(node, fx.Node) and _torch.statically_equal(value(node).shape[0], hidden):
+        return node
+    return None
 
 
 def _set_weight(found: Match, weight: fx.Node) -> None:
@@ -419,8 +427,6 @@ def _norm_op(found: Match, node: fx.Node) -> None:
         raise Miss(f"{describe(node)} normalises over {shape}, not the last dimension", 2)
     if eps is None:
         eps = torch.finfo(value(source).dtype).eps
-    if isinstance(weight, fx.Node) and not _is_row(value(weight), found.hidden):
-        raise Miss(f"{describe(node)} has a weight of shape {tuple(value(weight).shape)}", 2)
     found.eps, found.weight = float(eps), weight
     found.inner.add(node)
     first = node
@@ -443,15 +449,21 @@ def _check_users(found: Match) -> None:
                 + ", ".join(map(describe, others)),
                 7,
             )
+        exact = [node for node in found.outside(found.sums) if value(node).dtype == torch.float32]
+        if value(found.residual).dtype not in (found.dtype, torch.float32) or any(
+            not _is_rounded(node, found.sums, value(found.residual).dtype) for node in exact
+        ):
+            found.residual = found.given_residual
+            assert found.residual is not None
+            if (given := value(found.residual).dtype) not in (found.dtype, torch.float32):
+                raise Miss(f"the residual is {given}, the all-reduce {found.dtype}", 7)
     holder = found.residual if found.residual is not None else found.input
     for what, nodes, dtype in (
         ("sum", found.sums, value(holder).dtype),
         ("norm", found.norms, found.dtype),
     ):
         for node in found.outside(nodes):
-            if torch.promote_types(value(node).dtype, dtype) != dtype and not _only_quantised(
-                found, node
-            ):
+            if not _is_rounded(node, nodes, dtype):
                 raise Miss(
                     f"the {what} is used in {value(node).dtype} ({node.name}), the operator "
                     f"gives {dtype}",
@@ -461,20 +473,13 @@ def _check_users(found: Match) -> None:
     _check_order(found, [node for node in operands if node is not None])
 
 
-def _only_quantised(found: Match, node: fx.Node) -> bool:
-    """Whether all that uses a node ends in fp8, where fp32 in between is not lost."""
-    if node not in found.norms:
-        return False
-    seen = [u for u in node.users if u not in found.inner]
-    for each in seen:
-        own = value(each)
-        if not isinstance(own, torch.Tensor):
-            return False
-        if own.dtype != FP8 and _torch.statically_equal(own.shape[-1], found.hidden):
-            seen += [u for u in each.users if u not in seen]
-    return all(name_of(u).startswith(("aten::", "prims::")) for u in seen) and any(
-        value(u).dtype == FP8 for u in seen
-    )
+def _is_rounded(node: fx.Node, among: list[fx.Node], dtype: torch.dtype) -> bool:
+    """Whether a node holds no more digits than a dtype has: by its own, or by what it casts."""
+    own = value(node).dtype
+    if own == dtype or dtype == torch.float32:
+        return True
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source in among and _is_rounded(source, among, dtype)
 
 
 def _check_order(found: Match, operands: list[fx.Node]) -> None:
@@ -521,7 +526,10 @@ def _fp8(found: Match, cast: fx.Node) -> bool:
     while isinstance(node, fx.Node) and name_of(node) in CASTS and node not in found.norms:
         chain.append(node)
         node = node.args[0]
-    if not isinstance(node, fx.Node) or name_of(node) not in ("aten::mul.Tensor", "aten::div.Tensor"):
+    if not isinstance(node, fx.Node) or name_of(node) not in (
+        "aten::mul.Tensor",
+        "aten::div.Tensor",
+    ):
         return False
     a, b = node.args[:2]
     inverse = name_of(node) == "aten::mul.Tensor"
@@ -602,7 +610,9 @@ def _token_scale(found: Match, scale: fx.Node, inverse: bool) -> list[fx.Node]:
         and _last_dim_kept(node, largest)
         and math.isclose(divisor, FP8_LARGEST, rel_tol=1e-6)
     ):
-        raise Miss(f"fp8 of the norm by a scale that is not amax / 448 of each token ({scale.name})")
+        raise Miss(
+            f"fp8 of the norm by a scale that is not amax / 448 of each token ({scale.name})"
+        )
     if floor > 1e-6:
         raise Miss(f"fp8 of the norm with a floor of {floor} under the scale ({scale.name})")
     found.scales = true_scale

@@ -1,0 +1,57 @@
+"""Private torch names of process groups and functional collectives; checked on torch 2.13.0."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """The name under which functional collectives know a process group."""
+    return str(group.group_name)
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group that functional collectives know by a name.
+
+    Raises:
+        LookupError: when there is none of that name.
+    """
+    try:
+        return torch._C._distributed_c10d._resolve_process_group(dist.GroupName(name))
+    except (RuntimeError, ValueError) as error:
+        raise LookupError(f"no process group is named {name!r}") from error
+
+
+def group_sizes() -> dict[str, int]:
+    """The number of ranks of each process group of this process, by name; sorted."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    groups = dist.distributed_c10d._world.pg_map
+    return dict(sorted((group_name(group), group.size()) for group in groups))
+
+
+def all_reduce(tensor: Tensor, group: str) -> Tensor:
+    """The sum over the group's ranks, in the tensor's dtype."""
+    ops = torch.ops._c10d_functional
+    reduced: Tensor = ops.wait_tensor(ops.all_reduce(tensor.contiguous(), "sum", group))
+    return reduced
+
+
+def reduce_scatter(tensor: Tensor, group: str) -> Tensor:
+    """This rank's share, along dimension 0, of the sum over the group's ranks."""
+    ops = torch.ops._c10d_functional
+    world = group_of(group).size()
+    share: Tensor = ops.wait_tensor(
+        ops.reduce_scatter_tensor(tensor.contiguous(), "sum", world, group)
+    )
+    return share
+
+
+def all_gather(tensor: Tensor, group: str) -> Tensor:
+    """The tensors of the group's ranks, joined along dimension 0."""
+    ops = torch.ops._c10d_functional
+    world = group_of(group).size()
+    whole: Tensor = ops.wait_tensor(ops.all_gather_into_tensor(tensor.contiguous(), world, group))
+    return whole
