@@ -184,6 +184,10 @@ class RanksDisagree(SplitpointError, RuntimeError):
     """The ranks of a group would decide differently, which would leave some of them waiting."""
 
 
+class RankFailed(SplitpointError, RuntimeError):
+    """One of the processes that serve as ranks raised an error or died."""
+
+
 class InvalidCollective(SplitpointError, ValueError):
     """An argument of a collective operator has no meaning for it."""
 

@@ -91,13 +91,13 @@ class PlannedRange:
     """Inductor options of this range."""
     linear: Mapping[str, str] = field(default_factory=dict)
     """Kernel of each shape of linear layer ("576->1536"), for those that are not Inductor's."""
-    collectives: tuple[str, ...] = ()
-    """What each kind of all-reduce + norm was given, and why; known after compiling."""
     only: tuple[tuple[int, int], ...] = ()
     """The runs (first, last) of sizes that are served, where the range serves only some of
     its sizes (those that a model's own condition leaves it); () means all of them."""
     note: str = ""
     """Why the range is there, when it does not come from the configuration."""
+    collectives: tuple[str, ...] = ()
+    """What each kind of all-reduce + norm was given, and why; known after compiling."""
 
 
 @dataclass(frozen=True)
@@ -216,9 +216,9 @@ class Plan:
                     tuple(row["passes"]),
                     dict(row["options"]),
                     dict(row["linear"]),
-                    tuple(row.get("collectives", ())),
                     tuple((int(first), int(last)) for first, last in row["only"]),
                     row["note"],
+                    tuple(row["collectives"]),
                 )
                 for row in data["ranges"]
             )
