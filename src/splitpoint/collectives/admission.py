@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _torch_distributed
+from . import flashinfer
 from .policy import FUSED
 
 
@@ -32,4 +33,4 @@ def state() -> dict[str, object]:
 
 
 def _attached() -> frozenset[str]:
-    return frozenset()
+    return flashinfer.attached()
