@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import threading
@@ -68,7 +69,7 @@ def _gather(ranks: list[tuple[Any, Connection]]) -> list[Any]:
             assert isinstance(ready, Connection)
             rank = pending.pop(ready)
             try:
-                done, value, text = ready.recv()
+                done, value, text = pickle.loads(ready.recv_bytes())
             except EOFError:
                 process = ranks[rank][0]
                 process.join(GRACE_S)
@@ -102,11 +103,16 @@ def _rank(
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
         result = function(*args)
         dist.destroy_process_group()
-        there.send((True, result, ""))
+        _send(there, True, result)
     except SplitpointError as error:
-        there.send((False, error, ""))
+        _send(there, False, error)
     except Exception as error:  # noqa: BLE001 (whatever it is, the parent raises it)
-        there.send((False, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        _send(there, False, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _send(there: Connection, done: bool, value: Any, text: str = "") -> None:
+    # By value: what torch registers for pipes would share memory that dies with this process.
+    there.send_bytes(pickle.dumps((done, value, text)))
 
 
 def _exit_with_parent(there: Connection) -> None:

@@ -273,7 +273,7 @@ class Program:
             prepared.piece, lane.planned, self.config.passes, prepared.options
         )
         self.counts.compilations += 1
-        self.counts.matches += compiled.matches
+        self.counts.matches += [replace(m, piece=piece.fingerprint) for m in compiled.matches]
         log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)
         right = valid(compiled.assumptions, lane.sizes)
         if len(right) < len(lane.sizes):
