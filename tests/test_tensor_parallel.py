@@ -63,7 +63,13 @@ def test_other_models_are_refused(whole):
 def serve(folder):
     """In a rank: the compiled model's logits by size, and what was matched."""
     model, _ = load(folder, torch.float32, dist.group.WORLD)
-    config = Config(max_size=64, split_points=[8], passes=[AllReduceRMSNorm(algorithm="reference")])
+    config = Config(
+        max_size=64,
+        compile_sizes=[1],
+        linear="inductor",
+        lazy=True,
+        passes=[AllReduceRMSNorm(algorithm="reference")],
+    )
     compiled = splitpoint.compile(model, config)
     logits = {size: compiled(*inputs(size)) for size in (2, 7, 33)}
     stats = compiled.stats()

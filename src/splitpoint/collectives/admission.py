@@ -23,14 +23,22 @@ def admitted(group: str, device: torch.device) -> frozenset[str]:
     The fused ones need a workspace. Attaching one is itself a collective, which succeeds on all
     ranks or on none, so that the answer is the same on all of them.
     """
-    return frozenset({"standard", "native", *(FUSED if group in _attached() else ())})
+    served = group in (flashinfer.attached() if device.type == "cuda" else _in_shared_memory())
+    return frozenset({"standard", "native", *(FUSED if served else ())})
 
 
 def state() -> dict[str, object]:
     """What decisions depend on besides the policy, as JSON values: the groups' sizes, and which
     have a workspace."""
-    return {"groups": _torch_distributed.group_sizes(), "attached": sorted(_attached())}
+    return {
+        "groups": _torch_distributed.group_sizes(),
+        "shared memory": sorted(_in_shared_memory()),
+        "flashinfer": sorted(flashinfer.attached()),
+    }
 
 
-def _attached() -> frozenset[str]:
-    return flashinfer.attached()
+def _in_shared_memory() -> frozenset[str]:
+    attached = getattr(torch.ops.splitpoint, "shm_attached", None)
+    if attached is None:  # the kernels are not loaded, so nothing can be
+        return frozenset()
+    return frozenset(name for name in _torch_distributed.group_sizes() if attached(name))

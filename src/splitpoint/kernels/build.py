@@ -83,7 +83,29 @@ def kernel_units() -> list[Unit]:
 
 
 def library() -> Path:
-    """The path of the kernels' shared library, built first if this machine has none.
+    """The path of the linear layers' shared library, built first if this machine has none.
+
+    Raises:
+        KernelBuildError: as `built`.
+    """
+    torch_headers = torch_header_flags()
+    units = [
+        *kernel_units(),
+        Unit("glue", SOURCES / "linear.cpp", torch_headers),
+        Unit("watch", SOURCES / "watch.cpp", (*torch_headers, *_python_headers())),
+    ]
+    return built("splitpoint", units, [SOURCES])
+
+
+def torch_header_flags() -> tuple[str, ...]:
+    """The flags of a unit that includes torch's headers."""
+    return tuple(_isystem(_torch.include_folders()))
+
+
+def built(name: str, units: Sequence[Unit], folders: Sequence[Path]) -> Path:
+    """The path of a shared library of some units, built first if this machine has none.
+
+    All C++ files in `folders` count as its sources: it is built again when any changes.
 
     Raises:
         KernelBuildError: when there is no compiler, it fails, or the cache folder cannot be
@@ -101,14 +123,8 @@ def library() -> Path:
             f"found: install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install "
             f"gcc-c++) or set CXX to its path"
         )
-    torch_headers = tuple(_isystem(_torch.include_folders()))
-    units = [
-        *kernel_units(),
-        Unit("glue", SOURCES / "linear.cpp", torch_headers),
-        Unit("watch", SOURCES / "watch.cpp", (*torch_headers, *_python_headers())),
-    ]
     folder = cache_folder() / "kernels"
-    path = folder / f"splitpoint-{_key(compiler, units)}.so"
+    path = folder / f"{name}-{_key(compiler, units, folders)}.so"
     if path.exists():
         return path
     try:
@@ -136,7 +152,7 @@ def _isystem(folders: Sequence[Path]) -> Iterator[str]:
         yield from ("-isystem", str(folder))
 
 
-def _key(compiler: str, units: Sequence[Unit]) -> str:
+def _key(compiler: str, units: Sequence[Unit], folders: Sequence[Path]) -> str:
     """24 hexadecimal digits of a SHA-256 of the sources, flags, compiler, Python and torch."""
     digest = hashlib.sha256()
     parts = [
@@ -149,8 +165,9 @@ def _key(compiler: str, units: Sequence[Unit]) -> str:
     ]
     for unit in units:
         parts += [unit.name, *unit.flags]
-    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
-        parts += [source.name, source.read_text()]
+    for folder in folders:
+        for source in sorted([*folder.glob("*.h"), *folder.glob("*.cpp")]):
+            parts += [source.name, source.read_text()]
     for part in parts:
         data = part.encode()
         # The length keeps "ab", "c" apart from "a", "bc".
