@@ -53,6 +53,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
 
     _demo(verbs, verbs_by_name["demo"])
     _plan(verbs, verbs_by_name["plan"])
+    _run(verbs, verbs_by_name["run"])
     bench = verbs.add_parser("bench", help="measurements", description="Measurements.")
     benches = bench.add_subparsers(required=True, metavar="WHAT", title="what to measure")
     _bench_forward(benches, verbs_by_name["bench forward"])
@@ -106,6 +107,56 @@ examples:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP + "; or a config.json file")
     _layers_argument(parser)
+    _config_arguments(parser)
+
+
+def _run(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "run",
+        run,
+        "let a model answer, split over processes that are the ranks of a tensor-parallel group",
+        """\
+Splits a model of the Llama family over N processes of this host (heads that do not divide are
+filled up with heads of zeros), compiles it for ranges, fuses all-reduce + RMSNorm where the
+policy says so, and answers a prompt. Each token is computed from all tokens before it: there is
+no KV cache. Prints the answer, the plan with what serves the collectives of each range and why,
+and how many all-reduces were fused. torchrun may start the ranks as well.""",
+        """\
+examples:
+  splitpoint run smollm2 --tp 2
+  splitpoint run smollm2 --tp 2 --collectives gloo --tokens 8
+  torchrun --nproc-per-node 2 -m splitpoint run smollm2 --policy policy.json""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--tp",
+        type=_positive,
+        metavar="N",
+        help="ranks to start (default: 1; under torchrun as many as it started)",
+    )
+    parser.add_argument("--prompt", default=PROMPT, help="what to ask (default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--collectives",
+        choices=("auto", "shm", "gloo"),
+        default="auto",
+        help="what serves them: shared memory, gloo, or the first that can (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="what 'splitpoint tune collective' wrote (default: seeds)",
+    )
+    _layers_argument(parser)
+    _run_arguments(parser)
     _config_arguments(parser)
 
 

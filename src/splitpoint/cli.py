@@ -55,6 +55,25 @@ def plan(args: argparse.Namespace) -> None:
     print(Plan.from_config(config))
 
 
+def run(args: argparse.Namespace) -> None:
+    """`splitpoint run`."""
+    from .run import Job, read_policy, run
+
+    job = Job(
+        args.model,
+        args.dtype,
+        _config(args).to_json(),
+        read_policy(args.policy).to_json(),
+        args.collectives,
+        args.prompt,
+        args.tokens,
+        args.layers,
+    )
+    answer = run(job, tp=args.tp, threads=args.threads)
+    if answer is not None:
+        print(answer)
+
+
 def bench_forward(args: argparse.Namespace) -> None:
     """`splitpoint bench forward`."""
     from .bench.forward import check_sizes, run
@@ -121,6 +140,7 @@ def bench_linear(args: argparse.Namespace) -> None:
 VERBS = {
     "demo": demo,
     "plan": plan,
+    "run": run,
     "bench forward": bench_forward,
     "bench dispatch": bench_dispatch,
     "bench linear": bench_linear,
