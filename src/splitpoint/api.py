@@ -58,7 +58,7 @@ class Stats:
 
     def matched(self, name: str) -> dict[Range, int]:
         """Matches of a pass by range of the plan, with those of equal pieces counted each. A
-        piece that came from Inductor's cache, where no pass runs, counts as none."""
+        piece whose matches are not known counts as none."""
         counts: dict[Range, int] = {}
         for count in self.matches:
             if count.name == name and count.range in self.dispatches:

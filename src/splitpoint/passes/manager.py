@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from .. import _torch
 from ..errors import PassError, SplitpointError
 from ..ranges import Range
 from .base import Found, Pass, compiling
@@ -22,7 +23,7 @@ class MatchCount:
     """Fingerprint of the piece."""
     range: Range
     matches: int | None
-    """None when the piece came compiled from Inductor's cache, where no pass runs."""
+    """None when the piece came from an Inductor cache that keeps no notes of passes."""
     notes: tuple[str, ...] = ()
     """What did not match, and why."""
     chosen: tuple[str, ...] = ()
@@ -36,7 +37,6 @@ class PassManager:
         self.passes = [p for p in passes if p.applies_to(range_)]
         self.piece = piece
         self.range = range_
-        self._found: dict[int, Found] = {}
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run the passes in order.
@@ -58,22 +58,27 @@ class PassManager:
                     found = Found(found)
                 if not isinstance(found, Found):
                     raise PassError(f"{where} must return its number of matches, got {found!r}")
-                before = self._found.get(index, Found(0))
-                self._found[index] = Found(
-                    before.matches + found.matches,
-                    before.notes + found.notes,
-                    before.chosen + found.chosen,
-                )
+                _torch.keep_note(json.dumps([index, found.matches, found.notes, found.chosen]))
 
     def uuid(self) -> str:
         """Identifies the passes, in order, with their settings."""
         return json.dumps([p.uuid() for p in self.passes])
 
-    def matches(self) -> list[MatchCount]:
-        """What was counted, one entry a pass, in order."""
+    def matches(self, notes: Mapping[str, int]) -> list[MatchCount]:
+        """What the passes found, one entry a pass, in order. `notes` is what they kept, with how
+        often: Inductor's cache returns it with a graph for which no pass ran."""
+        found: dict[int, Found] = {}
+        for note, times in notes.items():
+            index, matches, said, chosen = json.loads(note)
+            before = found.get(index, Found(0))
+            found[index] = Found(
+                before.matches + times * matches,
+                before.notes + tuple(said),
+                before.chosen + tuple(chosen),
+            )
         counts = []
         for index, given in enumerate(self.passes):
-            found = self._found.get(index)
-            parts = (None, (), ()) if found is None else (found.matches, found.notes, found.chosen)
+            own = found.get(index)
+            parts = (None, (), ()) if own is None else (own.matches, own.notes, own.chosen)
             counts.append(MatchCount(given.name, self.piece, self.range, *parts))
         return counts
