@@ -12,6 +12,8 @@ from . import __version__
 
 MAX_SIZE, SPLIT_POINTS, COMPILE_SIZES = 512, (8, 64), (1,)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+COLLECTIVE_TOKENS = (1, 8, 32, 128, 512)
+QUANTS = ("none", "fp8_static", "fp8_token", "nvfp4")
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
 MODEL_HELP = (
@@ -59,6 +61,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     _bench_forward(benches, verbs_by_name["bench forward"])
     _bench_dispatch(benches, verbs_by_name["bench dispatch"])
     _bench_linear(benches, verbs_by_name["bench linear"])
+    _bench_collective(benches, verbs_by_name["bench collective"])
     return parser
 
 
@@ -282,6 +285,91 @@ examples:
     _run_arguments(parser)
 
 
+def _bench_collective(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "collective",
+        run,
+        "time all-reduce, residual add, RMSNorm and quantisation, fused and not",
+        """\
+Starts processes of this host as the ranks of a tensor-parallel group and times what ends each
+layer there: the sum over the ranks, the residual add, the RMSNorm and its quantisation. As gloo
+and torch operations (Standard), with the norm compiled (Native Compiled), as an all-reduce over
+shared memory followed by a norm, and fused into one kernel over shared memory, one-shot (each
+rank computes everything) and two-shot (each rank computes its share). Each variant is compared
+with float64 before any is timed. Prints Markdown; Speedup is over Standard.""",
+        """\
+examples:
+  splitpoint bench collective
+  splitpoint bench collective --ranks 2,4 --hidden 576,4096 --residual both --json out.json
+  splitpoint bench collective --quant none,fp8_static --tokens 1,8,64,512 --png crossover.png""",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=_ranks,
+        default=[2],
+        metavar="N,N,...",
+        help="processes of a group, 2 to 8; one group after the other (default: 2)",
+    )
+    parser.add_argument(
+        "--hidden",
+        type=_positives,
+        default=[1024],
+        metavar="N,N,...",
+        help="columns of the input; multiples of 16 for nvfp4 (default: 1024)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_positives,
+        default=COLLECTIVE_TOKENS,
+        metavar="N,N,...",
+        help=f"rows of the input (default: {_commas(COLLECTIVE_TOKENS)})",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        default="bf16",
+        help="dtype of input, residual and weight (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--residual",
+        choices=("with", "without", "both"),
+        default="with",
+        help="whether a residual is added (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quant",
+        dest="quants",
+        type=_quants,
+        default=["none"],
+        metavar="Q,Q,...",
+        help=f"quantisations of the norm: {', '.join(QUANTS)} (default: none)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="threads of each rank (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=0.1,
+        metavar="S",
+        help="time given to each variant in each configuration, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
+    )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="write time against tokens as PNG; one file for each of several configurations",
+    )
+
+
 def _commas(values: Sequence[int]) -> str:
     return ",".join(map(str, values))
 
@@ -370,6 +458,27 @@ def _integers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of integers such as 8,32"
         ) from None
+
+
+def _positives(text: str) -> list[int]:
+    values = _integers(text)
+    if not values or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers of 1 or more")
+    return values
+
+
+def _ranks(text: str) -> list[int]:
+    values = _integers(text)
+    if not values or not all(2 <= value <= 8 for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers from 2 to 8")
+    return values
+
+
+def _quants(text: str) -> list[str]:
+    values = text.split(",")
+    if not set(values) <= set(QUANTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(QUANTS)}")
+    return values
 
 
 def _positive(text: str) -> int:

@@ -137,6 +137,31 @@ def bench_linear(args: argparse.Namespace) -> None:
         save_picture(report, args.png)
 
 
+def bench_collective(args: argparse.Namespace) -> None:
+    """`splitpoint bench collective`."""
+    from .bench.collective_report import DTYPES, run, save_pictures
+    from .bench.picture import check_outputs
+
+    check_outputs(png=args.png, json=args.json)
+    report = run(
+        ranks=args.ranks,
+        hidden=args.hidden,
+        tokens=args.tokens,
+        dtype=DTYPES[args.dtype],
+        residual={"with": [True], "without": [False], "both": [True, False]}[args.residual],
+        quants=args.quants,
+        threads=args.threads,
+        budget_s=args.seconds,
+        say=_say,
+    )
+    print(report)
+    if args.json:
+        args.json.write_text(report.to_json() + "\n")
+    if args.png:
+        for path in save_pictures(report, args.png):
+            _say(f"wrote {path}")
+
+
 VERBS = {
     "demo": demo,
     "plan": plan,
@@ -144,6 +169,7 @@ VERBS = {
     "bench forward": bench_forward,
     "bench dispatch": bench_dispatch,
     "bench linear": bench_linear,
+    "bench collective": bench_collective,
 }
 
 

@@ -1,0 +1,248 @@
+"""`splitpoint bench collective`: its rows as Markdown, JSON and curves."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..collectives.launch import run_ranks
+from . import collective
+from .collective import FUSED, IN_PLACE, ONE_SHOT, STANDARD, TWO_SHOT, UNFUSED, Row, Setting
+from .environment import environment
+from .picture import plots
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Group = tuple[int, int, torch.dtype, bool, str]
+"""What a setting is but for its tokens."""
+
+TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class CollectiveReport:
+    """What each variant took in each setting; `print` it for Markdown."""
+
+    environment: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """The settings, in the order in which they were measured."""
+        return list(dict.fromkeys(row.setting for row in self.rows))
+
+    @property
+    def groups(self) -> list[Group]:
+        """The settings but for their tokens."""
+        return list(dict.fromkeys(_group(setting) for setting in self.settings))
+
+    def times(self, setting: Setting) -> dict[str, float]:
+        """Seconds a call, by variant."""
+        return {row.variant: row.median_s for row in self.rows if row.setting == setting}
+
+    def to_json(self) -> str:
+        """`{"environment": {...}, "rows": [...]}`, times in milliseconds."""
+        rows = [
+            {
+                "ranks": row.setting.ranks,
+                "hidden": row.setting.hidden,
+                "tokens": row.setting.tokens,
+                "bytes": row.setting.bytes,
+                "dtype": str(row.setting.dtype).removeprefix("torch."),
+                "residual": row.setting.residual,
+                "quant": row.setting.quant,
+                "variant": row.variant,
+                "ms": row.median_s * 1e3,
+                "spread": row.spread,
+                "bursts": row.bursts,
+                "calls": row.calls,
+                "speedup": self.times(row.setting)[STANDARD] / row.median_s,
+            }
+            for row in self.rows
+        ]
+        return json.dumps({"environment": self.environment, "rows": rows}, indent=2)
+
+    def __str__(self) -> str:
+        env = self.environment
+        threads = "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
+        lines = [
+            f"All-reduce, residual add and RMSNorm, {threads} a rank, on {env['cores']} cores.",
+            f"torch {env['torch']} on {env['cpu']} ({env['cpu_capability']}).",
+            "",
+        ]
+        for setting in self.settings:
+            lines += [*_configuration(setting, self.times(setting)), ""]
+        lines += ["### Fused against the rest", "", *_summary(self), ""]
+        lines += [
+            "Medians of what the slowest rank took, variants in turns, inputs in the caches; every",
+            "variant was compared with float64 first. Standard and Native Compiled reduce by gloo.",
+            "In place, the norm overwrites the input and the sum the residual.",
+        ]
+        return "\n".join(lines)
+
+
+def run(
+    *,
+    ranks: Sequence[int],
+    hidden: Sequence[int],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    residual: Sequence[bool],
+    quants: Sequence[str],
+    threads: int,
+    budget_s: float,
+    say: Callable[[str], None],
+) -> CollectiveReport:
+    """Start as many processes as each of `ranks` says, one after the other, and measure there.
+
+    Raises:
+        OutputMismatch: when a variant is wrong.
+        WorkspaceError: when shared memory cannot be used here.
+        RankFailed: when a process dies.
+    """
+    rows: list[Row] = []
+    for count in ranks:
+        say(f"{count} ranks ...")
+        settings = [
+            Setting(count, width, size, dtype, with_residual, quant)
+            for with_residual, quant, width, size in itertools.product(
+                residual, quants, hidden, tokens
+            )
+        ]
+        answers = run_ranks(count, threads, collective.measure, settings, budget_s, TIMEOUT_S)
+        rows += collective.same_on_all(answers)
+    return CollectiveReport(
+        environment() | {"threads": threads, "budget_s": budget_s, "eps": collective.EPS},
+        tuple(rows),
+    )
+
+
+def save_pictures(report: CollectiveReport, path: Path) -> list[Path]:
+    """Write time against tokens as PNG, one picture for each group of settings; returns where.
+
+    Raises:
+        UsageError: when matplotlib is not installed.
+    """
+    written = []
+    for group in report.groups:
+        ranks, hidden, dtype, residual, quant = group
+        settings = [each for each in report.settings if _group(each) == group]
+        times = [report.times(each) for each in settings]
+        series = {
+            name: [find(each) * 1e3 for each in times]
+            for name, find in (
+                ("gloo, then norm", lambda each: each[STANDARD]),
+                ("shm, then norm", lambda each: min(_those(each, UNFUSED))),
+                ("one-shot", lambda each: each[ONE_SHOT]),
+                ("two-shot", lambda each: each[TWO_SHOT]),
+                ("in place", lambda each: min(_those(each, _IN_PLACE), default=float("nan"))),
+            )
+        }
+        if quant != "none":
+            del series["in place"]
+        name = str(dtype).removeprefix("torch.")
+        target = path
+        if len(report.groups) > 1:
+            kept = "residual" if residual else "plain"
+            target = path.with_stem(f"{path.stem}-{ranks}x{hidden}-{name}-{kept}-{quant}")
+        plots().save_curves(
+            target,
+            [each.tokens for each in settings],
+            series,
+            None,
+            title=f"All-reduce + RMSNorm: {ranks} ranks, hidden {hidden}, {name}, "
+            f"{'with' if residual else 'no'} residual" + _quantised(quant),
+        )
+        written.append(target)
+    return written
+
+
+_IN_PLACE = tuple(name for name in FUSED if name.endswith(IN_PLACE))
+
+
+def _group(setting: Setting) -> Group:
+    return (setting.ranks, setting.hidden, setting.dtype, setting.residual, setting.quant)
+
+
+def _those(times: dict[str, float], names: Sequence[str]) -> list[float]:
+    """The times of variants by the start of their names."""
+    return [time for variant, time in times.items() if variant.startswith(tuple(names))]
+
+
+def _quantised(quant: str) -> str:
+    return "" if quant == "none" else f", {quant}"
+
+
+def _configuration(setting: Setting, times: dict[str, float]) -> list[str]:
+    dtype = str(setting.dtype).removeprefix("torch.")
+    cells = [("Operation", "Time (ms)", "Speedup")]
+    for variant, seconds in times.items():
+        speedup = "baseline" if variant == STANDARD else f"{times[STANDARD] / seconds:.2f}x"
+        cells.append((variant, f"{seconds * 1e3:.4f}", speedup))
+    return [
+        f"### Configuration: seq_len={setting.tokens}, dtype={dtype}, "
+        f"{'with' if setting.residual else 'no'} residual" + _quantised(setting.quant),
+        "",
+        f"hidden {setting.hidden}, {setting.ranks} ranks, {_bytes(setting.bytes)} a rank",
+        "",
+        *_markdown(cells, right={1, 2}),
+    ]
+
+
+def _summary(report: CollectiveReport) -> list[str]:
+    cells = [
+        (
+            "Ranks",
+            "Hidden",
+            "seq_len",
+            "Input",
+            "Residual",
+            "Quantisation",
+            "Fastest fused",
+            "Time (ms)",
+            "over Standard",
+            "over unfused shm",
+        )
+    ]
+    for setting in report.settings:
+        times = report.times(setting)
+        best = min((name for name in FUSED if name in times), key=times.__getitem__)
+        cells.append(
+            (
+                str(setting.ranks),
+                str(setting.hidden),
+                str(setting.tokens),
+                _bytes(setting.bytes),
+                "yes" if setting.residual else "no",
+                setting.quant,
+                best.removeprefix("Fused "),
+                f"{times[best] * 1e3:.4f}",
+                f"{times[STANDARD] / times[best]:.1f}x",
+                f"{min(_those(times, UNFUSED)) / times[best]:.2f}x",
+            )
+        )
+    return _markdown(cells, right={0, 1, 2, 3, 7, 8, 9})
+
+
+def _bytes(count: int) -> str:
+    if count < 1024:
+        return f"{count} B"
+    return f"{count / 1024:g} KiB" if count < 1 << 20 else f"{count / (1 << 20):g} MiB"
+
+
+def _markdown(rows: Sequence[tuple[str, ...]], right: set[int]) -> list[str]:
+    """A Markdown table whose source is aligned as well."""
+    columns = range(len(rows[0]))
+    widths = [max(3, *(len(row[c]) for row in rows)) for c in columns]
+    rule = ["-" * (widths[c] - 1) + (":" if c in right else "-") for c in columns]
+    lines = [
+        [row[c].rjust(widths[c]) if c in right else row[c].ljust(widths[c]) for c in columns]
+        for row in rows
+    ]
+    return [f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:])]
