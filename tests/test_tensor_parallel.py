@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 import splitpoint
 from splitpoint import Config, _torch, errors
-from splitpoint.launch import launch
+from splitpoint.collectives.launch import run_ranks
 from splitpoint.passes.allreduce_rmsnorm import AllReduceRMSNorm
 from splitpoint.tensor_parallel import Shape, TensorParallelLlama, load
 
@@ -80,7 +80,7 @@ def serve(folder):
 @pytest.mark.processes
 def test_two_ranks_compiled_match_every_norm_and_agree_with_one(whole, tmp_path):
     whole.save_pretrained(tmp_path / "model")
-    results = launch(2, serve, str(tmp_path / "model"))
+    results = run_ranks(2, 1, serve, str(tmp_path / "model"))
     alone = TensorParallelLlama(whole.state_dict(), Shape.of(whole.config), pad_to=2)
     for logits, matched, matches, pieces in results:
         for size, found in logits.items():

@@ -196,10 +196,6 @@ class WorkspaceError(SplitpointError, RuntimeError):
     """A shared-memory workspace could not be attached to a process group."""
 
 
-class RankFailed(SplitpointError, RuntimeError):
-    """A process that was started as a rank died before it was done."""
-
-
 # --- the command line ------------------------------------------------------------------
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from . import CompiledModel, Config, compile
 from .collectives import agreement, workspace
+from .collectives.launch import run_ranks
 from .collectives.policy import Policy
 from .errors import UsageError, WorkspaceError
-from .launch import launch
 from .models import DTYPES
 from .passes.allreduce_rmsnorm import AllReduceRMSNorm
 from .passes.shared_memory import SharedMemoryAllReduce
@@ -88,7 +88,7 @@ def run(job: Job, *, tp: int | None, threads: int) -> Answer | None:
     if tp in (None, 1):
         torch.set_num_threads(threads)
         return answer_in_rank(job)
-    first: Answer = launch(tp, answer_in_rank, job, threads=threads)[0]
+    first: Answer = run_ranks(tp, threads, answer_in_rank, job)[0]
     return first
 
 

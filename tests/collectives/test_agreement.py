@@ -3,8 +3,8 @@ import torch.distributed as dist
 
 from splitpoint import errors
 from splitpoint.collectives import agreement
+from splitpoint.collectives.launch import run_ranks
 from splitpoint.collectives.policy import Key, Measurement, build
-from splitpoint.launch import launch
 
 pytestmark = pytest.mark.processes
 
@@ -41,7 +41,7 @@ def agree():
 
 
 def test_ranks_take_the_slowest_times_and_decide_alike():
-    first, second = launch(2, agree)
+    first, second = run_ranks(2, 1, agree)
     assert first == second
     times, problems, _ = first
     assert times == [{"one_shot": 3.0, "two_shot": 2.0}, {"one_shot": 5.0, "two_shot": 6.0}]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import splitpoint
 from splitpoint import Config, Range, errors
-from splitpoint.launch import launch
+from splitpoint.collectives.launch import run_ranks
 from splitpoint.passes.sequence_parallel import SequenceParallel
 
 from .test_allreduce_rmsnorm import Operators
@@ -73,7 +73,7 @@ def test_two_ranks_compute_what_all_reduce_and_norm_compute():
         (True, torch.float32, 1.0, (), [3, 8], False, static),
         (True, torch.bfloat16, 0.0, (1,), [8], False, static),
     ]
-    first, second = launch(2, compare, cases)
+    first, second = run_ranks(2, 1, compare, cases)
     assert first == second
     padded, unpadded, batched = first
     # Two layers: of the residual nothing is gathered where only the norm goes out.

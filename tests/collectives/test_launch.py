@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from splitpoint import errors
-from splitpoint.launch import launch
+from splitpoint.collectives.launch import run_ranks
 
 pytestmark = pytest.mark.processes
 
@@ -29,7 +29,7 @@ def misbehave(how):
 
 
 def test_ranks_work_together_and_their_results_come_back_in_order():
-    assert launch(2, add, 10) == [(0, [21.0, 21.0], 1), (1, [21.0, 21.0], 1)]
+    assert run_ranks(2, 1, add, 10) == [(0, [21.0, 21.0], 1), (1, [21.0, 21.0], 1)]
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_ranks_work_together_and_their_results_come_back_in_order():
 def test_a_rank_that_fails_ends_the_others(how, error, said):
     start = time.monotonic()
     with pytest.raises(error, match=said):
-        launch(2, misbehave, how)
+        run_ranks(2, 1, misbehave, how)
     assert time.monotonic() - start < 60, "the waiting rank was not ended"
