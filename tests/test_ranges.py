@@ -97,7 +97,14 @@ def test_plan_json_round_trip(config):
 
 def test_plan_json_keeps_what_a_compile_found():
     entry = PlannedRange(
-        Range(1, 9), 9, ("P",), {"a": 1}, {"4->8": "packed"}, ((1, 3), (5, 9)), "split"
+        Range(1, 9),
+        9,
+        ("P",),
+        {"a": 1},
+        {"4->8": "packed"},
+        ((1, 3), (5, 9)),
+        "split",
+        ("one_shot",),
     )
     plan = Plan(9, (entry,), ("refused: 4",))
     assert Plan.from_json(plan.to_json()) == plan

@@ -128,6 +128,13 @@ def statically_at_most(size: int | torch.SymInt, bound: int) -> bool:
     return bool(statically_known_true(size <= bound))
 
 
+def statically_divisible(size: int | torch.SymInt, by: int) -> bool:
+    """Whether `by` divides a size for every size of the range, without a guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(size % by == 0))
+
+
 def share_memory(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether two of some (fake) tensors are views of the same memory."""
     storages = [tensor.untyped_storage()._cdata for tensor in tensors]
@@ -749,6 +756,48 @@ def load_library(path: Path) -> None:
         OSError: when it cannot be loaded.
     """
     torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+
+
+_NOTE = "splitpoint "
+
+
+def keep_note(text: str) -> None:
+    """Keep a text with the graph that Inductor compiles now: `take_notes` returns it after the
+    compile, and after each that takes the graph from Inductor's caches instead. They count
+    what they do by name, and keep the counts with a graph; a note is such a name."""
+    from torch._dynamo.utils import counters
+
+    counters["inductor"][_NOTE + text] += 1
+
+
+def take_notes() -> dict[str, int]:
+    """The notes of the graphs compiled or loaded since the last call, with how often each was
+    kept; forgets them."""
+    from torch._dynamo.utils import counters
+
+    own = counters["inductor"]
+    names = [name for name in own if name.startswith(_NOTE)]
+    return {name.removeprefix(_NOTE): own.pop(name) for name in names}
+
+
+# --- graphs as passes see them ---------------------------------------------------------
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """Add a call to a graph at its insertion point, with the fake value that it has."""
+    node = graph.call_function(target, args, kwargs)
+    fakes, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    values = (n.meta.get("val") for n in graph.nodes)
+    with next(v for v in values if isinstance(v, torch._subclasses.FakeTensor)).fake_mode:
+        node.meta["val"] = target(*fakes, **fake_kwargs)
+    return node
+
+
+def sort_graph(graph: fx.Graph) -> None:
+    """Put nodes after what they use, changing the order as little as that takes."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
 
 
 # --- oneDNN ----------------------------------------------------------------------------

@@ -24,6 +24,23 @@ def group_of(name: str) -> dist.ProcessGroup:
         raise LookupError(f"no process group is named {name!r}") from error
 
 
+def group_sizes() -> dict[str, int]:
+    """The number of ranks of each process group of this process, by name."""
+    return {name: group.size() for name, group in _groups().items()}
+
+
+def ranks() -> dict[str, int]:
+    """This process's rank in each of its process groups, by name."""
+    return {name: group.rank() for name, group in _groups().items()}
+
+
+def _groups() -> dict[str, dist.ProcessGroup]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    groups = dist.distributed_c10d._world.pg_map
+    return dict(sorted(((group_name(g), g) for g in groups), key=lambda pair: pair[0]))
+
+
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
     """The sum over the group's ranks, in the tensor's dtype."""
     ops = torch.ops._c10d_functional

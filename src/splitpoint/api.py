@@ -6,6 +6,7 @@ import functools
 import inspect
 import threading
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +25,7 @@ from .errors import (
     WrongArguments,
 )
 from .graph.capture import Argument, SizeInput, capture
-from .graph.pieces import split
+from .graph.pieces import CallPiece, split
 from .graph.regions import Regions, cover
 from .graph.signature import DynamicDims, Signature
 from .passes.manager import MatchCount
@@ -52,6 +53,18 @@ class Stats:
     """Calls that ran the model itself: size 0, and sizes out of plan if allowed."""
     matches: tuple[MatchCount, ...] = ()
     """What the passes matched, by (pass, piece, range)."""
+    occurrences: dict[str, int] = field(default_factory=dict)
+    """How often each piece (by fingerprint) occurs in the graphs."""
+
+    def matched(self, name: str) -> dict[Range, int]:
+        """Matches of a pass by range of the plan, with those of equal pieces counted each. A
+        piece whose matches are not known counts as none."""
+        counts: dict[Range, int] = {}
+        for count in self.matches:
+            if count.name == name and count.range in self.dispatches:
+                times = self.occurrences.get(count.piece, 1)
+                counts[count.range] = counts.get(count.range, 0) + times * (count.matches or 0)
+        return counts
 
     def __str__(self) -> str:
         rows = [("range", "calls")]
@@ -69,7 +82,8 @@ class Stats:
         for count in self.matches:
             by_pass[count.name] = by_pass.get(count.name, 0) + (count.matches or 0)
         passes = [f"pass {name} matched {matches} times" for name, matches in by_pass.items()]
-        return "\n".join([heading, *table, *passes])
+        notes = dict.fromkeys(f"{c.name}: {note}" for c in self.matches for note in c.notes)
+        return "\n".join([heading, *table, *passes, *notes])
 
 
 class CompiledModel:
@@ -133,7 +147,8 @@ class CompiledModel:
         """Counters since creation or the last `reset()`."""
         if self._program is None:
             return Stats(eager_calls=self._early_eager_calls)
-        graphs = {id(lane.graph): lane.graph for lane in self._program.lanes if lane}.values()
+        lanes = [lane for lane in self._program.lanes if lane]
+        graphs = list({id(lane.graph): lane.graph for lane in lanes}.values())
         counts = self._program.counts
         return Stats(
             captures=len(self._regions.captures),
@@ -144,6 +159,14 @@ class CompiledModel:
             packed_bytes=self._program.weights.nbytes,
             eager_calls=counts.eager_calls + self._early_eager_calls,
             matches=tuple(counts.matches),
+            occurrences=dict(
+                Counter(
+                    step.fingerprint
+                    for graph in graphs
+                    for step in graph.split.steps
+                    if isinstance(step, CallPiece)
+                )
+            ),
         )
 
     def reset(self) -> None:

@@ -59,12 +59,19 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
 
     _demo(verbs, verbs_by_name["demo"])
     _plan(verbs, verbs_by_name["plan"])
+    _run(verbs, verbs_by_name["run"])
     bench = verbs.add_parser("bench", help="measurements", description="Measurements.")
     benches = bench.add_subparsers(required=True, metavar="WHAT", title="what to measure")
     _bench_forward(benches, verbs_by_name["bench forward"])
     _bench_dispatch(benches, verbs_by_name["bench dispatch"])
     _bench_linear(benches, verbs_by_name["bench linear"])
     _bench_collective(benches, verbs_by_name["bench collective"])
+    _bench_parallel(benches, verbs_by_name["bench parallel"])
+    tune = verbs.add_parser(
+        "tune", help="choices by measuring", description="Choices by measuring."
+    )
+    tunes = tune.add_subparsers(required=True, metavar="WHAT", title="what to choose")
+    _tune_collective(tunes, verbs_by_name["tune collective"])
     return parser
 
 
@@ -113,6 +120,56 @@ examples:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP + "; or a config.json file")
     _layers_argument(parser)
+    _config_arguments(parser)
+
+
+def _run(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "run",
+        run,
+        "let a model answer, split over processes that are the ranks of a tensor-parallel group",
+        """\
+Splits a model of the Llama family over N processes of this host (heads that do not divide are
+filled up with heads of zeros), compiles it for ranges, fuses all-reduce + RMSNorm where the
+policy says so, and answers a prompt. Each token is computed from all tokens before it: there is
+no KV cache. Prints the answer, the plan with what serves the collectives of each range and why,
+and how many all-reduces were fused. torchrun may start the ranks as well.""",
+        """\
+examples:
+  splitpoint run smollm2 --tp 2
+  splitpoint run smollm2 --tp 2 --collectives gloo --tokens 8
+  torchrun --nproc-per-node 2 -m splitpoint run smollm2 --policy policy.json""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--tp",
+        type=_positive,
+        metavar="N",
+        help="ranks to start (default: 1; under torchrun as many as it started)",
+    )
+    parser.add_argument("--prompt", default=PROMPT, help="what to ask (default: %(default)s)")
+    parser.add_argument(
+        "--tokens",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--collectives",
+        choices=("auto", "shm", "gloo"),
+        default="auto",
+        help="what serves them: shared memory, gloo, or the first that can (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="what 'splitpoint tune collective' wrote (default: seeds)",
+    )
+    _layers_argument(parser)
+    _run_arguments(parser)
     _config_arguments(parser)
 
 
@@ -285,6 +342,96 @@ examples:
   splitpoint bench collective --ranks 2,4 --hidden 576,4096 --residual both --json out.json
   splitpoint bench collective --quant none,fp8_static --tokens 1,8,64,512 --png crossover.png""",
     )
+    _collective_arguments(parser)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
+    )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="write time against tokens as PNG; one file for each of several configurations",
+    )
+
+
+def _bench_parallel(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "parallel",
+        run,
+        "time a model over tensor-parallel ranks, with all-reduce + RMSNorm fused and not",
+        """\
+Splits a model of the Llama family over N processes and times a forward pass three ways, in turns:
+all-reduces by gloo; by shared memory, with the norm apart; and fused. Checks the logits of each
+against one rank first. Random ids, no KV cache, logits of the last token.""",
+        """\
+examples:
+  splitpoint bench parallel smollm2
+  splitpoint bench parallel smollm2 --sizes 1,64,512 --dtype fp32 --json out.json""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--tp", type=_positive, default=2, metavar="N", help="ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=_integers,
+        default=(1, 8, 64),
+        metavar="N,N,...",
+        help="sizes to time, in tokens (default: 1,8,64)",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=2.0,
+        metavar="S",
+        help="time given to each way at each size, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="what 'splitpoint tune collective' wrote (default: seeds)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and times as JSON"
+    )
+    _layers_argument(parser)
+    _run_arguments(parser)
+    _config_arguments(parser)
+
+
+def _tune_collective(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "collective",
+        run,
+        "choose the algorithm of all-reduce + RMSNorm by bytes, and write the policy",
+        """\
+Measures as 'bench collective' does (each variant is compared with float64 before any is timed,
+and a time is that of the slowest rank) and writes which algorithm serves which bytes, for each
+number of ranks, dtype, residual, quantisation, and hidden size where it matters. 'splitpoint run
+--policy FILE' and passes.AllReduceRMSNorm(Path(FILE).read_text()) use it. With --table nothing
+is measured: the policy is built from a table of measurements made elsewhere.""",
+        """\
+examples:
+  splitpoint tune collective policy.json --hidden 576 --tokens 1,2,4,8,16,32,64,128,256,512
+  splitpoint tune collective policy.json --quant none,fp8_static --json table.json
+  splitpoint tune collective policy.json --table table.json""",
+    )
+    parser.add_argument("policy", type=Path, metavar="FILE", help="where the policy goes, as JSON")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="measurements to build from, instead of measuring: what --json wrote, or other "
+        "people's in that form",
+    )
+    _collective_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements as JSON")
+
+
+def _collective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
         type=_ranks,
@@ -339,15 +486,6 @@ examples:
         default=0.1,
         metavar="S",
         help="time given to each variant in each configuration, in seconds (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
-    )
-    parser.add_argument(
-        "--png",
-        type=Path,
-        metavar="FILE",
-        help="write time against tokens as PNG; one file for each of several configurations",
     )
 
 

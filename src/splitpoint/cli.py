@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .arguments import COMPILE_SIZES, MAX_SIZE, SPLIT_POINTS, make_parser
 from .config import Config
 from .config_file import read_config
 from .errors import SplitpointError
 from .ranges import Plan
+
+if TYPE_CHECKING:
+    from .bench.collective_report import CollectiveReport
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +57,25 @@ def plan(args: argparse.Namespace) -> None:
     config = _config(args)
     print(describe(args.model, layers=args.layers))
     print(Plan.from_config(config))
+
+
+def run(args: argparse.Namespace) -> None:
+    """`splitpoint run`."""
+    from .run import Job, read_policy, run
+
+    job = Job(
+        args.model,
+        args.dtype,
+        _config(args).to_json(),
+        read_policy(args.policy).to_json(),
+        args.collectives,
+        args.prompt,
+        args.tokens,
+        args.layers,
+    )
+    answer = run(job, tp=args.tp, threads=args.threads)
+    if answer is not None:
+        print(answer)
 
 
 def bench_forward(args: argparse.Namespace) -> None:
@@ -122,11 +145,79 @@ def bench_linear(args: argparse.Namespace) -> None:
 
 def bench_collective(args: argparse.Namespace) -> None:
     """`splitpoint bench collective`."""
-    from .bench.collective_report import DTYPES, run, save_pictures
+    from .bench.collective_report import save_pictures
     from .bench.picture import check_outputs
 
     check_outputs(png=args.png, json=args.json)
+    report = _measure_collectives(args)
+    print(report)
+    if args.json:
+        args.json.write_text(report.to_json() + "\n")
+    if args.png:
+        for path in save_pictures(report, args.png):
+            _say(f"wrote {path}")
+
+
+def bench_parallel(args: argparse.Namespace) -> None:
+    """`splitpoint bench parallel`."""
+    from .bench.forward import check_sizes
+    from .bench.parallel import run
+    from .bench.picture import check_outputs
+    from .run import read_policy
+
+    config = _config(args)
+    check_sizes(args.sizes, config)
+    check_outputs(json=args.json)
     report = run(
+        args.model,
+        config,
+        read_policy(args.policy),
+        ranks=args.tp,
+        dtype=args.dtype,
+        sizes=args.sizes,
+        threads=args.threads,
+        budget_s=args.seconds,
+        layers=args.layers,
+    )
+    print(report)
+    if args.json:
+        args.json.write_text(report.to_json() + "\n")
+
+
+def tune_collective(args: argparse.Namespace) -> None:
+    """`splitpoint tune collective`."""
+    from .bench.collective_tune import from_report, from_table
+    from .bench.picture import check_outputs
+
+    for path in (args.policy, args.json):
+        check_outputs(json=path)
+    tuned = from_table(args.table) if args.table else from_report(_measure_collectives(args))
+    print(tuned)
+    args.policy.write_text(tuned.policy.to_json() + "\n")
+    if args.json:
+        args.json.write_text(tuned.to_table() + "\n")
+
+
+VERBS = {
+    "demo": demo,
+    "plan": plan,
+    "run": run,
+    "bench forward": bench_forward,
+    "bench dispatch": bench_dispatch,
+    "bench linear": bench_linear,
+    "bench collective": bench_collective,
+    "bench parallel": bench_parallel,
+    "tune collective": tune_collective,
+}
+
+
+# --- what their arguments mean ---------------------------------------------------------
+
+
+def _measure_collectives(args: argparse.Namespace) -> CollectiveReport:
+    from .bench.collective_report import DTYPES, run
+
+    return run(
         ranks=args.ranks,
         hidden=args.hidden,
         tokens=args.tokens,
@@ -137,25 +228,6 @@ def bench_collective(args: argparse.Namespace) -> None:
         budget_s=args.seconds,
         say=_say,
     )
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
-    if args.png:
-        for path in save_pictures(report, args.png):
-            _say(f"wrote {path}")
-
-
-VERBS = {
-    "demo": demo,
-    "plan": plan,
-    "bench forward": bench_forward,
-    "bench dispatch": bench_dispatch,
-    "bench linear": bench_linear,
-    "bench collective": bench_collective,
-}
-
-
-# --- what their arguments mean ---------------------------------------------------------
 
 
 def _config(args: argparse.Namespace) -> Config:

@@ -176,16 +176,24 @@ class KernelBuildError(SplitpointError, RuntimeError):
 # --- collectives -----------------------------------------------------------------------
 
 
+class InvalidPolicy(ConfigError):
+    """A collective policy, or a table to build one from, that cannot be used."""
+
+
+class RanksDisagree(SplitpointError, RuntimeError):
+    """The ranks of a group would decide differently, which would leave some of them waiting."""
+
+
+class RankFailed(SplitpointError, RuntimeError):
+    """One of the processes that serve as ranks raised an error or died."""
+
+
 class InvalidCollective(SplitpointError, ValueError):
     """An argument of a collective operator has no meaning for it."""
 
 
 class WorkspaceError(SplitpointError, RuntimeError):
     """A shared-memory workspace could not be attached to a process group."""
-
-
-class RankFailed(SplitpointError, RuntimeError):
-    """A process that was started as a rank died before it was done."""
 
 
 # --- the command line ------------------------------------------------------------------

@@ -218,6 +218,7 @@ class Program:
                 for added in [self._add(part) for part in parts]:
                     self.compile(added)
                 return
+            lane.planned = replace(lane.planned, collectives=self._collectives(lane))
             lane.run = self._stitch(lane, compiled)
             self.runners[index] = lane.run
 
@@ -293,7 +294,7 @@ class Program:
             prepared.piece, lane.planned, self.config.passes, prepared.options, trusted
         )
         self.counts.compilations += 1
-        self.counts.matches += compiled.matches
+        self.counts.matches += [replace(m, piece=piece.fingerprint) for m in compiled.matches]
         log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)
         right = valid(compiled.assumptions, lane.sizes)
         if len(right) < len(lane.sizes):
@@ -301,6 +302,16 @@ class Program:
                 right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))]
             )
         return CompiledPiece(compiled.call, prepared.sources)
+
+    def _collectives(self, lane: Lane) -> tuple[str, ...]:
+        """What the passes chose in the lane's pieces, each kind once."""
+        chosen = (
+            line
+            for count in self.counts.matches
+            if count.range == lane.planned.range
+            for line in count.chosen
+        )
+        return tuple(dict.fromkeys(chosen))
 
     def _parts(self, lane: Lane, narrowed: TooWide) -> list[Lane]:
         range_ = lane.planned.range

@@ -96,6 +96,8 @@ class PlannedRange:
     its sizes (those that a model's own condition leaves it); () means all of them."""
     note: str = ""
     """Why the range is there, when it does not come from the configuration."""
+    collectives: tuple[str, ...] = ()
+    """What each kind of all-reduce + norm was given, and why; known after compiling."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ class Plan:
                         "passes": list(entry.passes),
                         "options": dict(entry.options),
                         "linear": dict(entry.linear),
+                        "collectives": list(entry.collectives),
                         "only": [list(run) for run in entry.only],
                         "note": entry.note,
                     }
@@ -215,6 +218,7 @@ class Plan:
                     dict(row["linear"]),
                     tuple((int(first), int(last)) for first, last in row["only"]),
                     row["note"],
+                    tuple(row["collectives"]),
                 )
                 for row in data["ranges"]
             )
@@ -223,7 +227,7 @@ class Plan:
             raise InvalidJSON(f"this is not the JSON of a plan: {error!r}") from error
 
     def __str__(self) -> str:
-        rows = [("range", "sizes", "hint", "linear", "passes", "options", "note")]
+        rows = [("range", "sizes", "hint", "linear", "passes", "collectives", "options", "note")]
         served = Counter(self.table)
         for index, entry in enumerate(self.entries):
             rows.append(
@@ -233,6 +237,7 @@ class Plan:
                     "static" if entry.range.is_single_size else f"{entry.hint}",
                     _summary(entry.linear),
                     ", ".join(entry.passes),
+                    "; ".join(entry.collectives),
                     ", ".join(f"{name}={value}" for name, value in entry.options.items()),
                     entry.note,
                 )

@@ -223,3 +223,28 @@ def test_uuids_tell_passes_and_settings_apart():
 def test_range_is_a_value():
     assert Range(1, 8) == Range(1, 8)
     assert len({Range(1, 8), Range(1, 8), Range(1, 9)}) == 2
+
+
+class Talkative(splitpoint.Pass):
+    """Says what it did; one is equal to the other, so that a cache serves it."""
+
+    runs = 0
+
+    def __call__(self, graph):
+        Talkative.runs += 1
+        return splitpoint.passes.base.Found(2, ("left: one",), ("taken: two",))
+
+
+@pytest.mark.usefixtures("fresh_inductor_cache")
+def test_what_a_pass_said_survives_inductors_cache():
+    said = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        config = Config(max_size=16, passes=[Talkative()], linear="inductor")
+        compiled = splitpoint.compile(lambda x: x.sin() * 2, config)
+        compiled(torch.randn(5, 4))
+        said += [(m.matches, m.notes, m.chosen) for m in compiled.stats().matches]
+    assert said == [(2, ("left: one",), ("taken: two",))] * 2
+    assert Talkative.runs == 1, "the second compile did not take the graph from the cache"
+    assert compiled.plan.entries[0].collectives == ("taken: two",)
+    assert "Talkative: left: one" in str(compiled.stats())

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
+import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -15,81 +19,100 @@ import torch.distributed as dist
 
 from ..errors import RankFailed, SplitpointError
 
-_GOODBYE_S = 10.0
+_GRACE_S = 5.0
 """How long processes that are done may take to end by themselves."""
 
 
 def run_ranks(count: int, threads: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What function(*args) returns on each of `count` new processes, in rank order.
 
-    They are the default process group, over gloo, with `threads` intra-op threads each. The
-    function and its arguments must pickle: a function of a module.
+    They are the default process group, over gloo, with `threads` intra-op threads each, and end
+    when this process does. The function, its arguments and its results must pickle: a function
+    of a module.
 
     Raises:
         SplitpointError: what a rank raised of that kind.
-        RankFailed: when a rank raised anything else, or died.
+        RankFailed: naming the first rank that raised anything else or died. The others are ended.
     """
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "store"
-        pipes: list[Connection] = []
-        processes: list[BaseProcess] = []
+    with tempfile.TemporaryDirectory(prefix="splitpoint-ranks-") as folder:
+        ranks: list[tuple[Any, Connection]] = []
         try:
             for rank in range(count):
-                here, there = context.Pipe(duplex=False)
-                process: BaseProcess = context.Process(
-                    target=_run_rank,
-                    args=(rank, count, threads, str(store), there, function, args),
+                here, there = context.Pipe()
+                process = context.Process(
+                    target=_rank,
+                    args=(there, folder, rank, count, threads, function, args),
                     daemon=True,
                 )
                 process.start()
                 there.close()
-                pipes.append(here)
-                processes.append(process)
-            results = _collect(pipes, processes)
-            for process in processes:
-                process.join(_GOODBYE_S)
-            return results
+                ranks.append((process, here))
+            return _gather(ranks)
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            for process, here in ranks:
+                process.join(_GRACE_S if sys.exc_info()[0] is None else 0.2)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+                here.close()
 
 
-def _collect(pipes: list[Connection], processes: list[BaseProcess]) -> list[Any]:
+def _gather(ranks: list[tuple[Any, Connection]]) -> list[Any]:
     results: dict[int, Any] = {}
-    while len(results) < len(pipes):
-        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
-        for pipe in wait(list(waiting)):
-            assert isinstance(pipe, Connection)
-            rank = waiting[pipe]
+    pending = {here: rank for rank, (_, here) in enumerate(ranks)}
+    while pending:
+        for ready in wait(list(pending)):
+            assert isinstance(ready, Connection)
+            rank = pending.pop(ready)
             try:
-                error, results[rank] = pipe.recv()
+                done, value, text = pickle.loads(ready.recv_bytes())
             except EOFError:
-                processes[rank].join()
+                process = ranks[rank][0]
+                process.join(_GRACE_S)
                 raise RankFailed(
-                    f"rank {rank} (process {processes[rank].pid}) ended with exit code "
-                    f"{processes[rank].exitcode} before it was done; what it wrote to standard "
-                    f"error is above"
+                    f"rank {rank} died with exit code {process.exitcode} before it was done"
                 ) from None
-            if error is not None:
-                raise error
-    return [results[rank] for rank in range(len(pipes))]
+            if not done:
+                if isinstance(value, SplitpointError):
+                    raise value
+                raise RankFailed(f"rank {rank} failed: {value}\n{text}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(ranks))]
 
 
-def _run_rank(
+def _rank(
+    there: Connection,
+    folder: str,
     rank: int,
     count: int,
     threads: int,
-    store: str,
-    pipe: Connection,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
+    threading.Thread(target=_exit_with_parent, args=(there,), daemon=True).start()
+    # All ranks are on this host; gloo would look its name up otherwise, which may lead nowhere.
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
     try:
-        pipe.send((None, function(*args)))
+        address = (Path(folder) / "store").as_uri()
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+        result = function(*args)
+        dist.destroy_process_group()
+        _send(there, True, result)
     except SplitpointError as error:
-        pipe.send((error, None))
-    dist.destroy_process_group()
+        _send(there, False, error)
+    except Exception as error:  # noqa: BLE001 (whatever it is, the parent raises it)
+        _send(there, False, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def _send(there: Connection, done: bool, value: Any, text: str = "") -> None:
+    # By value: what torch registers for pipes would share memory that dies with this process.
+    there.send_bytes(pickle.dumps((done, value, text)))
+
+
+def _exit_with_parent(there: Connection) -> None:
+    """End this process when the one that started it is gone; it never sends anything."""
+    wait([there])
+    os._exit(1)

@@ -70,6 +70,7 @@ def compile_piece(
     # Inductor's cache keys know neither range nor hint, and would serve this range the
     # graph of another.
     uuid = json.dumps([str(range_), planned.hint, manager.uuid()])
+    _torch.take_notes()  # what a compile left behind that failed
     try:
         graph = _torch.inductor_compile(
             piece.graph_module,
@@ -91,7 +92,7 @@ def compile_piece(
     found = _torch.assumptions(shapes.env, shapes.symbols, shapes.bounds)
     inputs_before = int(piece.takes_size)
     call = _bare(graph, {index + inputs_before for index in trusted}, piece.fingerprint)
-    return Compiled(call, read(found), tuple(manager.matches()))
+    return Compiled(call, read(found), tuple(manager.matches(_torch.take_notes())))
 
 
 def _bare(

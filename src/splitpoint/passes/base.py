@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -40,6 +41,17 @@ def compiling(range_: Range) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pass did in one graph, when it has more to say than how often it matched."""
+
+    matches: int
+    notes: tuple[str, ...] = ()
+    """What did not match, and why."""
+    chosen: tuple[str, ...] = ()
+    """What the graph was given, and why; shown in the range's line of the plan."""
 
 
 class Pass:
@@ -86,6 +98,7 @@ class Pass:
     def __hash__(self) -> int:
         return hash((type(self), self.uuid()))
 
-    def __call__(self, graph: fx.Graph) -> int:
-        """Rewrite the graph in place and return how many places matched."""
+    def __call__(self, graph: fx.Graph) -> int | Found:
+        """Rewrite the graph in place and return how many places matched, alone or in a
+        `Found`."""
         raise NotImplementedError

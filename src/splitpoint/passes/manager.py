@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
+from .. import _torch
 from ..errors import PassError, SplitpointError
 from ..ranges import Range
-from .base import Pass, compiling
+from .base import Found, Pass, compiling
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,11 @@ class MatchCount:
     """Fingerprint of the piece."""
     range: Range
     matches: int | None
-    """None when the piece came compiled from Inductor's cache, where no pass runs."""
+    """None when the piece came from an Inductor cache that keeps no notes of passes."""
+    notes: tuple[str, ...] = ()
+    """What did not match, and why."""
+    chosen: tuple[str, ...] = ()
+    """What the piece was given, and why."""
 
 
 class PassManager:
@@ -32,7 +37,6 @@ class PassManager:
         self.passes = [p for p in passes if p.applies_to(range_)]
         self.piece = piece
         self.range = range_
-        self._counts: dict[int, int] = {}
 
     def __call__(self, graph: fx.Graph) -> None:
         """Run the passes in order.
@@ -44,23 +48,37 @@ class PassManager:
             for index, given in enumerate(self.passes):
                 where = f"pass {given.name} on {self.range}"
                 try:
-                    matches = given(graph)
+                    found = given(graph)
                     graph.lint()
                 except SplitpointError:
                     raise
                 except Exception as error:
                     raise PassError(f"{where} failed: {type(error).__name__}: {error}") from error
-                if isinstance(matches, bool) or not isinstance(matches, int):
-                    raise PassError(f"{where} must return its number of matches, got {matches!r}")
-                self._counts[index] = self._counts.get(index, 0) + matches
+                if isinstance(found, int) and not isinstance(found, bool):
+                    found = Found(found)
+                if not isinstance(found, Found):
+                    raise PassError(f"{where} must return its number of matches, got {found!r}")
+                _torch.keep_note(json.dumps([index, found.matches, found.notes, found.chosen]))
 
     def uuid(self) -> str:
         """Identifies the passes, in order, with their settings."""
         return json.dumps([p.uuid() for p in self.passes])
 
-    def matches(self) -> list[MatchCount]:
-        """What was counted, one entry a pass, in order."""
-        return [
-            MatchCount(p.name, self.piece, self.range, self._counts.get(index))
-            for index, p in enumerate(self.passes)
-        ]
+    def matches(self, notes: Mapping[str, int]) -> list[MatchCount]:
+        """What the passes found, one entry a pass, in order. `notes` is what they kept, with how
+        often: Inductor's cache returns it with a graph for which no pass ran."""
+        found: dict[int, Found] = {}
+        for note, times in notes.items():
+            index, matches, said, chosen = json.loads(note)
+            before = found.get(index, Found(0))
+            found[index] = Found(
+                before.matches + times * matches,
+                before.notes + tuple(said),
+                before.chosen + tuple(chosen),
+            )
+        counts = []
+        for index, given in enumerate(self.passes):
+            own = found.get(index)
+            parts = (None, (), ()) if own is None else (own.matches, own.notes, own.chosen)
+            counts.append(MatchCount(given.name, self.piece, self.range, *parts))
+        return counts
