@@ -588,6 +588,22 @@ def inductor_options() -> frozenset[str]:
     return frozenset(torch._inductor.list_options())
 
 
+@dataclass(frozen=True)
+class InductorGraph:
+    """A compiled graph, and what there is to it apart from AOTAutograd's run-time wrapper."""
+
+    call: Callable[..., Sequence[Any]]
+    """Takes the graph's inputs, through all wrappers."""
+    source: str
+    """The Python module that Inductor wrote."""
+    names: Mapping[str, Any]
+    """The globals of that module, its kernels among them."""
+    mutated: tuple[int, ...]
+    """Inputs that the graph updates in place."""
+    wrapped: str
+    """What the wrappers have to do at a call, or ""."""
+
+
 def inductor_compile(
     graph_module: fx.GraphModule,
     shapes: RangeShapes,
@@ -595,16 +611,19 @@ def inductor_compile(
     graph_pass: Callable[[fx.Graph], None],
     graph_pass_uuid: str,
     options: Mapping[str, Any],
-) -> Callable[..., Sequence[Any]]:
+) -> InductorGraph:
     """Compile a graph for one range; the module itself is left as it is.
 
     `graph_pass` runs before Inductor's own post-grad passes. Its uuid, which must hold all
     that distinguishes ranges, goes into Inductor's cache keys: they would otherwise take
     the graph of another range or hint for this one.
     """
+    import torch._functorch.config as functorch_config
     import torch._inductor as inductor
     import torch.compiler.config as compiler_config
     import torch.fx.experimental._config as fx_config
+    from torch._guards import TracingContext
+    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Adapter(CustomGraphPass):
@@ -614,22 +633,76 @@ def inductor_compile(
         def uuid(self) -> str:
             return graph_pass_uuid
 
+    made: list[tuple[Any, Any]] = []
+
+    def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        graph = compile_fx_inner(gm, example_inputs, **kwargs)
+        made.append((graph, TracingContext.get().fw_metadata))
+        return graph
+
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         compiler_config.patch(cache_key_tag=graph_pass_uuid),  # type: ignore[attr-defined]
+        # What it would keep holds no metadata of the graph, only the finished callable.
+        functorch_config.patch(enable_autograd_cache=False),
     ):
         artifact = inductor.standalone_compile(
             graph_module,
             list(inputs),
             dynamic_shapes="from_example_inputs",
             fake_mode=shapes.fake_mode,
-            options={"config_patches": {**options, "post_grad_custom_pre_pass": Adapter()}},
+            options={
+                "inner_compile": compile_inner,
+                "config_patches": {**options, "post_grad_custom_pre_pass": Adapter()},
+            },
         )
     # The artifact's own __call__ does nothing but forward to this, at 1 us a piece.
-    compiled: Callable[..., Sequence[Any]] = artifact._compiled_fn
-    return compiled
+    call: Callable[..., Sequence[Any]] = artifact._compiled_fn
+    if len(made) != 1:
+        return InductorGraph(call, "", {}, (), f"{len(made)} graphs instead of one")
+    graph, metadata = made[0]
+    function = getattr(graph.current_callable, "__func__", graph.current_callable)
+    return InductorGraph(
+        call,
+        getattr(graph, "source_code", ""),
+        getattr(function, "__globals__", {}),
+        tuple(metadata.mutated_graph_handled_indices) if metadata else (),
+        _wrapped(graph, metadata),
+    )
+
+
+def _wrapped(graph: Any, metadata: Any) -> str:
+    """What AOTAutograd's and Inductor's wrappers around a graph have to do at a call; "" when
+    that is nothing.
+
+    One thing they do is left out here: counting up the version of inputs updated in place.
+    """
+    from torch._functorch._aot_autograd.schemas import PlainTensorMeta
+
+    if metadata is None:
+        return "no metadata"
+    plain = [*metadata.subclass_inp_meta, *metadata.subclass_fw_graph_out_meta]
+    indices = range(len(metadata.input_info))
+    duties = {
+        "inputs to copy back to": metadata.num_mutated_inp_runtime_indices,
+        "outputs that are views of inputs": metadata.num_outputs_aliased,
+        "bases of views": metadata.num_intermediate_bases,
+        "effect tokens": len(metadata.tokens),
+        "random state": metadata.is_rng_op_functionalized or metadata.num_graphsafe_rng_states,
+        "grad mode": metadata.grad_enabled_mutation is not None,
+        "collectives to wait for": len(metadata.act_input_indices),
+        "tensor subclasses": not all(type(each) is PlainTensorMeta for each in plain)
+        or [each.unwrapped_idx for each in metadata.subclass_inp_meta] != list(indices),
+        "autocast": torch._C._is_any_autocast_enabled(),
+        "inputs to align": len(graph.inputs_to_check),
+        "constants": len(graph.constants or ()) + len(graph.frozen_param_names),
+        "objects": len(graph.torchbind_constants) + len(graph.opaque_value_type_classes),
+        "compiled regions": graph._wrap_compiled_regions,
+        "devices": set(graph.device_types) != {"cpu"},
+    }
+    return ", ".join(name for name, some in duties.items() if some)
 
 
 # --- building C++ ----------------------------------------------------------------------

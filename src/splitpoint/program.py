@@ -268,8 +268,10 @@ class Program:
 
         bound = lane.graph.bound_of[piece.fingerprint]
         prepared = linear.rewrite(piece, bound, lane.kernels or {})
+        # Guards see a change of what the module holds; what else comes may be anything.
+        trusted = [i for i, (source, _) in enumerate(prepared.sources) if source in bound]
         compiled = inductor.compile_piece(
-            prepared.piece, lane.planned, self.config.passes, prepared.options
+            prepared.piece, lane.planned, self.config.passes, prepared.options, trusted
         )
         self.counts.compilations += 1
         self.counts.matches += compiled.matches

@@ -1,0 +1,199 @@
+"""The function that Inductor writes around its kernels, taken out of the module it comes in.
+
+Inductor's source is a module that imports Inductor, compiles the kernels and defines `call`,
+which takes a list and asserts what it is given. What runs at a call is a few lines: allocate,
+call a kernel, call an operator. Here those lines become a function of their own, with
+parameters, that needs nothing but torch; `store/` keeps the same text.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .. import _torch_wrapper
+
+_BUILTINS = frozenset({"abs", "bool", "float", "int", "len", "max", "min", "range", "round"})
+_UNCHECKED_OPS = ("torch.ops.splitpoint.", "torch.ops.splitpoint_onednn.")
+
+
+class NotPlain(Exception):
+    """The source does something that is not known here; says what."""
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """What Inductor's `call` does, as text."""
+
+    source: str
+    """Defines `call` with one parameter for each graph input; returns a tuple."""
+    kernels: tuple[str, ...]
+    """Names in it that are C++ kernels."""
+    operators: Mapping[str, str]
+    """Names in it that are operators ("namespace::name.overload") or attributes of torch."""
+
+    def bind(self, kernels: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+        """The function, over kernels by name.
+
+        Raises:
+            LookupError: when an operator is not registered here.
+        """
+        names: dict[str, Any] = dict(_torch_wrapper.helpers())
+        names |= {name: kernels[name] for name in self.kernels}
+        names |= {name: _torch_wrapper.named(what) for name, what in self.operators.items()}
+        exec(compile(self.source, "<splitpoint piece>", "exec"), names)
+        call: Callable[..., Any] = names["call"]
+        return call
+
+
+def read_wrapper(
+    module_source: str, trusted: Collection[int] = (), mutated: Collection[int] = ()
+) -> Wrapper:
+    """Take `call` out of the source of one of Inductor's modules.
+
+    Args:
+        module_source: what Inductor wrote.
+        trusted: graph inputs whose shape and strides are checked before; the others keep
+            the assertions that Inductor wrote.
+        mutated: graph inputs that it updates in place, whose version is to be counted up.
+
+    Raises:
+        NotPlain: when it uses something that this does not know.
+    """
+    module = ast.parse(module_source)
+    kernels = _kernels(module)
+    function = _call(module)
+    parameters, body = _parameters(function)
+    unchecked = {parameters[index] for index in trusted if index < len(parameters)}
+    body = [statement for statement in body if not _is_dropped(statement, unchecked)]
+    if mutated:
+        bumped = ", ".join(parameters[index] for index in sorted(mutated))
+        body.insert(0, ast.parse(f"increment_version(({bumped},))").body[0])
+    hoist = _Hoist()
+    body = [hoist.visit(statement) for statement in body]
+    known = {*kernels, *hoist.operators, *_BUILTINS, *_torch_wrapper.helpers()}
+    used = _check_names(body, set(parameters), known)
+    text = "\n".join(ast.unparse(statement) for statement in body)
+    lines = "\n".join("    " + line for line in text.splitlines())
+    return Wrapper(
+        f"def call({', '.join(parameters)}):\n{lines}\n",
+        tuple(name for name in kernels if name in used),
+        dict(hoist.operators),
+    )
+
+
+def _kernels(module: ast.Module) -> list[str]:
+    """Names of the module's C++ kernels."""
+    found = []
+    for statement in module.body:
+        if (
+            isinstance(statement, ast.Assign)
+            and isinstance(statement.targets[0], ast.Name)
+            and isinstance(statement.value, ast.Call)
+            and ast.unparse(statement.value.func) == "async_compile.cpp_pybinding"
+        ):
+            found.append(statement.targets[0].id)
+    return found
+
+
+def _call(module: ast.Module) -> ast.FunctionDef:
+    """The function `call` of the module, or of the class `Runner` in it."""
+    for statement in module.body:
+        inside = statement.body if isinstance(statement, ast.ClassDef) else [statement]
+        for each in inside:
+            if isinstance(each, ast.FunctionDef) and each.name == "call":
+                return each
+    raise NotPlain("no function 'call'")
+
+
+def _parameters(function: ast.FunctionDef) -> tuple[list[str], list[ast.stmt]]:
+    """The names that `call` gives to the elements of its list, and what follows."""
+    body = list(function.body)
+    names: list[str] = []
+    if isinstance(first := body[0], ast.Assign) and ast.unparse(first.value) == "args":
+        target = first.targets[0]
+        elements = target.elts if isinstance(target, (ast.Tuple, ast.List)) else None
+        if elements is None or not all(isinstance(each, ast.Name) for each in elements):
+            raise NotPlain(f"inputs taken apart by {ast.unparse(first)!r}")
+        names = [each.id for each in elements if isinstance(each, ast.Name)]
+        body.pop(0)
+    if not body or ast.unparse(body[0]) != "args.clear()":
+        raise NotPlain("inputs that are not taken from a list")
+    body.pop(0)
+    if not body:
+        raise NotPlain("nothing after the inputs")
+    return names, body
+
+
+def _is_dropped(statement: ast.stmt, unchecked: Collection[str]) -> bool:
+    """Whether a statement asserts what is known: the shape of a trusted input, or that of
+    what one of this package's operators returned."""
+    if not (
+        isinstance(statement, ast.Expr)
+        and isinstance(call := statement.value, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and call.func.id in ("assert_size_stride", "assert_alignment")
+        and call.args
+    ):
+        return False
+    what = call.args[-1]
+    if not (isinstance(what, ast.Constant) and isinstance(what.value, str)):
+        return False
+    if what.value == "input":
+        return isinstance(call.args[0], ast.Name) and call.args[0].id in unchecked
+    return what.value.startswith(_UNCHECKED_OPS)
+
+
+class _Hoist(ast.NodeTransformer):
+    """Replaces operators and dtypes, which are chains of attributes, by names."""
+
+    def __init__(self) -> None:
+        self.operators: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        text = ast.unparse(node)
+        if text.startswith("aten."):
+            text = f"torch.ops.{text}"
+        if not text.startswith(("torch.", "extern_kernels.")):
+            self.generic_visit(node)
+            return node
+        parts = text.split(".")
+        if text.startswith("torch.ops."):
+            if len(parts) != 5 or not all(part.isidentifier() for part in parts):
+                raise NotPlain(f"the operator {text}")
+            what = f"{parts[2]}::{parts[3]}.{parts[4]}"
+        elif _torch_wrapper.is_plain_attribute(text):
+            what = text
+        else:
+            raise NotPlain(text)
+        if what not in self._names:
+            name = f"k{len(self._names)}_{parts[3] if '::' in what else parts[-1]}"
+            self._names[what] = name
+            self.operators[name] = what
+        return ast.copy_location(ast.Name(self._names[what], ast.Load()), node)
+
+
+def _check_names(body: list[ast.stmt], local: set[str], known: Collection[str]) -> set[str]:
+    """The names that are read.
+
+    Raises:
+        NotPlain: for one that is neither local nor known.
+    """
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.ClassDef)):
+            raise NotPlain(ast.unparse(node))
+        if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.With, ast.Try)):
+            raise NotPlain(f"a {type(node).__name__}")
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    local = local | {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    for name in sorted(read - local):
+        if name not in known:
+            raise NotPlain(f"the name {name!r}")
+        assert name not in _BUILTINS or hasattr(builtins, name)
+    return read
