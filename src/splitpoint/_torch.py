@@ -20,13 +20,15 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+
+if TYPE_CHECKING:
+    import sympy
 
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
@@ -37,8 +39,13 @@ TreeSpec = pytree.TreeSpec
 set_grad_enabled = torch._C._set_grad_enabled
 """Sets grad mode and returns nothing; 50 ns, where `torch.no_grad()` takes over 500."""
 
-SIZE = sympy.Symbol("size", integer=True, nonnegative=True)
-"""The one symbol that all of a graph's size symbols are written as."""
+
+@functools.cache
+def size_symbol() -> sympy.Symbol:
+    """The one symbol that all of a graph's size symbols are written as."""
+    import sympy
+
+    return sympy.Symbol("size", integer=True, nonnegative=True)
 
 
 # --- operators -------------------------------------------------------------------------
@@ -139,17 +146,19 @@ def expression(value: object) -> sympy.Basic | None:
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value.node.expr
     if isinstance(value, (bool, int)):
+        import sympy
+
         return sympy.sympify(value)
     return None
 
 
-Symbols = Mapping[sympy.Symbol, sympy.Expr]
-"""What each symbol of a captured graph is in terms of `SIZE`: the size itself or, for the
+Symbols = Mapping["sympy.Symbol", "sympy.Expr"]
+"""What each symbol of a captured graph is in terms of `size_symbol()`: the size itself or, for the
 stride of an argument that is not contiguous, a constant or a multiple of the size."""
 
 
 def in_terms_of_size(expr: sympy.Basic, symbols: Symbols) -> sympy.Basic:
-    """The expression over the one symbol `SIZE`."""
+    """The expression over the one symbol `size_symbol()`."""
     return expr.xreplace(dict(symbols))
 
 
@@ -196,7 +205,7 @@ def as_nodes(expr: sympy.Basic, size: fx.Node) -> Any:
     from torch.utils._sympy.reference import PythonReferenceAnalysis
 
     tracer = fx.proxy.GraphAppendingTracer(size.graph)
-    value = sympy_interp(PythonReferenceAnalysis, {SIZE: fx.Proxy(size, tracer)}, expr)
+    value = sympy_interp(PythonReferenceAnalysis, {size_symbol(): fx.Proxy(size, tracer)}, expr)
     return value.node if isinstance(value, fx.Proxy) else value
 
 
@@ -209,12 +218,14 @@ class Assumed:
 
 
 def assumptions(env: Any, symbols: Symbols, bounds: tuple[int, int] | None = None) -> list[Assumed]:
-    """What a ShapeEnv came to assume of its size symbols, over the one symbol `SIZE`.
+    """What a ShapeEnv came to assume of its size symbols, over the one symbol `size_symbol()`.
 
     Reads guards, replacements, deferred run-time asserts and narrowed intervals. `bounds`
     is the interval the symbols started with, None for [0, infinity). Facts about other
     (unbacked) symbols stay in the graph as run-time asserts and are left out.
     """
+    import sympy
+
     found: list[Assumed] = []
 
     def add(expr: sympy.Basic, origin: str) -> None:
@@ -233,7 +244,7 @@ def assumptions(env: Any, symbols: Symbols, bounds: tuple[int, int] | None = Non
     for symbol, replacement in env.replacements.items():
         if symbol in symbols:
             add(sympy.Eq(symbol, replacement), f"{symbol} was replaced by {replacement}")
-    for symbol in [symbol for symbol, meaning in symbols.items() if meaning == SIZE]:
+    for symbol in [symbol for symbol, meaning in symbols.items() if meaning == size_symbol()]:
         interval = env.var_to_range.get(symbol)
         if interval is None:
             continue
@@ -521,7 +532,7 @@ class RangeShapes:
     @property
     def symbols(self) -> Symbols:
         """The size symbol, or nothing for a single size."""
-        return {} if isinstance(self.size, int) else {self.size.node.expr: SIZE}
+        return {} if isinstance(self.size, int) else {self.size.node.expr: size_symbol()}
 
     def value(self, like: object, symbols: Symbols) -> Any:
         """A placeholder's captured value, made anew with its sizes in this environment."""
@@ -536,18 +547,22 @@ class RangeShapes:
         return self._dim(like, symbols)
 
     def _dim(self, value: Any, symbols: Symbols) -> int | torch.SymInt:
+        import sympy
+
         expr = expression(value)
         assert expr is not None
         expr = in_terms_of_size(expr, symbols)
         if not expr.free_symbols:
             return int(expr)
         if isinstance(self.size, int):
-            return int(expr.xreplace({SIZE: sympy.Integer(self.size)}))
+            return int(expr.xreplace({size_symbol(): sympy.Integer(self.size)}))
         own = self.size.node.expr
-        if expr == SIZE:
+        if expr == size_symbol():
             return self.size
-        hint = int(expr.xreplace({SIZE: sympy.Integer(self.size.node.hint)}))
-        made: torch.SymInt = self.env.create_symintnode(expr.xreplace({SIZE: own}), hint=hint)
+        hint = int(expr.xreplace({size_symbol(): sympy.Integer(self.size.node.hint)}))
+        made: torch.SymInt = self.env.create_symintnode(
+            expr.xreplace({size_symbol(): own}), hint=hint
+        )
         return made
 
 

@@ -310,7 +310,7 @@ def dynamo_backend(
     values = [
         node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
     ]
-    symbols = dict.fromkeys(_torch.symbols_in(values), _torch.SIZE)
+    symbols = dict.fromkeys(_torch.symbols_in(values), _torch.size_symbol())
     if len(symbols) > 1:
         raise InvalidDynamicDims(
             f"the graph has {len(symbols)} dynamic sizes "

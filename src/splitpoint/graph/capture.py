@@ -171,7 +171,7 @@ def _symbols(
 ) -> _torch.Symbols:
     """What each symbol in the arguments' shapes and strides is in terms of the size."""
     # One that tracing fixed to a number no longer occurs in any shape, only in a guard.
-    meanings: dict[Any, Any] = dict.fromkeys(dynamo.dimensions, _torch.SIZE)
+    meanings: dict[Any, Any] = dict.fromkeys(dynamo.dimensions, _torch.size_symbol())
     for source, value in zip(inputs, dynamo.placeholders, strict=True):
         if not isinstance(source, Argument):
             continue
@@ -180,7 +180,7 @@ def _symbols(
             # Dynamo gives a stride that does not follow from the shape a symbol of its own.
             if isinstance(stride, torch.SymInt) and (symbol := stride.node.expr).is_Symbol:
                 constant, slope = leaf.stride_at(dim)
-                meanings.setdefault(symbol, constant + slope * _torch.SIZE)
+                meanings.setdefault(symbol, constant + slope * _torch.size_symbol())
     return meanings
 
 

@@ -7,14 +7,16 @@ import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
 
 from .. import _torch
 from ..errors import UnknownSplittingOp, UnsupportedGraph
+
+if TYPE_CHECKING:
+    import sympy
 
 RANK, DTYPE = "splitpoint_rank", "splitpoint_dtype"
 """Keys of a piece's `node.meta`: what is known of a tensor without a ShapeEnv."""
@@ -287,7 +289,7 @@ class _Splitter:
                     assert size is not None
                     copies[node] = _torch.as_nodes(expr, size)
                 else:
-                    copies[node] = expr == sympy.true if expr.is_Boolean else int(expr)
+                    copies[node] = bool(expr) if expr.is_Boolean else int(expr)
             elif node.op == "get_attr":
                 name = f"const{len(attributes)}"
                 attributes[name] = _attribute(self.root, str(node.target))
