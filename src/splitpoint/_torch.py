@@ -106,6 +106,27 @@ def is_higher_order(target: object) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
+def operator_schema(target: object) -> str | None:
+    """The schemas of an operator, or of all overloads of one; None for other targets."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names = target.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(target, name) for name in names]
+        return "; ".join(str(overload._schema) for overload in overloads)
+    return None
+
+
+def is_builtin_target(target: Any) -> bool:
+    """Whether an FX target is code of Python's or torch's own, or a higher-order operator."""
+    if is_higher_order(target):
+        return True
+    module = str(getattr(target, "__module__", None) or "")
+    name = str(getattr(target, "__qualname__", None) or getattr(target, "__name__", "<"))
+    own = module.split(".")[0] in ("builtins", "_operator", "operator", "math", "torch", "")
+    return own and "<" not in name
+
+
 PAIRED_STATE = {
     op_name(torch.amp.autocast_mode._enter_autocast): 1,
     op_name(torch.amp.autocast_mode._exit_autocast): -1,

@@ -6,8 +6,13 @@ Checked on torch 2.13.0. Nothing here imports Dynamo or Inductor.
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import importlib.util
 import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,3 +64,76 @@ def named(what: str) -> Any:
     if not is_plain_attribute(what):
         raise LookupError(f"{what} is not known")
     return getattr(torch, what.partition(".")[2])
+
+
+def load_kernel(path: Path, name: str) -> Callable[..., Any]:
+    """The function of a C++ kernel's shared library. `name` tells it from other libraries.
+
+    Raises:
+        ImportError: when it cannot be loaded.
+    """
+    guards: Any = torch._C._dynamo.guards
+    # Where the library finds how to get at a tensor's memory, without torch's headers.
+    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(
+        guards._torchinductor_pyobject_tensor_data_ptr
+    )
+    loader = importlib.machinery.ExtensionFileLoader(f"{name}.kernel", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    kernel: Callable[..., Any] = module.kernel
+    return kernel
+
+
+def kernel_library(kernel: Callable[..., Any]) -> Path:
+    """The shared library that a C++ kernel comes from."""
+    return Path(kernel.__self__.__file__)  # type: ignore[attr-defined]
+
+
+def state() -> dict[str, Any]:
+    """Settings of torch that tracing and compiling look at, as JSON."""
+    return {
+        "dtype": str(torch.get_default_dtype()),
+        "device": str(torch.get_default_device()),
+        "deterministic": [
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            getattr(torch.utils.deterministic, "fill_uninitialized_memory", True),
+        ],
+        "autocast": [
+            torch.is_autocast_enabled("cpu") and str(torch.get_autocast_dtype("cpu")),
+            torch.is_autocast_enabled("cuda") and str(torch.get_autocast_dtype("cuda")),
+            torch.is_autocast_cache_enabled(),
+        ],
+        "matmul": [
+            torch.get_float32_matmul_precision(),
+            torch._C._get_cublas_allow_tf32(),
+            torch.backends.mkldnn.enabled,
+            torch._C._get_mkldnn_deterministic(),
+        ],
+        "function_modes": [
+            torch._C._is_torch_function_enabled(),
+            torch._C._len_torch_function_stack(),
+        ],
+    }
+
+
+def changed_inductor_config() -> dict[str, Any]:
+    """Settings of Inductor's that the program has changed; none when it is not imported."""
+    config: Any = sys.modules.get("torch._inductor.config")
+    if config is None:
+        return {}
+    return {name: getattr(config, name) for name in _changed(config)}
+
+
+def _changed(config: Any) -> list[str]:
+    """Names of settings with another value than the default one, in order."""
+    return sorted(
+        name
+        for name in config._config
+        if not config._is_default(name) and name not in _NO_EFFECT_ON_CODE
+    )
+
+
+_NO_EFFECT_ON_CODE = frozenset({"compile_threads", "trace.enabled", "verbose_progress"})

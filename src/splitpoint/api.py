@@ -30,6 +30,7 @@ from .graph.signature import DynamicDims, Signature
 from .passes.manager import MatchCount
 from .program import Graph, Program, lanes_of
 from .ranges import NOT_SERVED, Plan, Range, align
+from .store import open_store
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Stats:
     """Pieces that differ: what is compiled, once per range."""
     compilations: int = 0
     """Pieces compiled, ranges counted each."""
+    loads: int = 0
+    """Compiled pieces taken from the store, ranges counted each."""
     dispatches: dict[Range, int] = field(default_factory=dict)
     """Calls by range."""
     packed_bytes: int = 0
@@ -62,6 +65,8 @@ class Stats:
             f"{self.captures} captured, {self.pieces} pieces of which {self.unique_pieces} unique, "
             f"{self.compilations} compilations"
         )
+        if self.loads:
+            heading += f", {self.loads} loaded"
         if self.packed_bytes:
             heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
         table = align(rows, right={1}) if len(rows) > 1 else []
@@ -140,6 +145,7 @@ class CompiledModel:
             pieces=sum(graph.split.piece_count for graph in graphs),
             unique_pieces=len({name for graph in graphs for name in graph.split.pieces}),
             compilations=counts.compilations,
+            loads=counts.loads,
             dispatches=self._program.dispatches(),
             packed_bytes=self._program.weights.nbytes,
             eager_calls=counts.eager_calls + self._early_eager_calls,
@@ -217,7 +223,7 @@ class CompiledModel:
         ]
         lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
         notes = [*Plan.from_config(config).notes, *(f"refused: {r}" for r in regions.refusals)]
-        program = Program(config, lanes, notes)
+        program = Program(config, lanes, notes, open_store(config))
         if not config.lazy:
             program.compile_all()
         entry = write_entry(signature, program, self._not_served)
@@ -332,7 +338,7 @@ def dynamo_backend(
     if find is None:
         config = replace(config, max_size=1, split_points=(), compile_sizes=())
     owner = array("H", [0]) + array("H", [1]) * config.max_size
-    program = Program(config, lanes_of(config, owner, [graph], {}))
+    program = Program(config, lanes_of(config, owner, [graph], {}), store=open_store(config))
     if not config.lazy:
         program.compile_all()
     table, runners, calls, max_size = program.table, program.runners, program.calls, config.max_size

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from . import kernels
+from .compilers.stored import PieceCompiler
 from .config import Config
 from .errors import GuardError, KernelBuildError, StateChanged
 from .graph.assumptions import Assumption, runs, valid
@@ -26,6 +27,7 @@ from .passes import linear
 from .passes.linear import LinearShape
 from .passes.manager import MatchCount
 from .ranges import NOT_SERVED, Plan, PlannedRange, Range
+from .store.store import Store
 from .tuning.linear import LinearTuner
 
 log = logging.getLogger("splitpoint")
@@ -116,6 +118,7 @@ class Counts:
     """What happened so far."""
 
     compilations: int = 0
+    loads: int = 0
     eager_calls: int = 0
     matches: list[MatchCount] = field(default_factory=list)
 
@@ -123,8 +126,15 @@ class Counts:
 class Program:
     """The lanes of one model and the table over sizes."""
 
-    def __init__(self, config: Config, lanes: Sequence[Lane], notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        lanes: Sequence[Lane],
+        notes: Sequence[str] = (),
+        store: Store | None = None,
+    ) -> None:
         self.config = config
+        self.compiler = PieceCompiler(store, config.passes)
         self.notes = tuple(notes)
         self.counts = Counts()
         self.weights = PackedWeights()
@@ -264,18 +274,17 @@ class Program:
             from .compilers import eager
 
             return CompiledPiece(eager.compile_piece(piece), linear.unchanged(piece).sources)
-        from .compilers import inductor
-
         bound = lane.graph.bound_of[piece.fingerprint]
         prepared = linear.rewrite(piece, bound, lane.kernels or {})
         # Guards see a change of what the module holds; what else comes may be anything.
         trusted = [i for i, (source, _) in enumerate(prepared.sources) if source in bound]
-        compiled = inductor.compile_piece(
-            prepared.piece, lane.planned, self.config.passes, prepared.options, trusted
-        )
-        self.counts.compilations += 1
+        made = self.compiler.compile(prepared.piece, lane.planned, prepared.options, trusted)
+        compiled = made.compiled
+        self.counts.compilations += not made.loaded
+        self.counts.loads += made.loaded
         self.counts.matches += compiled.matches
-        log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)
+        done = "loaded" if made.loaded else "compiled"
+        log.info("%s piece %s for %s", done, piece.fingerprint, lane.planned.range)
         right = valid(compiled.assumptions, lane.sizes)
         if len(right) < len(lane.sizes):
             raise TooWide(
