@@ -27,6 +27,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from ._torch_guards import GuardScope, expressions
+
 if TYPE_CHECKING:
     import sympy
 
@@ -304,6 +306,11 @@ class DynamoCapture:
     sees anyway."""
     explain: Callable[[], str]
     """Which guard no longer holds."""
+    read: Callable[[Collection[int]], dict[str, None]]
+    """What tracing read, as expressions (`_torch_guards.expressions`), without the tensors
+    with these ids."""
+    traced_code: tuple[Any, ...]
+    """The code objects that tracing went through."""
     dimensions: frozenset[sympy.Symbol]
     """The symbols that came into being as a dimension of an argument."""
     assumptions: Callable[[Symbols], list[Assumed]]
@@ -489,8 +496,34 @@ def dynamo_capture(
 
         return check
 
+    collected: list[Any] = []
+
     def check_rest(module: torch.nn.Module, tensors: Collection[int]) -> Callable[[], bool]:
-        return checker(build(lambda entries: _not_covered(entries, module, tensors)))
+        def keep(entries: Sequence[Any]) -> Sequence[bool]:
+            collected[:] = entries
+            return _not_covered(entries, module, tensors)
+
+        return checker(build(keep))
+
+    def read(bound: Collection[int]) -> dict[str, None]:
+        def keep(entries: Sequence[Any]) -> Sequence[bool]:
+            collected[:] = entries
+            return [False] * len(entries)
+
+        if not collected:
+            build(keep)
+        code = traced.__code__
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        variadic_names = {name[3:-2] for name in variadic}
+        own = parameters[0] if owner is not None and parameters else None
+        scope = GuardScope(
+            owner if isinstance(owner, torch.nn.Module) else None,
+            own if isinstance(owner, torch.nn.Module) else None,
+            frozenset({*parameters, *variadic_names} - {own}),
+            {name: cell.cell_contents for name, cell in cells},
+            captured.f_globals,
+        )
+        return expressions(collected, scope, bound)
 
     own_args = args if owner is None else (owner, *args)
 
@@ -524,6 +557,8 @@ def dynamo_capture(
         checker(manager),
         check_rest,
         explain,
+        read,
+        tuple(captured.traced_code),
         frozenset(
             symbol
             for symbol, sources in env.var_to_sources.items()  # type: ignore[union-attr]

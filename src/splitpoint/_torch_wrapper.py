@@ -16,6 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
+
+tree_unflatten = pytree.tree_unflatten
+treespec_dumps = pytree.treespec_dumps
+treespec_loads = pytree.treespec_loads
+TreeSpec = pytree.TreeSpec
 
 _EXTERN_KERNELS = ("mm", "addmm", "bmm", "baddbmm", "_int_mm", "convolution")
 """Kernels of Inductor's `extern_kernels` that are torch's functions of the same name."""
@@ -54,16 +60,42 @@ def named(what: str) -> Any:
         LookupError: when there is none of that name.
     """
     if "::" in what:
-        namespace, _, rest = what.partition("::")
-        name, _, overload = rest.partition(".")
-        try:
-            operator = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-        except (AttributeError, RuntimeError) as error:
-            raise LookupError(f"no operator {what} is registered") from error
-        return operator._op  # what the operator's own __call__ does nothing but forward to
+        return operator(what)._op  # what the operator's own __call__ only forwards to
     if not is_plain_attribute(what):
         raise LookupError(f"{what} is not known")
     return getattr(torch, what.partition(".")[2])
+
+
+def operator(name: str) -> Any:
+    """The operator "namespace::name.overload".
+
+    Raises:
+        LookupError: when it is not registered.
+    """
+    namespace, _, rest = name.partition("::")
+    base, _, overload = rest.partition(".")
+    try:
+        return getattr(getattr(getattr(torch.ops, namespace), base), overload)
+    except (AttributeError, RuntimeError) as error:
+        raise LookupError(f"no operator {name} is registered") from error
+
+
+def operator_name(operator: Any) -> str:
+    """The name that `operator` takes."""
+    packet: str = operator._overloadpacket._qualified_op_name
+    return f"{packet}.{operator._overloadname}"
+
+
+def quick_state() -> tuple[Any, ...]:
+    """What of torch's state is compared at every call."""
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.are_deterministic_algorithms_enabled(),
+        torch._C._len_torch_function_stack(),
+        torch._C._is_torch_function_enabled(),
+    )
 
 
 def load_kernel(path: Path, name: str) -> Callable[..., Any]:
@@ -124,16 +156,14 @@ def changed_inductor_config() -> dict[str, Any]:
     config: Any = sys.modules.get("torch._inductor.config")
     if config is None:
         return {}
-    return {name: getattr(config, name) for name in _changed(config)}
-
-
-def _changed(config: Any) -> list[str]:
-    """Names of settings with another value than the default one, in order."""
-    return sorted(
-        name
-        for name in config._config
-        if not config._is_default(name) and name not in _NO_EFFECT_ON_CODE
-    )
+    changed = {}
+    for name, entry in sorted(config._config.items()):
+        # A patch that was undone leaves the default value behind as one that was set.
+        if name not in _NO_EFFECT_ON_CODE and not config._is_default(name):
+            value = getattr(config, name)
+            if value != entry.default:
+                changed[name] = value
+    return changed
 
 
 _NO_EFFECT_ON_CODE = frozenset({"compile_threads", "trace.enabled", "verbose_progress"})

@@ -24,6 +24,7 @@ from .errors import (
     WrongArguments,
 )
 from .graph.capture import Argument, SizeInput, capture
+from .graph.facts import Roots
 from .graph.pieces import split
 from .graph.regions import Regions, cover
 from .graph.signature import DynamicDims, Signature
@@ -31,6 +32,8 @@ from .passes.manager import MatchCount
 from .program import Graph, Program, lanes_of
 from .ranges import NOT_SERVED, Plan, Range, align
 from .store import open_store
+from .store.store import Store
+from .warm import start_or
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,8 @@ class CompiledModel:
         counts = self._program.counts
         return Stats(
             captures=len(self._regions.captures),
-            pieces=sum(graph.split.piece_count for graph in graphs),
-            unique_pieces=len({name for graph in graphs for name in graph.split.pieces}),
+            pieces=sum(graph.piece_count for graph in graphs),
+            unique_pieces=len({name for graph in graphs for name in graph.unique}),
             compilations=counts.compilations,
             loads=counts.loads,
             dispatches=self._program.dispatches(),
@@ -202,6 +205,18 @@ class CompiledModel:
         return self._call(*args, **kwargs)
 
     def _start(self, signature: Signature) -> None:
+        store = open_store(self.config)
+        program, regions = start_or(
+            self.config,
+            store,
+            signature,
+            _roots(self.module),
+            lambda: self._compile(signature, store),
+        )
+        entry = write_entry(signature, program, self._not_served)
+        self.__dict__.update(_program=program, _regions=regions, _call=entry)
+
+    def _compile(self, signature: Signature, store: Store | None) -> tuple[Program, Regions]:
         config = self.config
         regions = cover(
             functools.partial(capture, self.module, signature), signature.size, config.max_size
@@ -223,11 +238,10 @@ class CompiledModel:
         ]
         lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
         notes = [*Plan.from_config(config).notes, *(f"refused: {r}" for r in regions.refusals)]
-        program = Program(config, lanes, notes, open_store(config))
+        program = Program(config, lanes, notes, store)
         if not config.lazy:
             program.compile_all()
-        entry = write_entry(signature, program, self._not_served)
-        self.__dict__.update(_program=program, _regions=regions, _call=entry)
+        return program, regions
 
     # --- sizes without a lane ----------------------------------------------------------
 
@@ -291,6 +305,15 @@ def compile(
     config = config or Config()
     _check_options(config)
     return CompiledModel(module, config, dynamic_dims)
+
+
+def _roots(function: Callable[..., Any]) -> Roots:
+    """Where what a capture reads is looked up."""
+    owner = function if isinstance(function, torch.nn.Module) else None
+    if owner is None:
+        bound_to = getattr(function, "__self__", None)
+        owner = bound_to if isinstance(bound_to, torch.nn.Module) else None
+    return Roots(owner, _forward(function))
 
 
 def dynamo_backend(

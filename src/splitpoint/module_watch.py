@@ -23,8 +23,10 @@ class ModuleWatch:
     change unseen (a list that grows, say), and so may a module's `__class__`.
     """
 
-    def __init__(self, owner: torch.nn.Module) -> None:
+    def __init__(self, owner: torch.nn.Module, hooks: bool = False) -> None:
         self.owner = owner
+        self.hooks = hooks
+        """Whether hooks that are added or removed are seen too."""
         self._handle = -1
         self._held: list[Any] = []
 
@@ -36,6 +38,13 @@ class ModuleWatch:
             for module in self.owner.modules()
             for held in (vars(module), module._parameters, module._buffers, module._modules)
         ]
+        if self.hooks:
+            dicts += [
+                held
+                for module in self.owner.modules()
+                for name, held in vars(module).items()
+                if "_hooks" in name and isinstance(held, dict)
+            ]
         flags = [int(id(tensor) in versioned) for tensor in tensors]
         first = self._handle < 0
         handle = torch.ops.splitpoint.watch(self._handle, list(map(id, dicts)), tensors, flags)
@@ -57,7 +66,9 @@ class ModuleWatch:
         return check
 
 
-def watch(owner: torch.nn.Module | None, tensors: Sequence[torch.Tensor]) -> ModuleWatch | None:
+def watch(
+    owner: torch.nn.Module | None, tensors: Sequence[torch.Tensor], hooks: bool = False
+) -> ModuleWatch | None:
     """A watch over a module tree and tensors; None where there is no module or no means."""
     if owner is None or any(t.layout != torch.strided or t.is_meta for t in tensors):
         return None
@@ -66,5 +77,5 @@ def watch(owner: torch.nn.Module | None, tensors: Sequence[torch.Tensor]) -> Mod
     except KernelBuildError as error:
         log.info("modules are checked by torch's guards alone: %s", error)
         return None
-    made = ModuleWatch(owner)
+    made = ModuleWatch(owner, hooks)
     return made if made.renew(tensors, ()) else None
