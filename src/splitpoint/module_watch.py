@@ -14,6 +14,9 @@ from .errors import KernelBuildError
 
 log = logging.getLogger("splitpoint")
 
+_HOOKS = tuple(name for name in vars(torch.nn.Module()) if "_hooks" in name)
+"""The dicts of a module that hold hooks."""
+
 
 class ModuleWatch:
     """Compares the dicts of a module tree, and tensors, with what they were at `renew`.
@@ -33,18 +36,13 @@ class ModuleWatch:
     def renew(self, tensors: Sequence[torch.Tensor], versioned: Collection[int]) -> bool:
         """Take things as they are now; of tensors whose id is in `versioned`, in-place updates
         count as changes too. False when this Python has no means to watch dicts."""
-        dicts = [
-            held
-            for module in self.owner.modules()
-            for held in (vars(module), module._parameters, module._buffers, module._modules)
-        ]
+        modules = list(self.owner.modules())
+        dicts: list[dict[str, Any]] = []
+        for module in modules:
+            dicts += (vars(module), module._parameters, module._buffers, module._modules)
         if self.hooks:
-            dicts += [
-                held
-                for module in self.owner.modules()
-                for name, held in vars(module).items()
-                if "_hooks" in name and isinstance(held, dict)
-            ]
+            for module in modules:
+                dicts += (vars(module)[name] for name in _HOOKS if name in vars(module))
         flags = [int(id(tensor) in versioned) for tensor in tensors]
         first = self._handle < 0
         handle = torch.ops.splitpoint.watch(self._handle, list(map(id, dicts)), tensors, flags)

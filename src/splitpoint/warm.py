@@ -14,6 +14,7 @@ import logging
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,9 +51,10 @@ _EMPTY = Split((), (), (), {})
 # --- the key ---------------------------------------------------------------------------
 
 
-def model_fields(config: Config, signature: Signature, roots: Roots) -> dict[str, str] | None:
+def model_fields(
+    config: Config, signature: Signature, roots: Roots, describer: Describer
+) -> dict[str, str] | None:
     """What a program's key is made from; None when it cannot be kept, which the log says."""
-    describer = Describer()
     try:
         arguments = [_leaf(leaf, describer) for leaf in signature.leaves]
         return {
@@ -208,6 +210,9 @@ def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> di
                 "kernels": sorted({str(s): name for s, name in (lane.kernels or {}).items()}),
             }
         )
+    libraries = {each for piece in pieces.values() for each in piece["kernels"].values()}
+    path = kernels.loaded_library()
+    library = store.write_object(path.read_bytes()) if path is not None else None
     return {
         "facts": facts.to_json(),
         "graphs": [
@@ -226,7 +231,8 @@ def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> di
         "notes": list(program.notes),
         "refusals": list(regions.refusals),
         "captures": len(regions.captures),
-        "objects": sorted({d for piece in pieces.values() for d in piece["kernels"].values()}),
+        "library": library,
+        "objects": sorted(libraries | ({library} if library else set())),
     }
 
 
@@ -252,7 +258,9 @@ def _path(paths: Mapping[int, tuple[str, str, str]], tensor: torch.Tensor) -> li
 # --- starting --------------------------------------------------------------------------
 
 
-def load(store: Store, key: str, config: Config, roots: Roots) -> tuple[Program, Regions] | None:
+def load(
+    store: Store, key: str, config: Config, roots: Roots, describer: Describer
+) -> tuple[Program, Regions] | None:
     """The program of a key, ready to run, or None when the store has none that fits."""
     for variant in store.keys(KIND, f"{key}-")[:MOST_VARIANTS]:
         entry = store.read(KIND, variant)
@@ -260,7 +268,7 @@ def load(store: Store, key: str, config: Config, roots: Roots) -> tuple[Program,
             continue
         facts = Facts.from_json(entry["facts"])
         checker = Checker(facts, roots)
-        if broken := checker.prove():
+        if broken := checker.prove(describer):
             log.info("store: %s does not fit: %s", variant[-8:], "; ".join(broken[:3]))
             continue
         try:
@@ -299,8 +307,7 @@ class _Loader:
             packed = frozenset((index, layout) for index, layout in row["packed"])
             bodies.append(Body(tuple(row["parameters"]), tuple(row["lines"]), names, packed))
         program = Program(self.config, lanes, entry["notes"], self.store)
-        for index, body in enumerate(bodies, 1):
-            program._run(index, body)
+        program.start(bodies)
         self.count(program, plan)
         nothing: Any = None
         regions = Regions((nothing,) * entry["captures"], array("H"), {}, tuple(entry["refusals"]))
@@ -319,27 +326,31 @@ class _Loader:
     def pieces(self) -> dict[str, Callable[..., Any]]:
         """The compiled pieces by key."""
         pieces = self.entry["pieces"]
-        if any("splitpoint::" in op for p in pieces.values() for op in p["operators"].values()):
+        operators = {op for piece in pieces.values() for op in piece["operators"].values()}
+        if (own := self.entry["library"]) is not None:
             try:
-                kernels.load()
+                kernels.load_from(self.object(own))
             except KernelBuildError as error:
                 raise _Missing(str(error)) from error
-        if any(
-            "splitpoint_onednn" in op for p in pieces.values() for op in p["operators"].values()
-        ):
+        if any(op.startswith("splitpoint_onednn::") for op in operators):
             _onednn()
         libraries: dict[str, Callable[..., Any]] = {}
-        for digest_ in self.entry["objects"]:
-            path = self.store.object(digest_)
-            if path is None:
-                raise _Missing(f"the library {digest_} is not there")
-            libraries[digest_] = _torch_wrapper.load_kernel(path, f"splitpoint_{digest_[:16]}")
+        for each in sorted({d for piece in pieces.values() for d in piece["kernels"].values()}):
+            libraries[each] = _torch_wrapper.load_kernel(
+                self.object(each), f"splitpoint_{each[:16]}"
+            )
         return {
             key: Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"]).bind(
                 {name: libraries[each] for name, each in piece["kernels"].items()}
             )
             for key, piece in pieces.items()
         }
+
+    def object(self, digest_: str) -> Path:
+        path = self.store.object(digest_)
+        if path is None:
+            raise _Missing(f"the library {digest_} is not there")
+        return path
 
     def graph(self, data: Mapping[str, Any]) -> Graph:
         owner, checker = self.roots.owner, self.checker
@@ -408,15 +419,16 @@ def start_or(
     """A program from the store; else from `cold`, which is kept. Of several processes that
     start at once, one captures and compiles."""
     fields = None
+    describer = Describer()
     if store is not None and config.backend == "inductor":
-        fields = model_fields(config, signature, roots)
+        fields = model_fields(config, signature, roots, describer)
     if store is None or fields is None:
         return cold()
     key = digest(fields)
-    if (found := load(store, key, config, roots)) is not None:
+    if (found := load(store, key, config, roots, describer)) is not None:
         return found
     with store.lock(key) as is_held:
-        if is_held and (found := load(store, key, config, roots)) is not None:
+        if is_held and (found := load(store, key, config, roots, describer)) is not None:
             return found
         made = cold()
         if not config.lazy:

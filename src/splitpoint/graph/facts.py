@@ -71,6 +71,7 @@ class Describer:
         self.codes: set[str] = set()
         """Digests of the code objects described, those nested in them included."""
         self._known: dict[int, tuple[Any, Json]] = {}
+        self._classes: dict[type, str] = {}
 
     def describe(self, value: Any, note_code: bool = False) -> Json:
         """JSON that is equal in another process if the value means the same there.
@@ -95,7 +96,11 @@ class Describer:
         if isinstance(value, type):
             if note_code:
                 self.note(class_codes(value))
-            return ["class", f"{value.__module__}.{value.__qualname__}", class_digest(value)]
+            return [
+                "class",
+                f"{value.__module__}.{value.__qualname__}",
+                class_digest(value, self._classes),
+            ]
         if isinstance(value, types.ModuleType):
             return ["module", value.__name__]
         if isinstance(value, (types.FunctionType, types.MethodType)):
@@ -282,10 +287,10 @@ class Checker:
         self._loose: Callable[[], tuple[Any, ...]] = tuple
         self._loose_now: tuple[Any, ...] = ()
 
-    def prove(self) -> list[str]:
+    def prove(self, describer: Describer | None = None) -> list[str]:
         """Bind everything; return the facts that do not hold, as text. Nothing may be used
-        unless that is empty."""
-        describer = Describer()
+        unless that is empty. `describer` remembers what it described a moment ago."""
+        describer = describer or Describer()
         names = self.roots.names()
         broken: list[str] = []
         proven: dict[int, list[tuple[Any, ...]]] = {}

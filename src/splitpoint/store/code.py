@@ -15,6 +15,7 @@ _CODE_FIELDS = (
 """What of a code object decides what it does; not its file, its lines or its name."""
 
 Code = types.CodeType
+BUILTIN = types.BuiltinFunctionType
 
 
 def short(text: str | bytes) -> str:
@@ -22,12 +23,18 @@ def short(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:32]
 
 
-@functools.lru_cache(maxsize=65536)
+_digests: dict[int, tuple[Code, str]] = {}
+"""By id, with the code object, which is immutable. Its own hash reads all of it each time."""
+
+
 def code_digest(code: Code) -> str:
     """A digest of a code object and those nested in it."""
-    parts = [repr(getattr(code, name, b"")) for name in _CODE_FIELDS]
-    parts += [_constant(value) for value in code.co_consts]
-    return short("\n".join(parts))
+    known = _digests.get(id(code))
+    if known is None:
+        fields = [repr(getattr(code, name, b"")) for name in _CODE_FIELDS]
+        fields += map(_constant, code.co_consts)
+        known = _digests[id(code)] = (code, short("\n".join(fields)))
+    return known[1]
 
 
 def _constant(value: object) -> str:
@@ -94,28 +101,32 @@ def _default(value: object) -> str:
     return repr(value) if isinstance(value, plain) else type(value).__qualname__
 
 
-@functools.lru_cache(maxsize=4096)
-def class_codes(kind: type) -> tuple[Code, ...]:
+def class_codes(kind: type) -> Iterator[Code]:
     """The code of all methods of a class and its bases."""
-    return tuple(
-        function.__code__
-        for base in kind.__mro__
-        for value in list(vars(base).values())
-        for function in functions_of(value)
-    )
-
-
-def class_digest(kind: type) -> str:
-    """A digest of what a class and its bases define in Python: methods, plain constants."""
-    rows = []
     for base in kind.__mro__:
-        rows.append(f"class {base.__module__}.{base.__qualname__}")
-        for name, value in sorted(vars(base).items()):
-            if name in ("__doc__", "__module__", "__firstlineno__", "__static_attributes__"):
-                continue
-            if isinstance(value, (bool, int, float, str, bytes, type(None))):
-                rows.append(f"{name} = {value!r}")
-                continue
+        for value in list(vars(base).values()):
+            for function in functions_of(value):
+                yield function.__code__
+
+
+def class_digest(kind: type, known: dict[type, str] | None = None) -> str:
+    """A digest of what a class and its bases define in Python: methods, plain constants.
+    `known` remembers those of bases."""
+    known = {} if known is None else known
+    for base in kind.__mro__:
+        if base not in known:
+            known[base] = _own_digest(base)
+    return short(" ".join(known[base] for base in kind.__mro__))
+
+
+def _own_digest(base: type) -> str:
+    rows = [f"class {base.__module__}.{base.__qualname__}"]
+    for name, value in sorted(vars(base).items()):
+        if name in ("__doc__", "__module__", "__firstlineno__", "__static_attributes__"):
+            continue
+        if type(value) in (bool, int, float, str, bytes, type(None)):
+            rows.append(f"{name} = {value!r}")
+        elif type(value) is not BUILTIN:
             found = [code_digest(function.__code__) for function in functions_of(value)]
             if found:
                 rows.append(f"{name} {found}")

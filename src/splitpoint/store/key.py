@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Counts up when what is stored changes its meaning."""
 
-_OWN_CODE = ("_torch*.py", "graph/*.py", "compilers/*.py", "passes/*.py", "store/*.py")
+_OWN_CODE = ("_torch*.py", "graph/*.py", "compilers/*.py", "passes/*.py", "store/*.py", "kernels/*")
 """The files of this package that decide what is stored, beside its version."""
 
 _NO_EFFECT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_MAX_JOBS")
@@ -88,13 +88,15 @@ def _software() -> dict[str, str]:
 
     package = Path(__file__).parent.parent
     own = hashlib.sha256()
-    for path in sorted(path for pattern in _OWN_CODE for path in package.glob(pattern)):
+    for path in sorted(
+        path for pattern in _OWN_CODE for path in package.glob(pattern) if path.is_file()
+    ):
         own.update(hashlib.sha256(path.read_bytes()).digest())
     return {
         "format": str(FORMAT),
         "splitpoint": f"{__version__} {own.hexdigest()[:16]}",
         "torch": f"{torch.__version__} {torch.version.git_version}",
-        "python": f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}",
+        "python": f"{sys.implementation.name} {platform.python_version()}",
         "system": f"{platform.system()} {platform.machine()} {platform.libc_ver()[0]}",
     }
 
