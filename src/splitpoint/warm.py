@@ -8,11 +8,13 @@ against the module as it is, and loads the libraries; what cannot be proven is a
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,6 +264,26 @@ def load(
     store: Store, key: str, config: Config, roots: Roots, describer: Describer
 ) -> tuple[Program, Regions] | None:
     """The program of a key, ready to run, or None when the store has none that fits."""
+    with _no_collection():
+        return _load(store, key, config, roots, describer)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing made inside is garbage, but making it would set off a collection of all that the
+    process holds, which takes longer than everything else here."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _load(
+    store: Store, key: str, config: Config, roots: Roots, describer: Describer
+) -> tuple[Program, Regions] | None:
     for variant in store.keys(KIND, f"{key}-")[:MOST_VARIANTS]:
         entry = store.read(KIND, variant)
         if entry is None:
