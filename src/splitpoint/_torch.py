@@ -843,7 +843,7 @@ def onednn_pack(weight: torch.Tensor) -> torch.Tensor:
 def onednn_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[tokens, k] to [tokens, n] over a weight that `onednn_pack` made."""
+    """[..., k] to [..., n] over a weight that `onednn_pack` made."""
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
@@ -876,7 +876,7 @@ def _onednn_library() -> torch.library.Library:
         library.impl("linear", onednn_linear, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(
         "splitpoint_onednn::linear",
-        lambda x, weight, bias=None: x.new_empty((x.shape[0], weight.shape[0])),
+        lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
         lib=library,
     )
     return library

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +23,7 @@ from .graph.stitch import Body, CompiledPiece, Guard, Packed, Stitched, assemble
 from .module_watch import ModuleWatch, watch
 from .packing import PackedWeights
 from .passes import linear
-from .passes.linear import LinearShape
+from .passes.linear_sites import LinearShape, Site, find
 from .passes.manager import MatchCount
 from .ranges import NOT_SERVED, Plan, PlannedRange, Range
 from .store.store import Store
@@ -85,12 +84,23 @@ class Graph:
                 index for index, _ in enumerate(calls[0]) if all(c[index] in names for c in calls)
             )
 
-    def linear_sites(self) -> Iterator[linear.Site]:
-        """The linear layers of all pieces, equal pieces counted each."""
+    def linear_sites(self) -> Iterator[tuple[Site, list[int]]]:
+        """The linear layers of all pieces, equal pieces counted each, with the ids of their
+        weights."""
+        index_of = {
+            name: source.index
+            for name, source in zip(self.split.inputs, self.inputs, strict=True)
+            if isinstance(source, Bound)
+        }
+        found = {
+            fingerprint: find(piece, self.bound_of[fingerprint])
+            for fingerprint, piece in self.split.pieces.items()
+        }
         for step in self.split.steps:
             if isinstance(step, CallPiece):
-                piece = self.split.pieces[step.fingerprint]
-                yield from linear.find(piece, self.bound_of[step.fingerprint])
+                for site in found[step.fingerprint]:
+                    names = [step.inputs[index] for index in site.weights]
+                    yield site, [id(self.bound[index_of[name]]) for name in names]
 
     def bind(self) -> None:
         """Take the tensors that the module holds now."""
@@ -109,8 +119,8 @@ class Lane:
     run: Stitched | None = None
     kernels: dict[LinearShape, str] | None = None
     """The kernel of each shape of linear layer; None while it is not chosen."""
-    packed: frozenset[tuple[int, str]] = frozenset()
-    """The packed weights that `run` reads, by `Bound.index` and layout."""
+    packed: tuple[tuple[int, str], ...] = ()
+    """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
     body: Body | None = None
     """What `run` does."""
     artifacts: dict[str, str | None] = field(default_factory=dict)
@@ -152,7 +162,8 @@ class Program:
         self.counts = Counts()
         self.weights = PackedWeights()
         self.tuner = LinearTuner(torch.get_num_threads(), config.linear_budget_s)
-        self._reserved: dict[tuple[LinearShape, str], int] = {}
+        self._reserved: dict[tuple[int, str], int] = {}
+        """Bytes of the packed copies that lanes need, by the weight's id and layout."""
         self._warned = False
         self.lanes: list[Lane | None] = []
         """None for a lane that was split; lane i has table entry i + 1."""
@@ -252,41 +263,49 @@ class Program:
     def _choose_linear(self, lanes: Sequence[Lane]) -> None:
         """Choose a kernel for each shape of linear layer in each lane, and note it in the
         plan."""
-        counts: dict[LinearShape, Counter[int]] = {}
+        weights: dict[LinearShape, dict[int, set[tuple[int, ...]]]] = {}
         for index, lane in enumerate(lanes):
             if self.config.linear_for(lane.planned.range) == "inductor" or lane.kernels is not None:
                 continue
             lane.kernels = {}
-            for site in lane.graph.linear_sites():
-                counts.setdefault(site.shape, Counter())[index] += 1
-        if self.config.backend == "eager" or not counts or not self._kernels_available():
+            for site, held in lane.graph.linear_sites():
+                weights.setdefault(site.shape, {}).setdefault(index, set()).add(tuple(held))
+        if self.config.backend == "eager" or not weights or not self._kernels_available():
             return
-        for shape, by_lane in counts.items():
-            for index, count in by_lane.items():
+        for shape, by_lane in weights.items():
+            for index, ids in by_lane.items():
                 lane = lanes[index]
                 assert lane.kernels is not None
-                name = self.config.linear_for(lane.planned.range)
-                if name == "auto":
-                    layouts = {layout for known, layout in self._reserved if known == shape}
-                    name = self.tuner.choose(shape, lane.planned.range, layouts)
-                lane.kernels[shape] = name if self._has_room(shape, name, count) else "inductor"
+                lane.kernels[shape] = self._choice(shape, lane.planned.range, ids)
         self.tuner.free()
         for lane in lanes:
             if lane.kernels and set(lane.kernels.values()) != {"inductor"}:
                 summary = {str(shape): name for shape, name in lane.kernels.items()}
                 lane.planned = replace(lane.planned, linear=summary)
 
-    def _has_room(self, shape: LinearShape, name: str, count: int) -> bool:
-        """Whether the packed copies that a variant needs stay under `max_packed_bytes`."""
-        layout = linear.VARIANTS[name].layout if name in linear.VARIANTS else "plain"
-        if layout != "plain" and (shape, layout) not in self._reserved:
-            cost = count * linear.nbytes(shape, layout)
-            room = self.config.max_packed_bytes
-            if room is not None and sum(self._reserved.values()) + cost > room:
-                log.info("%s for %s would exceed max_packed_bytes", name, shape)
-                return False
-            self._reserved[shape, layout] = cost
-        return True
+    def _choice(self, shape: LinearShape, range_: Range, weights: set[tuple[int, ...]]) -> str:
+        """The variant for the layers of one shape, whose weights have these ids."""
+        name = self.config.linear_for(range_)
+        if name == "auto":
+            ids = {each for site in weights for each in site}
+            layouts = {layout for each, layout in self._reserved if each in ids}
+            name = self.tuner.choose(shape, range_, layouts)
+        variant = linear.VARIANTS.get(name)
+        if variant is None or not variant.fits(shape):
+            return "inductor"
+        layout = linear.layout_of(variant, shape)
+        if layout == "plain":
+            return name
+        sizes = linear.nbytes(shape, layout)
+        needed = {
+            (each, layout): size for site in weights for each, size in zip(site, sizes, strict=True)
+        }
+        room = self.config.max_packed_bytes
+        if room is not None and sum((self._reserved | needed).values()) > room:
+            log.info("%s for %s would exceed max_packed_bytes", name, shape)
+            return "inductor"
+        self._reserved |= needed
+        return name
 
     def _kernels_available(self) -> bool:
         try:

@@ -208,8 +208,8 @@ def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> di
                 "parameters": list(body.parameters),
                 "lines": list(body.lines),
                 "names": names,
-                "packed": sorted([list(each) for each in body.packed]),
-                "kernels": sorted({str(s): name for s, name in (lane.kernels or {}).items()}),
+                "packed": [list(each) for each in body.packed],
+                "kernels": {str(s): name for s, name in (lane.kernels or {}).items()},
             }
         )
     libraries = {each for piece in pieces.values() for each in piece["kernels"].values()}
@@ -326,7 +326,7 @@ class _Loader:
                 name: calls[value[1]] if value[0] == "piece" else decode(value)
                 for name, value in row["names"].items()
             }
-            packed = frozenset((index, layout) for index, layout in row["packed"])
+            packed = tuple((index, layout) for index, layout in row["packed"])
             bodies.append(Body(tuple(row["parameters"]), tuple(row["lines"]), names, packed))
         program = Program(self.config, lanes, entry["notes"], self.store)
         program.start(bodies)

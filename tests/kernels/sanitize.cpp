@@ -63,9 +63,8 @@ struct Shape {
 long runs = 0;
 
 void check(const KernelTable& table, bool packed, const Shape& s, DType type, DType w_type,
-           Activation activation, bool extras) {
-  const bool two = activation == Activation::silu_mul;
-  const int64_t rows = two ? 2 * s.n : s.n;
+           Activation activation, bool gated, bool extras) {
+  const int64_t products = gated ? 2 : 1, rows = products * s.n;
   const int64_t gap = extras ? 5 : 0;
   // The last row ends where the allocation does.
   const int64_t x_stride = s.k + gap, r_stride = s.n + gap;
@@ -74,17 +73,14 @@ void check(const KernelTable& table, bool packed, const Shape& s, DType type, DT
   const Buffer bias(type, extras ? rows : 0);
   const Buffer residual(type, extras && s.t ? (s.t - 1) * r_stride + s.n : 0);
   Buffer y(type, s.t * s.n);
-  const int64_t columns = packed ? packed_block_columns(activation) : kBlock;
-  const int64_t blocks = ceil_div(s.n, columns);
+  const int64_t blocks = ceil_div(s.n, kBlock);
 
   LinearArgs a{};
   a.t = s.t, a.n = s.n, a.k = s.k;
   a.x = x.bytes.get(), a.x_stride = x_stride;
-  a.scale = scale.count ? reinterpret_cast<const float*>(scale.bytes.get()) : nullptr;
-  a.bias = extras ? bias.bytes.get() : nullptr;
   a.residual = extras ? residual.bytes.get() : nullptr, a.residual_stride = r_stride;
   a.y = y.bytes.get(), a.y_stride = s.n;
-  a.x_type = type, a.y_type = type, a.w_type = w_type, a.activation = activation;
+  a.x_type = type, a.y_type = type, a.w_type = w_type, a.activation = activation, a.gated = gated;
   Buffer wide(DType::f32, 0);
   if (type == DType::bf16 && (!table.dots_bf16 || (!packed && w_type == DType::i8))) {
     wide = Buffer(DType::f32, s.t * s.k);
@@ -95,11 +91,17 @@ void check(const KernelTable& table, bool packed, const Shape& s, DType type, DT
     a.x = wide.bytes.get(), a.x_stride = s.k, a.x_type = DType::f32;
   }
   const int64_t stored_k = w_type == DType::f32 ? s.k : ceil_div(s.k, 2) * 2;
-  Buffer laid_out(w_type, packed ? blocks * kBlock * stored_k : 0);
-  if (packed) {
-    table.pack({weight.bytes.get(), laid_out.bytes.get(), rows, s.k, w_type, two}, 0, blocks);
+  const int64_t panels = blocks * kBlock * stored_k;
+  std::vector<Buffer> laid_out;
+  Product* const into[] = {&a.first, &a.second};
+  for (int64_t i = 0; i < products; ++i) {
+    const char* plain = weight.bytes.get() + i * s.n * s.k * size_of(w_type);
+    laid_out.emplace_back(w_type, packed ? panels : 0);
+    if (packed) table.pack({plain, laid_out[i].bytes.get(), s.n, s.k, w_type}, 0, blocks);
+    into[i]->values = packed ? laid_out[i].bytes.get() : plain;
+    if (scale.count) into[i]->scale = reinterpret_cast<const float*>(scale.bytes.get()) + i * s.n;
+    if (extras) into[i]->bias = bias.bytes.get() + i * s.n * size_of(type);
   }
-  a.weight = packed ? laid_out.bytes.get() : weight.bytes.get();
   // In four parts, as threads would.
   const auto kernel = packed ? table.packed : table.gemv;
   for (const auto [t0, t1] : {std::pair{int64_t{0}, s.t / 2}, std::pair{s.t / 2, s.t}}) {
@@ -111,19 +113,20 @@ void check(const KernelTable& table, bool packed, const Shape& s, DType type, DT
   for (int64_t t = 0; t < s.t; ++t) {
     for (int64_t c = 0; c < s.n; ++c) {
       double sums[2] = {};
-      for (int half = 0; half < (two ? 2 : 1); ++half) {
+      for (int half = 0; half < products; ++half) {
         const int64_t row = half * s.n + c;
         for (int64_t k = 0; k < s.k; ++k) sums[half] += x.at(t * x_stride + k) * weight.at(row * s.k + k);
         if (scale.count) sums[half] *= scale.at(row);
         if (extras) sums[half] += bias.at(row);
       }
       double value = sums[0];
-      if (two) value = sums[0] / (1 + std::exp(-sums[0])) * sums[1];
+      if (activation == Activation::silu) value /= 1 + std::exp(-value);
       if (activation == Activation::gelu_erf) value *= 0.5 * (1 + std::erf(value / std::sqrt(2.0)));
       if (activation == Activation::gelu_tanh) {
         const double u = 0.79788456080286536 * (value + 0.044715 * value * value * value);
         value *= 0.5 * (1 + std::tanh(u));
       }
+      if (gated) value *= sums[1];
       if (extras) value += residual.at(t * r_stride + c);
       // Coarse: the property tests hold the derived bounds, these sums only catch nonsense.
       const double size = s.k * (w_type == DType::i8 ? 127.0 : 1.0) + 4;
@@ -167,11 +170,13 @@ int main() {
     for (const Shape& shape : shapes) {
       for (const auto& [type, w_type] : types) {
         for (const bool packed : {false, true}) {
-          check(*table, packed, shape, type, w_type, Activation::none, false);
-          check(*table, packed, shape, type, w_type, Activation::none, true);
-          check(*table, packed, shape, type, w_type, Activation::silu_mul, runs % 2 == 0);
-          check(*table, packed, shape, type, w_type,
-                runs % 3 ? Activation::gelu_erf : Activation::gelu_tanh, runs % 2 == 1);
+          const auto with = [&](Activation activation, bool gated, bool extras) {
+            check(*table, packed, shape, type, w_type, activation, gated, extras);
+          };
+          with(Activation::none, false, false);
+          with(Activation::none, runs % 4 == 0, true);
+          with(Activation::silu, runs % 4 != 0, runs % 2 == 0);
+          with(runs % 3 ? Activation::gelu_erf : Activation::gelu_tanh, runs % 5 == 0, runs % 2 == 1);
         }
       }
     }

@@ -20,7 +20,7 @@ import torch
 from splitpoint import kernels
 kernels.load()
 x = torch.ones(2, 8)
-print(torch.ops.splitpoint.linear_gemv(x, torch.ones(3, 8)).tolist())
+print(torch.ops.splitpoint.linear_gemv(x, [torch.ones(3, 8)], [], [])[0].tolist())
 """
 
 EXPECT_ERROR = """

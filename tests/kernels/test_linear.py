@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from splitpoint import kernels
 from splitpoint.kernels import reference
+from splitpoint.kernels.bounds import exceeded
 from splitpoint.kernels.layout import packed_shape, quantize
-
-from .bounds import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -33,41 +33,39 @@ thorough = settings(
 
 @dataclass
 class Case:
-    """Arguments of a linear layer, its weight still unpacked."""
+    """Arguments of linear layers over one x, their weights still unpacked."""
 
     x: Tensor
-    weight: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    activation: str
-
-    @property
-    def n(self) -> int:
-        rows = self.weight.shape[0]
-        return rows // 2 if self.activation == "silu_mul" else rows
+    weights: list[Tensor]
+    scales: list[Tensor]
+    biases: list[Tensor]
+    residual: Tensor | None = None
+    activation: str = "none"
+    gated: bool = False
 
     @property
     def rest(self) -> dict[str, Any]:
         return {
-            "scale": self.scale,
-            "bias": self.bias,
+            "scales": self.scales,
+            "biases": self.biases,
             "residual": self.residual,
             "activation": self.activation,
+            "gated": self.gated,
         }
 
-    def packed(self) -> Tensor:
-        weight: Tensor = OPS.pack_weight(self.weight, self.activation == "silu_mul")
-        y: Tensor = OPS.linear_packed(self.x, weight, self.n, **self.rest)
+    def packed(self) -> list[Tensor]:
+        weights = [OPS.pack_weight(weight) for weight in self.weights]
+        n = [weight.shape[0] for weight in self.weights]
+        y: list[Tensor] = OPS.linear_packed(self.x, weights, n, **self.rest)
         return y
 
-    def gemv(self) -> Tensor:
-        y: Tensor = OPS.linear_gemv(self.x, self.weight, **self.rest)
+    def gemv(self) -> list[Tensor]:
+        y: list[Tensor] = OPS.linear_gemv(self.x, self.weights, **self.rest)
         return y
 
-    def check(self, y: Tensor) -> None:
-        assert y.is_contiguous()
-        assert_close(y, self.x, self.weight, **self.rest)
+    def check(self, ys: list[Tensor]) -> None:
+        assert all(y.is_contiguous() for y in ys)
+        assert exceeded(ys, self.x, self.weights, **self.rest) <= 1
 
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
@@ -85,7 +83,7 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
 
 def make_case(
     t: int,
-    n: int,
+    n: Sequence[int],
     k: int,
     dtype: torch.dtype,
     *,
@@ -93,6 +91,7 @@ def make_case(
     bias: bool = False,
     residual: bool = False,
     activation: str = "none",
+    gated: bool = False,
     layout: str = "contiguous",
     seed: int = 0,
 ) -> Case:
@@ -101,19 +100,20 @@ def make_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng).to(dtype)
 
-    rows = 2 * n if activation == "silu_mul" else n
-    weight, scale = normal(rows, k), None
+    weights, scales = [normal(columns, k) for columns in n], []
     if int8:
-        weight, scale = quantize(weight)
-        # -128 is no result of quantize, but is a value an int8 weight may hold.
-        weight[:, ::7] = -128
+        weights, scales = map(list, zip(*map(quantize, weights), strict=True))
+        for weight in weights:
+            # -128 is no result of quantize, but is a value an int8 weight may hold.
+            weight[:, ::7] = -128
     return Case(
         laid_out(normal(t, k), layout),
-        weight,
-        scale,
-        normal(rows) if bias else None,
-        laid_out(normal(t, n), layout) if residual else None,
+        weights,
+        scales,
+        [normal(columns) for columns in n] if bias else [],
+        laid_out(normal(t, n[0]), layout) if residual else None,
         activation,
+        gated,
     )
 
 
@@ -121,15 +121,19 @@ def make_case(
 def cases(draw: st.DrawFn) -> Case:
     # Small shapes find edges fast; multiples of the blocks and larger ones reach every loop.
     dims = st.one_of(st.integers(1, 70), st.sampled_from([16, 32, 64, 96, 160, 257]))
+    columns = st.one_of(dims, st.just(0))
+    gated = draw(st.booleans())
+    n = [draw(columns)] * 2 if gated else draw(st.lists(columns, min_size=1, max_size=3))
     return make_case(
         draw(st.integers(0, 70)),
-        draw(st.one_of(dims, st.just(0))),
+        n,
         draw(st.one_of(dims, st.just(0))),
         draw(st.sampled_from([torch.bfloat16, torch.float32])),
         int8=draw(st.booleans()),
         bias=draw(st.booleans()),
-        residual=draw(st.booleans()),
-        activation=draw(st.sampled_from(reference.ACTIVATIONS)),
+        residual=draw(st.booleans()) and (gated or len(n) == 1),
+        activation=draw(st.sampled_from(sorted(reference.ACTIVATIONS))),
+        gated=gated,
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**16)),
     )
@@ -171,18 +175,21 @@ def test_matches_float64_at_larger_shapes(
 ) -> None:
     torch.set_num_threads(threads)
     kernels.use_instruction_set(instruction_set)
-    case = make_case(t, n, k, getattr(torch, dtype), int8=int8, bias=True, layout="strided")
+    case = make_case(t, [n, 65], k, getattr(torch, dtype), int8=int8, bias=True, layout="strided")
     case.check(getattr(case, variant)())
 
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
-def test_activations_over_their_whole_range(activation: str, instruction_set: str) -> None:
+def test_activations_over_their_whole_range(
+    activation: str, gated: bool, instruction_set: str
+) -> None:
     """A weight of one k makes the activation's argument whatever x is."""
     kernels.use_instruction_set(instruction_set)
     x = torch.linspace(-120, 120, 4001)[:, None]
-    weight = torch.ones(32, 1)
-    case = Case(x, weight, None, None, None, activation)
+    weights = [torch.ones(32, 1)] * (2 if gated else 1)
+    case = Case(x, weights, [], [], None, activation, gated)
     case.check(case.packed())
     case.check(case.gemv())
 
@@ -194,44 +201,66 @@ def test_values_that_are_not_finite_stay_in_their_row(
     instruction_set: str, dtype: torch.dtype, value: float
 ) -> None:
     kernels.use_instruction_set(instruction_set)
-    case = make_case(5, 40, 33, dtype)
+    case = make_case(5, [40], 33, dtype)
     case.x[2, 32] = value
-    expected = reference.linear(case.x, case.weight)
-    for y in (case.packed(), case.gemv()):
+    (expected,) = reference.linear(case.x, case.weights)
+    for (y,) in (case.packed(), case.gemv()):
         assert torch.equal(y[2].isnan(), expected[2].isnan())
         assert torch.equal(y[2].isinf(), expected[2].isinf())
         assert y[[0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((33,), (0,)),
+        ((1, 5, 33), (0, 1, 2)),
+        ((5, 1, 33), (1, 0, 2)),
+        ((2, 3, 33), (0, 1, 2)),
+        ((2, 3, 33), (1, 0, 2)),  # no even step from row to row
+        ((2, 3, 33), (2, 1, 0)),
+        ((2, 0, 33), (0, 1, 2)),
+        ((2, 3, 4, 33), (0, 2, 1, 3)),
+    ],
+)
+def test_any_number_of_dimensions(shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """`order` is how the dimensions follow each other in memory."""
+    inverse = [order.index(dim) for dim in range(len(order))]
+    x = torch.randn([shape[dim] for dim in order]).permute(inverse)
+    assert x.shape == shape
+    residual = torch.randn(*shape[:-1], 40)
+    case = Case(x, [torch.randn(40, 33)], [], [], residual)
+    case.check(case.packed())
+    case.check(case.gemv())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_threads_and_row_counts_change_nothing_in_fp32_sums(dtype: torch.dtype) -> None:
     """A token's output depends on neither its neighbours' values nor the number of threads."""
-    case = make_case(200, 70, 64, dtype)
+    case = make_case(200, [70, 70], 64, dtype, activation="silu", gated=True)
     torch.set_num_threads(1)
-    alone = case.packed()
+    (alone,) = case.packed()
     torch.set_num_threads(2)
-    assert torch.equal(case.packed(), alone)
+    assert torch.equal(case.packed()[0], alone)
     case.x[:100] = 7
-    assert torch.equal(case.packed()[100:], alone[100:])
+    assert torch.equal(case.packed()[0][100:], alone[100:])
 
 
 @given(
     rows=st.integers(0, 100),
     k=st.integers(0, 70),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.int8]),
-    gate_up=st.booleans(),
     transposed=st.booleans(),
 )
 @thorough
 def test_pack_weight_has_the_documented_layout(
-    rows: int, k: int, dtype: torch.dtype, gate_up: bool, transposed: bool
+    rows: int, k: int, dtype: torch.dtype, transposed: bool
 ) -> None:
-    rows *= 2 if gate_up else 1
     weight = torch.randint(-128, 128, (rows, k)).to(dtype)
     given_weight = weight.t().contiguous().t() if transposed else weight
-    packed = OPS.pack_weight(given_weight, gate_up)
-    expected = reference.pack_weight(weight, gate_up)
-    assert packed.shape == expected.shape == packed_shape(rows, k, dtype, gate_up)
+    packed = OPS.pack_weight(given_weight)
+    expected = reference.pack_weight(weight)
+    assert packed.shape == expected.shape == packed_shape(rows, k, dtype)
     assert packed.dtype == dtype
     assert packed.is_contiguous()
     assert torch.equal(packed, expected)
@@ -251,8 +280,8 @@ def test_quantize_is_within_half_a_step(rows: int, k: int, seed: int) -> None:
 
 
 def good() -> dict[str, Any]:
-    case = make_case(3, 40, 10, torch.bfloat16, bias=True, residual=True)
-    return {"x": case.x, "weight": OPS.pack_weight(case.weight), "n": 40, **case.rest}
+    case = make_case(3, [40], 10, torch.bfloat16, bias=True, residual=True)
+    return {"x": case.x, "weights": [OPS.pack_weight(case.weights[0])], "n": [40], **case.rest}
 
 
 @pytest.mark.parametrize(
@@ -261,14 +290,18 @@ def good() -> dict[str, Any]:
         ({"x": torch.zeros(3, 10)}, TypeError, "its dtype or int8"),
         ({"x": torch.zeros(3, 10, dtype=torch.float16)}, TypeError, "float32, bfloat16 or int8"),
         ({"x": torch.zeros(3, 10, dtype=torch.int8)}, TypeError, "float32 or bfloat16"),
-        ({"x": torch.zeros(10, dtype=torch.bfloat16)}, ValueError, "x must be"),
+        ({"x": torch.zeros((), dtype=torch.bfloat16)}, ValueError, "x must be"),
         ({"x": torch.zeros(3, 12, dtype=torch.bfloat16)}, ValueError, "is not one for k = 12"),
-        ({"n": 65}, ValueError, "and 65 columns"),
-        ({"n": -1}, ValueError, "negative"),
-        ({"bias": torch.zeros(40)}, ValueError, "bias"),
-        ({"bias": torch.zeros(39, dtype=torch.bfloat16)}, ValueError, "bias"),
+        ({"weights": []}, ValueError, "there must be a weight, got 0"),
+        ({"gated": True}, ValueError, "two weights, of the gate and of what it gates, got 1"),
+        ({"n": [65]}, ValueError, "and 65 columns"),
+        ({"n": [-1]}, ValueError, "negative"),
+        ({"n": [40, 40]}, ValueError, "columns of each weight"),
+        ({"biases": [torch.zeros(40)]}, ValueError, "bias"),
+        ({"biases": [torch.zeros(39, dtype=torch.bfloat16)]}, ValueError, "bias"),
+        ({"biases": [torch.zeros(40, dtype=torch.bfloat16)] * 2}, ValueError, "as many biases"),
         ({"residual": torch.zeros(1, 40, dtype=torch.bfloat16)}, ValueError, "residual"),
-        ({"scale": torch.ones(40)}, ValueError, "int8 weight needs"),
+        ({"scales": [torch.ones(40)]}, ValueError, "int8 weight needs"),
         ({"activation": "relu"}, ValueError, "got relu"),
     ],
 )
@@ -279,17 +312,19 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type, says: st
 
 
 def test_an_int8_weight_needs_its_scale() -> None:
-    case = make_case(2, 32, 8, torch.float32, int8=True)
+    case = make_case(2, [32], 8, torch.float32, int8=True)
     with pytest.raises(ValueError, match="int8 weight needs its scale"):
-        OPS.linear_gemv(case.x, case.weight)
+        OPS.linear_gemv(case.x, case.weights, [], [])
 
 
-def test_gates_and_ups_must_pair() -> None:
-    weight = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="even number"):
-        OPS.pack_weight(weight, True)
-    with pytest.raises(ValueError, match="even number"):
-        OPS.linear_gemv(torch.zeros(1, 4), weight, activation="silu_mul")
+def test_weights_must_go_together() -> None:
+    x, one, two = torch.zeros(1, 4), torch.zeros(3, 4), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match="a gate of 3 columns cannot gate 5"):
+        OPS.linear_gemv(x, [one, two], [], [], gated=True)
+    with pytest.raises(ValueError, match="only a single result"):
+        OPS.linear_gemv(x, [one, two], [], [], residual=torch.zeros(1, 3))
+    with pytest.raises(TypeError, match="weights of its dtype"):
+        OPS.linear_gemv(x, [one, two.bfloat16()], [], [])
 
 
 def test_an_instruction_set_this_cpu_lacks_is_refused() -> None:
@@ -303,26 +338,39 @@ def test_an_instruction_set_this_cpu_lacks_is_refused() -> None:
 @pytest.mark.parametrize(("dtype", "int8"), [("bfloat16", False), ("float32", True)])
 def test_opcheck(activation: str, dtype: str, int8: bool) -> None:
     case = make_case(
-        3, 40, 10, getattr(torch, dtype), int8=int8, bias=True, residual=True, activation=activation
+        3,
+        [40],
+        10,
+        getattr(torch, dtype),
+        int8=int8,
+        bias=True,
+        residual=True,
+        activation=activation,
     )
-    gate_up = activation == "silu_mul"
-    packed = OPS.pack_weight(case.weight, gate_up)
-    torch.library.opcheck(OPS.pack_weight.default, (case.weight, gate_up))
-    torch.library.opcheck(OPS.linear_packed.default, (case.x, packed, case.n), case.rest)
-    torch.library.opcheck(OPS.linear_gemv.default, (case.x, case.weight), case.rest)
+    gated = make_case(
+        3, [40, 40], 10, getattr(torch, dtype), int8=int8, activation=activation, gated=True
+    )
+    several = make_case(3, [40, 7], 10, getattr(torch, dtype), int8=int8, bias=True)
+    torch.library.opcheck(OPS.pack_weight.default, (case.weights[0],))
+    for each in (case, gated, several):
+        packed = [OPS.pack_weight(weight) for weight in each.weights]
+        n = [weight.shape[0] for weight in each.weights]
+        torch.library.opcheck(OPS.linear_packed.default, (each.x, packed, n), each.rest)
+        torch.library.opcheck(OPS.linear_gemv.default, (each.x, each.weights), each.rest)
 
 
 @pytest.mark.slow
 def test_inductor_calls_it_at_every_size() -> None:
-    case = make_case(6, 40, 10, torch.bfloat16)
-    packed = OPS.pack_weight(case.weight)
+    case = make_case(6, [40, 40], 10, torch.bfloat16)
+    packed = [OPS.pack_weight(weight) for weight in case.weights]
 
     @torch.compile(fullgraph=True, dynamic=True)
-    def forward(x: Tensor, packed: Tensor) -> Tensor:
-        y: Tensor = OPS.linear_packed(torch.relu(x), packed, 40)
-        return y + 1
+    def forward(x: Tensor, packed: list[Tensor]) -> Tensor:
+        first, second = OPS.linear_packed(torch.relu(x), packed, [40, 40], [], [])
+        y: Tensor = first - second
+        return y
 
     for t in (6, 1, 9):
         x = case.x[:1].expand(t, -1)
-        expected = OPS.linear_packed(torch.relu(x), packed, 40) + 1
-        assert torch.equal(forward(x, packed), expected)
+        first, second = OPS.linear_packed(torch.relu(x), packed, [40, 40], [], [])
+        assert torch.equal(forward(x, packed), first - second)

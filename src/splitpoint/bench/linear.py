@@ -169,16 +169,16 @@ def _variants(weight: Tensor, int8: bool) -> dict[str, Variant]:
 
     def gemv() -> Layer:
         copy = weight.clone()
-        return lambda x: ops.linear_gemv(x, copy)
+        return lambda x: ops.linear_gemv(x, [copy], [], [])[0]
 
     def packed() -> Layer:
         copy = ops.pack_weight(weight)
-        return lambda x: ops.linear_packed(x, copy, n)
+        return lambda x: ops.linear_packed(x, [copy], [n], [], [])[0]
 
     def packed_int8() -> Layer:
         values, scale = quantize(weight)
         copy = ops.pack_weight(values)
-        return lambda x: ops.linear_packed(x, copy, n, scale)
+        return lambda x: ops.linear_packed(x, [copy], [n], [scale], [])[0]
 
     found = {"linear": Variant(weight.nbytes, plain)}
     if prepacked_linear(weight) is not None:
@@ -211,7 +211,7 @@ def _cycling(layers: Sequence[Layer], x: Tensor) -> Callable[[], object]:
 def _verify(name: str, y: Tensor, x: Tensor, weight: Tensor) -> None:
     """Refuse an output that is not explained by rounding: sums in float32 in any order, to
     first order k 2^-24 sum|x w|, then the output dtype's own; int8 also moves each weight."""
-    exact = linear(x, weight)
+    (exact,) = linear(x, [weight])
     magnitude = x.double().abs() @ weight.double().abs().t()
     roundoff = torch.finfo(y.dtype).eps / 2
     allowed = (x.shape[1] + 4) * 2.0**-24 * magnitude + 1.01 * roundoff * exact.abs() + 1e-30

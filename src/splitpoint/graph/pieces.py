@@ -18,8 +18,9 @@ from ..errors import UnknownSplittingOp, UnsupportedGraph
 if TYPE_CHECKING:
     import sympy
 
-RANK, DTYPE = "splitpoint_rank", "splitpoint_dtype"
-"""Keys of a piece's `node.meta`: what is known of a tensor without a ShapeEnv."""
+SHAPE, DTYPE = "splitpoint_shape", "splitpoint_dtype"
+"""Keys of a piece's `node.meta`: what is known of a tensor without a ShapeEnv. A dimension is an
+expression over `_torch.size_symbol()`."""
 
 
 @dataclass(frozen=True)
@@ -280,8 +281,7 @@ class _Splitter:
         size = graph.placeholder("size") if symbolic else None
         for index, node in enumerate(inputs):
             copies[node] = graph.placeholder(f"arg{index}")
-            value = node.meta["example_value"]
-            copies[node].meta |= {RANK: value.dim(), DTYPE: value.dtype}
+            self.describe(copies[node], node.meta["example_value"])
         for node in used:
             if node in self.sizes:
                 expr = self.sizes[node].expr
@@ -297,14 +297,12 @@ class _Splitter:
         for node in nodes:
             copy = _copy(graph, node, copies)
             # Captured values belong to the capture's ShapeEnv: no range may see them.
-            value = copy.meta.pop("example_value", None)
-            if isinstance(value, torch.Tensor):
-                copy.meta[RANK], copy.meta[DTYPE] = value.dim(), value.dtype
+            self.describe(copy, copy.meta.pop("example_value", None))
             copies[node] = copy
         graph.output(tuple(copies[node] for node in outputs))
         graph_module = fx.GraphModule(attributes, graph)
         values = tuple(node.meta["example_value"] for node in inputs)
-        if _torch.share_memory(values) and any(map(_writes, nodes)):
+        if _torch.share_memory(values) and any(map(writes, nodes)):
             # Each input of a piece is compiled as memory of its own.
             raise UnsupportedGraph(
                 "between two splitting ops a tensor is updated in place of which the same code "
@@ -312,6 +310,15 @@ class _Splitter:
             )
         fingerprint = _fingerprint(graph_module, values, self.symbols)
         return Piece(graph_module, values, symbolic, self.symbols, fingerprint), inputs
+
+    def describe(self, node: fx.Node, value: object) -> None:
+        """Note what is known of a node's value that holds in every ShapeEnv."""
+        if isinstance(value, torch.Tensor):
+            dims = [_torch.expression(dim) for dim in value.shape]
+            node.meta[SHAPE] = tuple(
+                _torch.in_terms_of_size(d, self.symbols) for d in dims if d is not None
+            )
+            node.meta[DTYPE] = value.dtype
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> fx.Node:
@@ -323,10 +330,10 @@ def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> fx.Node
 
 
 def _has_effect(nodes: Sequence[fx.Node]) -> bool:
-    return any(node.is_impure() or _writes(node) for node in nodes)
+    return any(node.is_impure() or writes(node) for node in nodes)
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether a Dynamo node may change one of its arguments."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")

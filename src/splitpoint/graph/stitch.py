@@ -53,8 +53,8 @@ class Body:
     names: Mapping[str, Any]
     """What the lines name: compiled pieces ("p_" and their fingerprint), operators and other
     constants; tensors of the module come by `rebind`."""
-    packed: frozenset[tuple[int, str]]
-    """The (`Bound.index`, layout) of the packed weights it reads."""
+    packed: tuple[tuple[int, str], ...]
+    """The (`Bound.index`, layout) of the packed weights it reads, in the order in which it does."""
 
 
 def stitch(
@@ -155,7 +155,7 @@ class _Writer:
             for name, source in zip(split.inputs, inputs, strict=True)
             if isinstance(source, Bound)
         }
-        self.packed: set[tuple[int, str]] = set()
+        self.packed: dict[tuple[int, str], None] = {}
 
     def body(self, result: tuple[Sequence[Any], Any] | None) -> Body:
         uses = [self.used(step) for step in self.split.steps]
@@ -173,9 +173,7 @@ class _Writer:
             self.lines.append(f"return {self.code(tuple(self.split.outputs))}")
         else:
             self.lines.append(f"return {self.write_result(iter(result[0]), result[1])}")
-        return Body(
-            tuple(self.parameters), tuple(self.lines), self.namespace, frozenset(self.packed)
-        )
+        return Body(tuple(self.parameters), tuple(self.lines), self.namespace, tuple(self.packed))
 
     def write_result(self, leaves: Iterator[Any], spec: Any) -> str:
         """Source that nests the leaves of the result as the callable returned them."""
@@ -215,7 +213,7 @@ class _Writer:
     def input(self, name: str, layout: str) -> str:
         if layout == "plain":
             return self.names[name]
-        self.packed.add((self.bound[name], layout))
+        self.packed[self.bound[name], layout] = None
         return f"{self.names[name]}_{layout}"
 
     def new(self, name: str) -> str:

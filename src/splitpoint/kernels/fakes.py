@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,30 +17,32 @@ def register_fakes() -> None:
     torch.library.register_fake("splitpoint::linear_gemv", _linear_gemv)
 
 
-def _pack_weight(weight: Tensor, gate_up: bool = False) -> Tensor:
+def _pack_weight(weight: Tensor) -> Tensor:
     rows, k = weight.shape
-    return weight.new_empty(packed_shape(rows, k, weight.dtype, gate_up))
+    return weight.new_empty(packed_shape(rows, k, weight.dtype))
 
 
 def _linear_packed(
     x: Tensor,
-    weight: Tensor,
-    n: int,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
+    weights: Sequence[Tensor],
+    n: Sequence[int],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
     residual: Tensor | None = None,
     activation: str = "none",
-) -> Tensor:
-    return x.new_empty((x.shape[0], n))
+    gated: bool = False,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], columns)) for columns in (n[:1] if gated else n)]
 
 
 def _linear_gemv(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
     residual: Tensor | None = None,
     activation: str = "none",
-) -> Tensor:
-    rows = weight.shape[0]
-    return x.new_empty((x.shape[0], rows // 2 if activation == "silu_mul" else rows))
+    gated: bool = False,
+) -> list[Tensor]:
+    each = weights[:1] if gated else weights
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in each]

@@ -10,10 +10,8 @@ that one pass over memory feeds all columns of a block:
 | bfloat16 | [blocks, ceil(k / 2), 32, 2] | weight[32 b + c, 2 i + j] |
 | int8 | [blocks, 2 ceil(k / 2), 32] | weight[32 b + c, i] |
 
-Zeros stand where the weight has no row or no k. With gate_up the weight's rows are as many
-gates and then as many ups, and a block holds 16 gates and the 16 ups that they multiply:
-c < 16 is row 16 b + c, and c >= 16 is row rows / 2 + 16 b + c - 16. Scales and biases are never
-packed: they keep the order of the weight's rows.
+Zeros stand where the weight has no row or no k. Scales and biases are never packed: they keep the
+order of the weight's rows.
 """
 
 from __future__ import annotations
@@ -27,18 +25,15 @@ DTYPES = (torch.bfloat16, torch.float32, torch.int8)
 """Dtypes of weights that the kernels take."""
 
 
-def packed_shape(rows: int, k: int, dtype: torch.dtype, gate_up: bool = False) -> tuple[int, ...]:
+def packed_shape(rows: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The shape of `pack_weight` of a [rows, k] weight.
 
     Raises:
-        ValueError: for a dtype outside `DTYPES`, or an odd number of rows with gate_up.
+        ValueError: for a dtype outside `DTYPES`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"a weight must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    if gate_up and rows % 2:
-        raise ValueError(f"gate_up needs an even number of weight rows, got {rows}")
-    width, columns = (BLOCK // 2, rows // 2) if gate_up else (BLOCK, rows)
-    blocks, pairs = -(-columns // width), -(-k // 2)
+    blocks, pairs = -(-rows // BLOCK), -(-k // 2)
     if dtype == torch.bfloat16:
         return (blocks, pairs, BLOCK, 2)
     return (blocks, 2 * pairs if dtype == torch.int8 else k, BLOCK)

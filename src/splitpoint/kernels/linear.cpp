@@ -103,31 +103,42 @@ constexpr int64_t kValuesWorthAThread = 65536;  // only copied
 // Rows of x that one thread takes at least when rows are split too.
 constexpr int64_t kRowsWorthAThread = 64;
 
-void run_parallel(const LinearArgs& a, void (*kernel)(const LinearArgs&, const Part&),
-                  int64_t columns, int64_t weight_bytes) {
-  const int64_t blocks = ceil_div(a.n, columns);
-  if (blocks == 0 || a.t == 0) return;
+// Runs layers of the same x: the column blocks of all of them are shared out as one row of work.
+void run_parallel(const std::vector<LinearArgs>& layers,
+                  void (*kernel)(const LinearArgs&, const Part&), int64_t weight_bytes) {
+  const int64_t t = layers[0].t;
+  std::vector<int64_t> ends;  // of each layer's blocks
+  double products = 0;
+  for (const LinearArgs& a : layers) {
+    ends.push_back((ends.empty() ? 0 : ends.back()) + ceil_div(a.n, kBlock));
+    products += static_cast<double>(t) * a.n * a.k * (a.gated ? 2 : 1);
+  }
+  const int64_t blocks = ends.back();
+  if (blocks == 0 || t == 0) return;
   // Column blocks alone keep threads apart as long as there are some for each.
   int64_t row_parts = 1;
-  if (a.t >= 2 * kRowsWorthAThread) {
+  if (t >= 2 * kRowsWorthAThread) {
     uint32_t threads = 1;
     torch_get_num_threads(&threads);
     if (threads > 1 && blocks < 4 * static_cast<int64_t>(threads)) {
-      row_parts = std::min(a.t / kRowsWorthAThread,
+      row_parts = std::min(t / kRowsWorthAThread,
                            ceil_div(4 * static_cast<int64_t>(threads), blocks));
     }
   }
-  const double products = static_cast<double>(a.t) * a.n * a.k;
   const double worth = std::max(weight_bytes / kBytesWorthAThread,
                                 products / kProductsWorthAThread);
   const int64_t items = blocks * row_parts;
   const int64_t grain = std::max<int64_t>(1, static_cast<int64_t>(items / std::max(worth, 1.0)));
   parallel(items, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
-      const int64_t row = begin / blocks;
-      const int64_t stop = std::min(end, (row + 1) * blocks);
-      kernel(a, {a.t * row / row_parts, a.t * (row + 1) / row_parts, begin - row * blocks,
-                 stop - row * blocks});
+      const int64_t row = begin / blocks, block = begin % blocks;
+      const size_t i = std::upper_bound(ends.begin(), ends.end(), block) - ends.begin();
+      const int64_t first = i ? ends[i - 1] : 0;
+      const int64_t stop = std::min(end, row * blocks + ends[i]);
+      const bool goes_on = stop < end && stop < (row + 1) * blocks;
+      kernel(layers[i], {t * row / row_parts, t * (row + 1) / row_parts, block - first,
+                         stop - row * blocks - first,
+                         goes_on ? layers[i + 1].first.values : nullptr});
       begin = stop;
     }
   });
@@ -155,90 +166,152 @@ DType dtype_of(const Tensor& tensor, const char* name) {
 
 Activation activation_of(std::string_view name) {
   if (name == "none") return Activation::none;
-  if (name == "silu_mul") return Activation::silu_mul;
+  if (name == "silu") return Activation::silu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
-  TORCH_CHECK_VALUE(name == "gelu", "activation must be none, silu_mul, gelu or gelu_tanh, got ",
-                    name);
+  TORCH_CHECK_VALUE(name == "gelu", "activation must be none, silu, gelu or gelu_tanh, got ", name);
   return Activation::gelu_erf;
 }
 
-// A matrix whose rows are contiguous, copied only if they are not.
-c10::MaybeOwned<Tensor> with_rows(const Tensor& matrix) {
-  if (matrix.stride(1) == 1 || matrix.size(1) == 1 || matrix.numel() == 0) {
-    return c10::MaybeOwned<Tensor>::borrowed(matrix);
+// A tensor as rows along its last dimension, copied only if they do not lie evenly.
+struct Rows {
+  c10::MaybeOwned<Tensor> held;
+  const void* data;
+  int64_t stride;
+
+  explicit Rows(const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    bool even = tensor.stride(last) == 1 || tensor.size(last) == 1 || tensor.numel() == 0;
+    stride = tensor.size(last);
+    int64_t rows = 1;  // below the dimension looked at
+    for (int64_t d = last - 1; d >= 0; --d) {
+      if (tensor.size(d) == 1) continue;
+      if (rows == 1) stride = tensor.stride(d);
+      even = even && tensor.stride(d) == stride * rows;
+      rows *= tensor.size(d);
+    }
+    even = even || tensor.numel() == 0;
+    held = even ? c10::MaybeOwned<Tensor>::borrowed(tensor)
+                : c10::MaybeOwned<Tensor>::owned(tensor.contiguous());
+    if (!even) stride = tensor.size(last);
+    data = held->const_data_ptr();
   }
-  return c10::MaybeOwned<Tensor>::owned(matrix.contiguous());
+};
+
+// One of the lists that hold a tensor for each weight, or none at all.
+const Tensor* each_of(at::TensorList list, size_t i, size_t count, const char* name) {
+  TORCH_CHECK_VALUE(list.empty() || list.size() == count, "there must be as many ", name,
+                    " as weights, ", count, ", or none, got ", list.size());
+  return list.empty() ? nullptr : &list[i];
 }
 
-Tensor run(const Tensor& x_given, const Tensor& weight, const std::optional<Tensor>& scale_given,
-           const std::optional<Tensor>& bias_given, const std::optional<Tensor>& residual_given,
-           Activation activation, int64_t n, bool packed) {
-  const KernelTable* table = chosen().load(std::memory_order_relaxed);
-  TORCH_CHECK_VALUE(x_given.dim() == 2, "x must be [tokens, k], got ", x_given.dim(),
-                    " dimensions");
-  const DType type = dtype_of(x_given, "x");
-  const DType w_type = dtype_of(weight, "weight");
-  TORCH_CHECK_TYPE(type != DType::i8 && (w_type == DType::i8 || w_type == type),
-                   "x must be float32 or bfloat16 and the weight of its dtype or int8, got ",
-                   x_given.scalar_type(), " and ", weight.scalar_type());
-  TORCH_CHECK_VALUE(weight.is_contiguous(), "the weight must be contiguous");
-  const int64_t k = x_given.size(1), t = x_given.size(0);
-  const int64_t w_rows = activation == Activation::silu_mul ? 2 * n : n;
-  if (packed) {
-    const int64_t blocks = ceil_div(n, packed_block_columns(activation));
-    const int64_t even = ceil_div(k, 2);
-    const bool fits =
-        w_type == DType::bf16
-            ? weight.dim() == 4 && weight.size(0) == blocks && weight.size(1) == even &&
-                  weight.size(2) == kBlock && weight.size(3) == 2
-            : weight.dim() == 3 && weight.size(0) == blocks &&
-                  weight.size(1) == (w_type == DType::i8 ? 2 * even : k) &&
-                  weight.size(2) == kBlock;
-    TORCH_CHECK_VALUE(fits, "a packed weight of shape ", weight.sizes(), " is not one for k = ", k,
-                      " and ", n, " columns: pack_weight() makes it");
-  } else {
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == k && weight.size(0) == w_rows,
-                      "a weight of shape ", weight.sizes(), " does not fit x of shape ",
-                      x_given.sizes());
-  }
-  LinearArgs a{};
-  a.t = t, a.n = n, a.k = k;
-  a.x_type = type, a.y_type = type, a.w_type = w_type;
-  a.activation = activation;
-  a.weight = weight.const_data_ptr();
+// What the linear operators are given, beside x.
+struct Given {
+  at::TensorList weights;
+  std::optional<at::IntArrayRef> n;  // of packed weights
+  at::TensorList scales, biases;
+  const std::optional<Tensor>& residual;
+  std::string_view activation;
+  bool gated;
+};
 
-  c10::MaybeOwned<Tensor> scale, bias, residual;
-  TORCH_CHECK_VALUE(scale_given.has_value() == (w_type == DType::i8),
-                    "an int8 weight needs its scale, and no other weight has one");
-  if (scale_given) {
-    TORCH_CHECK_VALUE(scale_given->scalar_type() == at::kFloat && scale_given->dim() == 1 &&
-                          scale_given->size(0) == w_rows,
-                      "scale must be float32 [", w_rows, "]");
-    scale = scale_given->expect_contiguous();
-    a.scale = static_cast<const float*>(scale->const_data_ptr());
+std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
+  const KernelTable* table = chosen().load(std::memory_order_relaxed);
+  const bool packed = given.n.has_value();
+  const size_t count = given.weights.size();
+  TORCH_CHECK_VALUE(x_given.dim() > 0, "x must be [..., k], got no dimension");
+  TORCH_CHECK_VALUE(count > 0 && (!given.gated || count == 2), "there must be ",
+                    given.gated ? "two weights, of the gate and of what it gates" : "a weight",
+                    ", got ", count);
+  TORCH_CHECK_VALUE(!packed || given.n->size() == count, "n must hold the columns of each weight");
+  const DType type = dtype_of(x_given, "x");
+  const DType w_type = dtype_of(given.weights[0], "weight");
+  at::DimVector shape(x_given.sizes());  // of a result, but for its last dimension
+  const int64_t k = shape.back();
+  shape.pop_back();
+  const int64_t t = c10::multiply_integers(shape);
+  shape.push_back(0);
+  LinearArgs common{};
+  common.t = t, common.k = k;
+  common.x_type = type, common.y_type = type, common.w_type = w_type;
+  common.activation = activation_of(given.activation);
+  common.gated = given.gated;
+
+  std::vector<LinearArgs> layers;
+  std::vector<Tensor> outputs;
+  std::vector<c10::MaybeOwned<Tensor>> held;
+  layers.reserve(count), outputs.reserve(count), held.reserve(2 * count);
+  int64_t weight_bytes = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& weight = given.weights[i];
+    TORCH_CHECK_TYPE(type != DType::i8 && (w_type == DType::i8 || w_type == type) &&
+                         weight.scalar_type() == given.weights[0].scalar_type(),
+                     "x must be float32 or bfloat16 and the weights of its dtype or int8, got ",
+                     x_given.scalar_type(), " and ", weight.scalar_type());
+    TORCH_CHECK_VALUE(weight.is_contiguous(), "the weight must be contiguous");
+    TORCH_CHECK_VALUE(packed || weight.dim() == 2, "weight must be [n, k], got ", weight.dim(),
+                      " dimensions");
+    const int64_t n = packed ? (*given.n)[i] : weight.size(0);
+    TORCH_CHECK_VALUE(n >= 0, "n must not be negative, got ", n);
+    if (packed) {
+      const int64_t blocks = ceil_div(n, kBlock), even = ceil_div(k, 2);
+      const bool fits =
+          w_type == DType::bf16
+              ? weight.dim() == 4 && weight.size(0) == blocks && weight.size(1) == even &&
+                    weight.size(2) == kBlock && weight.size(3) == 2
+              : weight.dim() == 3 && weight.size(0) == blocks &&
+                    weight.size(1) == (w_type == DType::i8 ? 2 * even : k) &&
+                    weight.size(2) == kBlock;
+      TORCH_CHECK_VALUE(fits, "a packed weight of shape ", weight.sizes(), " is not one for k = ",
+                        k, " and ", n, " columns: pack_weight() makes it");
+    } else {
+      TORCH_CHECK_VALUE(weight.size(1) == k, "a weight of shape ", weight.sizes(),
+                        " does not fit x of shape ", x_given.sizes());
+    }
+    Product product{weight.const_data_ptr(), nullptr, nullptr};
+    weight_bytes += static_cast<int64_t>(weight.nbytes());
+    TORCH_CHECK_VALUE(given.scales.empty() == (w_type != DType::i8),
+                      "an int8 weight needs its scale, and no other weight has one");
+    if (const Tensor* scale = each_of(given.scales, i, count, "scales")) {
+      TORCH_CHECK_VALUE(
+          scale->scalar_type() == at::kFloat && scale->dim() == 1 && scale->size(0) == n,
+          "scale must be float32 [", n, "]");
+      held.push_back(scale->expect_contiguous());
+      product.scale = static_cast<const float*>(held.back()->const_data_ptr());
+    }
+    if (const Tensor* bias = each_of(given.biases, i, count, "biases")) {
+      TORCH_CHECK_VALUE(bias->scalar_type() == x_given.scalar_type() && bias->dim() == 1 &&
+                            bias->size(0) == n,
+                        "bias must be of x's dtype and [", n, "]");
+      held.push_back(bias->expect_contiguous());
+      product.bias = held.back()->const_data_ptr();
+    }
+    if (given.gated && i == 1) {
+      TORCH_CHECK_VALUE(n == layers[0].n, "a gate of ", layers[0].n, " columns cannot gate ", n);
+      layers[0].second = product;
+      break;
+    }
+    LinearArgs a = common;
+    a.n = n;
+    a.first = product;
+    shape.back() = n;
+    outputs.push_back(at::empty(shape, x_given.options()));
+    a.y = outputs.back().mutable_data_ptr();
+    a.y_stride = n;
+    layers.push_back(a);
   }
-  if (bias_given) {
-    TORCH_CHECK_VALUE(bias_given->scalar_type() == x_given.scalar_type() &&
-                          bias_given->dim() == 1 && bias_given->size(0) == w_rows,
-                      "bias must be of x's dtype and [", w_rows, "]");
-    bias = bias_given->expect_contiguous();
-    a.bias = bias->const_data_ptr();
+  std::optional<Rows> residual;
+  if (given.residual) {
+    TORCH_CHECK_VALUE(layers.size() == 1, "only a single result can have a residual added");
+    TORCH_CHECK_VALUE(given.residual->scalar_type() == x_given.scalar_type() &&
+                          given.residual->sizes() == outputs[0].sizes(),
+                      "residual must be of x's dtype and ", outputs[0].sizes());
+    residual.emplace(*given.residual);
+    layers[0].residual = residual->data;
+    layers[0].residual_stride = residual->stride;
   }
-  if (residual_given) {
-    TORCH_CHECK_VALUE(residual_given->scalar_type() == x_given.scalar_type() &&
-                          residual_given->dim() == 2 && residual_given->size(0) == t &&
-                          residual_given->size(1) == n,
-                      "residual must be of x's dtype and [", t, ", ", n, "]");
-    residual = with_rows(*residual_given);
-    a.residual = residual->const_data_ptr();
-    a.residual_stride = residual->stride(0);
-  }
-  const c10::MaybeOwned<Tensor> x = with_rows(x_given);
-  a.x = x->const_data_ptr();
-  a.x_stride = x->stride(0);
-  Tensor y = at::empty({t, n}, x_given.options());
-  a.y = y.mutable_data_ptr();
-  a.y_stride = n;
+  const Rows x(x_given);
+  const void* x_data = x.data;
+  int64_t x_stride = x.stride;
 
   // x is copied where the kernels cannot use it as it is: bf16 without bf16 instructions, and
   // rows so far apart that they would all compete for the same few cache lines.
@@ -246,14 +319,14 @@ Tensor run(const Tensor& x_given, const Tensor& weight, const std::optional<Tens
       type == DType::bf16 && (!table->dots_bf16 || (!packed && w_type == DType::i8));
   const int64_t item = type == DType::f32 || widens ? 4 : 2;
   const bool spreads = packed && t >= kCompetingRows && k * item >= kAliasBytes / 4 &&
-                       (widens ? k : a.x_stride) * item % (kAliasBytes / 4) == 0;
+                       (widens ? k : x_stride) * item % (kAliasBytes / 4) == 0;
   Tensor copy;
   if (widens || spreads) {
     const int64_t stride = spreads ? k + kLineBytes / item : k;
     copy = at::empty({t * stride}, x_given.options().dtype(item == 4 ? at::kFloat : at::kBFloat16));
     auto* to = static_cast<char*>(copy.mutable_data_ptr());
-    const auto* from = static_cast<const char*>(a.x);
-    const int64_t from_bytes = a.x_stride * x_given.itemsize();
+    const auto* from = static_cast<const char*>(x_data);
+    const int64_t from_bytes = x_stride * x_given.itemsize();
     parallel(t, std::max<int64_t>(1, kValuesWorthAThread / std::max<int64_t>(k, 1)),
              [&](int64_t begin, int64_t end) {
                for (int64_t row = begin; row < end; ++row) {
@@ -267,52 +340,44 @@ Tensor run(const Tensor& x_given, const Tensor& weight, const std::optional<Tens
                  }
                }
              });
-    a.x = to;
-    a.x_stride = stride;
+    x_data = to;
+    x_stride = stride;
+  }
+  for (LinearArgs& a : layers) {
+    a.x = x_data;
+    a.x_stride = x_stride;
     if (widens) a.x_type = DType::f32;
   }
-  run_parallel(a, packed ? table->packed : table->gemv,
-               packed ? packed_block_columns(activation) : kBlock,
-               static_cast<int64_t>(weight.nbytes()));
-  return y;
+  run_parallel(layers, packed ? table->packed : table->gemv, weight_bytes);
+  return outputs;
 }
 
 // --- operators -------------------------------------------------------------------------
 
-Tensor linear_packed(const Tensor& x, const Tensor& weight, int64_t n,
-                     const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
-                     const std::optional<Tensor>& residual, std::string_view activation) {
-  TORCH_CHECK_VALUE(n >= 0, "n must not be negative, got ", n);
-  return run(x, weight, scale, bias, residual, activation_of(activation), n, true);
+std::vector<Tensor> linear_packed(const Tensor& x, at::TensorList weights, at::IntArrayRef n,
+                                  at::TensorList scales, at::TensorList biases,
+                                  const std::optional<Tensor>& residual,
+                                  std::string_view activation, bool gated) {
+  return run(x, {weights, n, scales, biases, residual, activation, gated});
 }
 
-Tensor linear_gemv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                   std::string_view activation) {
-  const Activation kind = activation_of(activation);
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [rows, k], got ", weight.dim(),
-                    " dimensions");
-  const bool two = kind == Activation::silu_mul;
-  TORCH_CHECK_VALUE(!two || weight.size(0) % 2 == 0,
-                    "silu_mul needs an even number of weight rows, got ", weight.size(0));
-  return run(x, weight, scale, bias, residual, kind, weight.size(0) / (two ? 2 : 1), false);
+std::vector<Tensor> linear_gemv(const Tensor& x, at::TensorList weights, at::TensorList scales,
+                                at::TensorList biases, const std::optional<Tensor>& residual,
+                                std::string_view activation, bool gated) {
+  return run(x, {weights, std::nullopt, scales, biases, residual, activation, gated});
 }
 
-Tensor pack_weight(const Tensor& weight, bool gate_up) {
-  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [rows, k], got ", weight.dim(),
-                    " dimensions");
+Tensor pack_weight(const Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [n, k], got ", weight.dim(), " dimensions");
   const DType type = dtype_of(weight, "weight");
   const int64_t rows = weight.size(0), k = weight.size(1), even = ceil_div(k, 2);
-  TORCH_CHECK_VALUE(!gate_up || rows % 2 == 0,
-                    "gate_up needs an even number of weight rows, got ", rows);
-  const int64_t blocks = gate_up ? ceil_div(rows / 2, kBlock / 2) : ceil_div(rows, kBlock);
+  const int64_t blocks = ceil_div(rows, kBlock);
   const auto contiguous = weight.expect_contiguous();
   Tensor packed =
       type == DType::bf16
           ? at::empty({blocks, even, kBlock, 2}, weight.options())
           : at::empty({blocks, type == DType::i8 ? 2 * even : k, kBlock}, weight.options());
-  const PackArgs a{contiguous->const_data_ptr(), packed.mutable_data_ptr(), rows, k, type,
-                   gate_up};
+  const PackArgs a{contiguous->const_data_ptr(), packed.mutable_data_ptr(), rows, k, type};
   if (packed.numel() > 0) {
     parallel(blocks, std::max<int64_t>(1, kValuesWorthAThread / (kBlock * k)),
              [&](int64_t begin, int64_t end) { kPortable.pack(a, begin, end); });
@@ -335,14 +400,15 @@ int64_t read_memory(const Tensor& data) {
 }  // namespace
 
 TORCH_LIBRARY(splitpoint, m) {
-  m.def("pack_weight(Tensor weight, bool gate_up=False) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("pack_weight(Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def(
-      "linear_packed(Tensor x, Tensor weight, SymInt n, Tensor? scale=None, Tensor? bias=None, "
-      "Tensor? residual=None, str activation=\"none\") -> Tensor",
+      "linear_packed(Tensor x, Tensor[] weights, SymInt[] n, Tensor[] scales, "
+      "Tensor[] biases, Tensor? residual=None, str activation=\"none\", bool gated=False) "
+      "-> Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "linear_gemv(Tensor x, Tensor weight, Tensor? scale=None, Tensor? bias=None, "
-      "Tensor? residual=None, str activation=\"none\") -> Tensor",
+      "linear_gemv(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, "
+      "Tensor? residual=None, str activation=\"none\", bool gated=False) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def("read_memory(Tensor data) -> int", {at::Tag::pt2_compliant_tag});
   m.def("instruction_sets() -> str[]", instruction_sets);

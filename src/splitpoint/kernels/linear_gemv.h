@@ -124,17 +124,16 @@ inline void dot_rows(const typename R::X* x, int64_t stride, const typename R::S
 template <class R, class Y>
 inline void gemv_part(const LinearArgs& a, const Part& part) {
   const auto* x = static_cast<const typename R::X*>(a.x);
-  const auto* weight = static_cast<const typename R::Stored*>(a.weight);
-  const bool two = a.activation == Activation::silu_mul;
   float sums[2][4 * kBlock] = {};
   for (int64_t block = part.block0; block < part.block1; ++block) {
     const int64_t c = block * kBlock;
     const int64_t count = a.n - c < kBlock ? a.n - c : kBlock;
     for (int64_t t = part.t0; t < part.t1; t += 4) {
       const int64_t tokens = part.t1 - t < 4 ? part.t1 - t : 4;
-      for (int half = 0; half < (two ? 2 : 1); ++half) {
+      for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
         const auto* rows = x + t * a.x_stride;
-        const auto* w = weight + (half * a.n + c) * a.k;
+        const void* values = half ? a.second.values : a.first.values;
+        const auto* w = static_cast<const typename R::Stored*>(values) + c * a.k;
         switch (tokens) {
           case 1: dot_rows<R, 1>(rows, a.x_stride, w, count, a.k, sums[half]); break;
           case 2: dot_rows<R, 2>(rows, a.x_stride, w, count, a.k, sums[half]); break;

@@ -82,15 +82,11 @@ template <class T, int kDepth, int kEven>
 inline void pack_blocks(const PackArgs& a, int64_t block0, int64_t block1) {
   const auto* weight = static_cast<const T*>(a.weight);
   const int64_t stored_k = ceil_div(a.k, kEven) * kEven;
-  const int64_t half = a.rows / 2;
-  const int64_t width = a.gate_up ? kBlock / 2 : kBlock;
-  const int64_t limit = a.gate_up ? half : a.rows;
   for (int64_t block = block0; block < block1; ++block) {
     const T* rows[kBlock];
     for (int64_t c = 0; c < kBlock; ++c) {
-      const int64_t column = block * width + c % width;
-      const int64_t row = column + (c >= width ? half : 0);
-      rows[c] = column < limit ? weight + row * a.k : nullptr;
+      const int64_t row = block * kBlock + c;
+      rows[c] = row < a.rows ? weight + row * a.k : nullptr;
     }
     T* to = static_cast<T*>(a.packed) + block * stored_k * kBlock;
     for (int64_t k = 0; k < stored_k; k += kDepth) {

@@ -219,10 +219,13 @@ struct Tile {
   float* sums;
   bool accumulate;
   // At every step two cache lines are fetched, at `ahead` and `ahead_second` bytes after it
-  // (0: one line), and `ahead` moves on by `ahead_step` bytes.
+  // (0: one line), and `ahead` moves on by `ahead_step` bytes; after `ahead_steps` of them it
+  // goes to `ahead_next`, where what is read after this panel lies.
   const char* ahead;
   int64_t ahead_second;
   int64_t ahead_step;
+  int64_t ahead_steps;
+  const char* ahead_next;
 };
 
 template <class W, int kRows, int kVecs>
@@ -240,13 +243,14 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
   }
   Rows<typename W::X, kRows> rows(t.x, t.stride);
   const char* ahead = t.ahead;
+  int64_t ahead_steps = t.ahead_steps;
   int64_t steps = t.depth / W::kDepth;
   for (; steps >= kUnroll; steps -= kUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       __builtin_prefetch(ahead, 0, 3);
       __builtin_prefetch(ahead + t.ahead_second, 0, 3);
-      ahead += t.ahead_step;
+      ahead = --ahead_steps == 0 ? t.ahead_next : ahead + t.ahead_step;
       W::template step<kRows, kVecs>(acc[u], rows, u * W::kDepth, w + u * kStored);
     }
     rows.advance(kUnroll * W::kDepth);
@@ -305,26 +309,25 @@ inline constexpr int64_t kGroupRows = 8 * kMaxRows;
 
 // All columns of a block, for a row tile: what belongs to a column is loaded once for all rows.
 // Without a scale or bias, times one and plus zero change nothing.
-template <Activation kActivation, class Y>
-inline void finish_block(const LinearArgs& a, const float* sums, int64_t t, int64_t rows,
-                         int64_t c) {
-  constexpr bool kTwo = kActivation == Activation::silu_mul;
-  constexpr int kColumns = kTwo ? kBlock / 2 : kBlock;
-  const Y* bias = static_cast<const Y*>(a.bias);
-  for (int i = 0; i < kColumns; i += kLanes) {
-    const int64_t column = c + i, up = a.n + c + i;
-    const Vec scale = a.scale ? load(a.scale + column) : splat(1);
-    const Vec shift = bias ? load(bias + column) : Vec{};
-    const Vec up_scale = kTwo && a.scale ? load(a.scale + up) : splat(1);
-    const Vec up_shift = kTwo && bias ? load(bias + up) : Vec{};
+template <Activation kActivation, bool kGated, class Y>
+inline void finish_block(const LinearArgs& a, const float* sums, const float* second_sums,
+                         int64_t t, int64_t rows, int64_t c) {
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const int64_t column = c + i;
+    const auto scale_of = [&](const Product& p) { return p.scale ? load(p.scale + column) : splat(1); };
+    const auto shift_of = [&](const Product& p) {
+      return p.bias ? load(static_cast<const Y*>(p.bias) + column) : Vec{};
+    };
+    const Vec scale = scale_of(a.first), shift = shift_of(a.first);
+    const Vec second_scale = kGated ? scale_of(a.second) : splat(1);
+    const Vec second_shift = kGated ? shift_of(a.second) : Vec{};
     const float* from = sums + i;
+    const float* second_from = second_sums + i;
     Y* y = static_cast<Y*>(a.y) + t * a.y_stride + column;
     const Y* residual = offset(static_cast<const Y*>(a.residual), t * a.residual_stride + column);
-    for (int64_t r = 0; r < rows; ++r, from += kBlock, y += a.y_stride) {
-      Vec out = load(from) * scale + shift;
-      if constexpr (kActivation == Activation::gelu_tanh) out = gelu_tanh(out);
-      if constexpr (kActivation == Activation::gelu_erf) out = gelu_erf(out);
-      if constexpr (kTwo) out = silu(out) * (load(from + kColumns) * up_scale + up_shift);
+    for (int64_t r = 0; r < rows; ++r, from += kBlock, second_from += kBlock, y += a.y_stride) {
+      Vec out = activated(kActivation, load(from) * scale + shift);
+      if constexpr (kGated) out *= load(second_from) * second_scale + second_shift;
       if (residual) {
         out += load(residual);
         residual += a.residual_stride;
@@ -334,22 +337,32 @@ inline void finish_block(const LinearArgs& a, const float* sums, int64_t t, int6
   }
 }
 
+template <Activation kActivation, class Y>
+inline void finish_gated_or_not(const LinearArgs& a, const float* sums, const float* second_sums,
+                                int64_t t, int64_t rows, int64_t c) {
+  if (a.gated) return finish_block<kActivation, true, Y>(a, sums, second_sums, t, rows, c);
+  finish_block<kActivation, false, Y>(a, sums, second_sums, t, rows, c);
+}
+
 template <class Y>
-void finish_tile(const LinearArgs& a, const float* sums, int64_t t, int64_t rows, int64_t block) {
-  const int64_t columns = packed_block_columns(a.activation);
-  const int64_t c = block * columns;
-  if (a.n - c < columns) {
+void finish_tile(const LinearArgs& a, const float* sums, const float* second_sums, int64_t t,
+                 int64_t rows, int64_t block) {
+  const int64_t c = block * kBlock;
+  if (a.n - c < kBlock) {
     for (int64_t r = 0; r < rows; ++r) {
-      const float* row = sums + r * kBlock;
-      finish_row<Y>(a, row, row + kBlock / 2, t + r, c, a.n - c);
+      finish_row<Y>(a, sums + r * kBlock, second_sums + r * kBlock, t + r, c, a.n - c);
     }
     return;
   }
   switch (a.activation) {
-    case Activation::none: return finish_block<Activation::none, Y>(a, sums, t, rows, c);
-    case Activation::silu_mul: return finish_block<Activation::silu_mul, Y>(a, sums, t, rows, c);
-    case Activation::gelu_tanh: return finish_block<Activation::gelu_tanh, Y>(a, sums, t, rows, c);
-    case Activation::gelu_erf: return finish_block<Activation::gelu_erf, Y>(a, sums, t, rows, c);
+    case Activation::none:
+      return finish_gated_or_not<Activation::none, Y>(a, sums, second_sums, t, rows, c);
+    case Activation::silu:
+      return finish_gated_or_not<Activation::silu, Y>(a, sums, second_sums, t, rows, c);
+    case Activation::gelu_tanh:
+      return finish_gated_or_not<Activation::gelu_tanh, Y>(a, sums, second_sums, t, rows, c);
+    case Activation::gelu_erf:
+      return finish_gated_or_not<Activation::gelu_erf, Y>(a, sums, second_sums, t, rows, c);
   }
 }
 
@@ -357,9 +370,8 @@ void finish_tile(const LinearArgs& a, const float* sums, int64_t t, int64_t rows
 // which no hardware prefetcher follows, while the product is still being computed.
 template <class Y>
 inline void fetch_for_finish(const LinearArgs& a, int64_t t, int64_t rows, int64_t block) {
-  const int64_t columns = packed_block_columns(a.activation);
-  const int64_t c = block * columns;
-  const int64_t bytes = columns * static_cast<int64_t>(sizeof(Y));
+  const int64_t c = block * kBlock;
+  const int64_t bytes = kBlock * static_cast<int64_t>(sizeof(Y));
   for (int64_t r = t; r < t + rows; ++r) {
     const char* y = reinterpret_cast<const char*>(static_cast<Y*>(a.y) + r * a.y_stride + c);
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(y + i, 1, 3);
@@ -370,26 +382,52 @@ inline void fetch_for_finish(const LinearArgs& a, int64_t t, int64_t rows, int64
   }
 }
 
+// The panels of a part in the order in which they are read: a block's first and, if gated, its
+// second.
+template <class W>
+struct Panels {
+  using Stored = typename W::Stored;
+  const LinearArgs& a;
+  const Part& part;
+  int64_t stored;  // values of a panel
+
+  Panels(const LinearArgs& a, const Part& part)
+      : a(a), part(part), stored(ceil_div(a.k, W::kDepth) * W::kDepth * kBlock) {}
+  const Stored* at(int64_t block, int half) const {
+    return static_cast<const Stored*>(half ? a.second.values : a.first.values) + block * stored;
+  }
+  const char* after(int64_t block, int half) const {
+    if (a.gated && half == 0) return reinterpret_cast<const char*>(at(block, 1));
+    if (block + 1 < part.block1) return reinterpret_cast<const char*>(at(block + 1, 0));
+    return static_cast<const char*>(part.next);
+  }
+};
+
 // One row tile or less: the weight is read once, in the order in which it lies.
 template <class W, class Y>
 inline void packed_few_rows(const LinearArgs& a, const Part& part) {
   constexpr int64_t kStepBytes = W::kDepth * kBlock * sizeof(typename W::Stored);
+  constexpr int64_t kAheadSteps = kAheadBytes / kStepBytes;
   const auto* x = static_cast<const typename W::X*>(a.x) + part.t0 * a.x_stride;
-  const int64_t panel = ceil_div(a.k, W::kDepth) * W::kDepth * kBlock;
-  const auto* w = static_cast<const typename W::Stored*>(a.weight) + part.block0 * panel;
-  float sums[kMaxRows * kBlock];
-  for (int64_t block = part.block0; block < part.block1; ++block, w += panel) {
-    fetch_for_finish<Y>(a, part.t0, part.t1 - part.t0, block);
-    run_tile<W>(part.t1 - part.t0,
-                {x, a.x_stride, w, a.k, sums, false, reinterpret_cast<const char*>(w) + kAheadBytes,
-                 kStepBytes / 2, kStepBytes});
-    finish_tile<Y>(a, sums, part.t0, part.t1 - part.t0, block);
+  const Panels<W> panels(a, part);
+  const int64_t steps = a.k / W::kDepth, rows = part.t1 - part.t0;
+  float sums[2][kMaxRows * kBlock];
+  for (int64_t block = part.block0; block < part.block1; ++block) {
+    fetch_for_finish<Y>(a, part.t0, rows, block);
+    for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
+      const auto* w = panels.at(block, half);
+      const char* next = panels.after(block, half);
+      run_tile<W>(rows, {x, a.x_stride, w, a.k, sums[half], false,
+                         reinterpret_cast<const char*>(w) + kAheadBytes, kStepBytes / 2, kStepBytes,
+                         next ? steps - kAheadSteps : 0, next});
+    }
+    finish_tile<Y>(a, sums[0], sums[1], part.t0, rows, block);
   }
 }
 
-// The loops, from outside in: column blocks, groups of rows, slices of k, row tiles. Row tiles
-// are evened out (15 rows are 8 and 7, not 14 and 1), as a tile's cost per row falls with its
-// rows.
+// The loops, from outside in: column blocks, groups of rows, the one or two weights, slices of k,
+// row tiles. Row tiles are evened out (15 rows are 8 and 7, not 14 and 1), as a tile's cost per row
+// falls with its rows.
 template <class W, class Y>
 inline void packed_part(const LinearArgs& a, const Part& part) {
   using Stored = typename W::Stored;
@@ -399,36 +437,44 @@ inline void packed_part(const LinearArgs& a, const Part& part) {
   constexpr int64_t kLines = W::kDepth * kRowBytes / 64;  // of a step
   constexpr int64_t kMostDepth = kSliceBytes / kRowBytes;
   const auto* x = static_cast<const typename W::X*>(a.x);
-  const auto* weight = static_cast<const Stored*>(a.weight);
-  const int64_t panel = ceil_div(a.k, W::kDepth) * W::kDepth * kBlock;
+  const Panels<W> panels(a, part);
   const int64_t slices = a.k > kMostDepth ? ceil_div(a.k, kMostDepth) : 1;
   const int64_t slice = ceil_div(ceil_div(a.k, slices), 2) * 2;  // pairs stay together
   const int64_t height = part.t1 - part.t0;
   const int64_t row_groups = ceil_div(height, kGroupRows);
-  float sums[kGroupRows * kBlock];
+  const int halves = a.gated ? 2 : 1;
+  float sums[2][kGroupRows * kBlock];
 
   for (int64_t block = part.block0; block < part.block1; ++block) {
     for (int64_t g = 0; g < row_groups; ++g) {
       const int64_t t0 = part.t0 + height * g / row_groups;
       const int64_t t1 = part.t0 + height * (g + 1) / row_groups;
       const int64_t tiles = ceil_div(t1 - t0, kMaxRows);
-      for (int64_t s = 0; s < slices; ++s) {
-        const int64_t k0 = s * slice;
-        const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
-        const Stored* w = weight + block * panel + k0 * kBlock;
-        // All row tiles but the first run out of the cache, and memory would idle: the first
-        // ones fetch a part each of what lies after this slice, which comes next.
-        const bool more = s + 1 < slices || (g + 1 == row_groups && block + 1 < part.block1);
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t r0 = (t1 - t0) * i / tiles, r1 = (t1 - t0) * (i + 1) / tiles;
-          const bool fetches = more && i < kLines;
-          const auto* ahead = reinterpret_cast<const char*>(w);
-          if (fetches) ahead += depth * kRowBytes + i * (depth * kRowBytes / kLines);
-          float* to = sums + r0 * kBlock;
-          if (s + 1 == slices) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
-          run_tile<W>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth, to, s > 0,
-                                ahead, 0, fetches ? 64 : 0});
-          if (s + 1 == slices) finish_tile<Y>(a, to, t0 + r0, r1 - r0, block);
+      for (int half = 0; half < halves; ++half) {
+        for (int64_t s = 0; s < slices; ++s) {
+          const int64_t k0 = s * slice;
+          const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
+          const Stored* w = panels.at(block, half) + k0 * kBlock;
+          const bool ends = s + 1 == slices && half + 1 == halves;
+          // All row tiles but the first run out of the cache, and memory would idle: the first
+          // ones fetch a part each of what comes next.
+          const char* next = reinterpret_cast<const char*>(w) + depth * kRowBytes;
+          if (s + 1 == slices) next = panels.after(block, half);
+          if (ends && g + 1 < row_groups) next = nullptr;
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t r0 = (t1 - t0) * i / tiles, r1 = (t1 - t0) * (i + 1) / tiles;
+            const bool fetches = next && i < kLines;
+            const auto* ahead = reinterpret_cast<const char*>(w);
+            if (fetches) ahead = next + i * (depth * kRowBytes / kLines);
+            float* to = sums[half] + r0 * kBlock;
+            if (ends) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
+            run_tile<W>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth, to, s > 0,
+                                  ahead, 0, fetches ? 64 : 0, 0, nullptr});
+            if (ends) {
+              finish_tile<Y>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, r1 - r0,
+                             block);
+            }
+          }
         }
       }
     }

@@ -11,27 +11,33 @@ inline constexpr int64_t kBlock = 32;
 
 enum class DType { f32, bf16, i8 };
 
-// silu_mul: y = silu(gate) * up, where the first half of the weight's rows is the gate.
-enum class Activation { none, silu_mul, gelu_tanh, gelu_erf };
+enum class Activation { none, silu, gelu_tanh, gelu_erf };
 
 struct Bf16 {
   uint16_t bits;
 };
 
-// y[t, n] = activation(x[t, k] @ weight^T * scale + bias) + residual. All strides count
-// elements; the last dimension of every matrix is contiguous.
+// x[t, k] @ values^T * scale + bias, of n columns.
+struct Product {
+  const void* values;     // packed (see pack_blocks) or plain [n, k]
+  const float* scale;     // [n] or null; only for i8 weights
+  const void* bias;       // [n] of y_type, or null
+};
+
+// y[t, n] = activation(first) + residual, or activation(first) * second + residual if gated. All
+// strides count elements; the last dimension of every matrix is contiguous.
 struct LinearArgs {
   const void* x;
   int64_t x_stride;
-  const void* weight;     // packed (see pack_blocks) or plain [weight rows, k]
-  const float* scale;     // [weight rows] or null; only for i8 weights
-  const void* bias;       // [weight rows] of y_type, or null
+  Product first;
+  Product second;         // only if gated
+  bool gated;
   const void* residual;   // [t, n] of y_type, or null
   int64_t residual_stride;
   void* y;                // [t, n] of y_type
   int64_t y_stride;
   int64_t t;
-  int64_t n;              // columns of y: weight rows, or half of them with silu_mul
+  int64_t n;
   int64_t k;
   DType x_type;           // of x as it lies in memory: f32 also when bf16 was widened first
   DType y_type;
@@ -42,6 +48,7 @@ struct LinearArgs {
 // A part of the work that one thread does: rows [t0, t1) by column blocks [block0, block1).
 struct Part {
   int64_t t0, t1, block0, block1;
+  const void* next;       // what the thread reads after it, worth fetching; or null
 };
 
 struct PackArgs {
@@ -50,7 +57,6 @@ struct PackArgs {
   int64_t rows;
   int64_t k;
   DType type;
-  bool gate_up;           // rows are gates and then ups: interleave them by half blocks
 };
 
 // The kernels of one instruction set.
@@ -70,11 +76,6 @@ extern const KernelTable kAvx2;
 extern const KernelTable kAvx512;
 extern const KernelTable kAvx512Bf16;
 #endif
-
-// Columns of y that one column block of a weight makes.
-inline int64_t packed_block_columns(Activation activation) {
-  return activation == Activation::silu_mul ? kBlock / 2 : kBlock;
-}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -10,167 +10,157 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
-from torch import fx
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from .. import _torch, kernels
-from ..graph.pieces import DTYPE, RANK, Piece
+from ..graph.pieces import Piece
 from ..kernels.layout import packed_shape
 from ..ranges import Range
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """What the choice of a kernel depends on: y[tokens, n] = x[tokens, k] @ weight^T (+ bias)."""
-
-    n: int
-    k: int
-    dtype: torch.dtype
-    bias: bool
-
-    def __str__(self) -> str:
-        return f"{self.k}->{self.n}"
+from .linear_sites import LinearShape, Site, find
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a weight lies in memory for a kernel."""
 
-    shape: Callable[[LinearShape], tuple[int, ...]]
-    pack: Callable[[torch.Tensor], torch.Tensor]
-    """From the [n, k] weight."""
+    shape: Callable[[int, int, torch.dtype], tuple[int, ...]]
+    """Of a weight of n columns over k, of a dtype."""
+    pack: Callable[[Tensor], Tensor]
+    """From the weight as the module holds it."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a linear layer. Adding one is adding an entry to `VARIANTS`."""
+    """One way to run linear layers. Adding one is adding an entry to `VARIANTS`."""
 
     name: str
     layout: str
-    """Key of `LAYOUTS`; "plain" takes the module's own weight."""
-    admits: Callable[[LinearShape, Range], bool]
-    run: Callable[[torch.Tensor, torch.Tensor, LinearShape, torch.Tensor | None], torch.Tensor]
-    """(x [tokens, k], weight in the layout, shape, bias) to y [tokens, n]."""
-    call: Callable[[LinearShape], tuple[Any, tuple[Any, ...]]]
-    """The operator of a graph, and its arguments after x and the weight and before the bias."""
+    """Key of `LAYOUTS`, but for transposed weights "..._t"; "plain" takes the module's own."""
+    fits: Callable[[LinearShape], bool]
+    """Whether it can run a layer at all."""
+    promises: Callable[[Range], bool]
+    """Whether it is worth measuring in a range."""
+    fuses: bool
+    """Whether what belongs to a layer runs in the kernel; otherwise Inductor does that."""
+    run: Callable[[Tensor, Layers], list[Tensor]]
+    """From x [..., k] to y [..., n] for each output. Made of operators that a graph can hold, as
+    it is traced into one."""
 
 
-def _few(shape: LinearShape, range_: Range) -> bool:
-    return range_.end <= 16
+@dataclass(frozen=True)
+class Layers:
+    """What a variant runs: `shape` says what is there."""
+
+    shape: LinearShape
+    weights: Sequence[Tensor]
+    """In the variant's layout."""
+    scales: Sequence[Tensor] = ()
+    """Of int8 weights, float32."""
+    biases: Sequence[Tensor] = ()
+    residual: Tensor | None = None
+    """[..., n]."""
 
 
-def _any(shape: LinearShape, range_: Range) -> bool:
-    return True
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
 
 
-def _onednn(shape: LinearShape, range_: Range) -> bool:
-    return range_.end >= 16 and _torch.onednn_linear_available(shape.dtype)
+def finish(products: Sequence[Tensor], layers: Layers) -> list[Tensor]:
+    """What belongs to layers and follows their products, in plain torch."""
+    activate = ACTIVATIONS[layers.shape.activation]
+    if layers.shape.gated:
+        results = [activate(products[0]) * products[1]]
+    else:
+        results = [activate(product) for product in products]
+    return results if layers.residual is None else [y + layers.residual for y in results]
+
+
+def _gemv(x: Tensor, given: Layers) -> list[Tensor]:
+    made: list[Tensor] = torch.ops.splitpoint.linear_gemv.default(
+        x,
+        [*given.weights],
+        [*given.scales],
+        [*given.biases],
+        given.residual,
+        given.shape.activation,
+        given.shape.gated,
+    )
+    return [made[index] for index in range(len(given.shape.outputs))]
+
+
+def _packed(x: Tensor, given: Layers) -> list[Tensor]:
+    made: list[Tensor] = torch.ops.splitpoint.linear_packed.default(
+        x,
+        [*given.weights],
+        [*given.shape.columns],
+        [*given.scales],
+        [*given.biases],
+        given.residual,
+        given.shape.activation,
+        given.shape.gated,
+    )
+    return [made[index] for index in range(len(given.shape.outputs))]
+
+
+def _onednn(x: Tensor, given: Layers) -> list[Tensor]:
+    linear = _torch.onednn_linear_op()
+    biases: Sequence[Tensor | None] = given.biases or [None] * len(given.weights)
+    pairs = zip(given.weights, biases, strict=True)
+    return finish([linear(x, weight, bias) for weight, bias in pairs], given)
 
 
 LAYOUTS: dict[str, Layout] = {
-    "plain": Layout(lambda s: (s.n, s.k), lambda w: w),
-    "packed": Layout(
-        lambda s: packed_shape(s.n, s.k, s.dtype),
-        lambda w: torch.ops.splitpoint.pack_weight(w),
-    ),
+    "plain": Layout(lambda n, k, dtype: (n, k), lambda w: w),
+    "packed": Layout(packed_shape, lambda w: torch.ops.splitpoint.pack_weight(w)),
+    "packed_t": Layout(packed_shape, lambda w: torch.ops.splitpoint.pack_weight(w.t())),
     # Opaque: oneDNN blocks it as it likes, so nothing may look at its strides.
-    "onednn": Layout(lambda s: (s.n, s.k), _torch.onednn_pack),
+    "onednn": Layout(lambda n, k, dtype: (n, k), _torch.onednn_pack),
+    "onednn_t": Layout(
+        lambda n, k, dtype: (n, k), lambda w: _torch.onednn_pack(w.t().contiguous())
+    ),
+    # Not of a weight but of the factors of an int8 one, [n].
+    "float32": Layout(lambda n, k, dtype: (n,), lambda scale: scale.float()),
 }
 
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
-        Variant(
-            "gemv",
-            "plain",
-            _few,
-            lambda x, w, s, b: torch.ops.splitpoint.linear_gemv(x, w, None, b),
-            lambda s: (torch.ops.splitpoint.linear_gemv.default, (None,)),
-        ),
-        Variant(
-            "packed",
-            "packed",
-            _any,
-            lambda x, w, s, b: torch.ops.splitpoint.linear_packed(x, w, s.n, None, b),
-            lambda s: (torch.ops.splitpoint.linear_packed.default, (s.n, None)),
-        ),
+        Variant("gemv", "plain", lambda s: not s.transposed, lambda r: r.end <= 16, True, _gemv),
+        Variant("packed", "packed", lambda s: True, lambda r: True, True, _packed),
         Variant(
             "onednn",
             "onednn",
+            lambda s: not s.int8 and _torch.onednn_linear_available(s.dtype),
+            lambda r: r.end >= 16,
+            False,
             _onednn,
-            lambda x, w, s, b: _torch.onednn_linear(x, w, b),
-            lambda s: (_torch.onednn_linear_op(), ()),
         ),
     )
 }
 """Kernels of this package, by name. "inductor", which is not in it, leaves a layer as it is."""
 
 
-def nbytes(shape: LinearShape, layout: str) -> int:
-    """Bytes of a weight in a layout."""
-    return math.prod(LAYOUTS[layout].shape(shape)) * shape.dtype.itemsize
+def layout_of(variant: Variant, shape: LinearShape) -> str:
+    """The key of `LAYOUTS` of a layer's weights for a variant."""
+    return f"{variant.layout}_t" if shape.transposed else variant.layout
 
 
-# --- finding linear layers -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Site:
-    """A linear layer in a piece."""
-
-    node: fx.Node
-    x: fx.Node
-    weight: int
-    """Index of the weight among the piece's tensors."""
-    bias: fx.Node | None
-    shape: LinearShape
-
-
-@cache
-def _forms() -> dict[str, Callable[[fx.Node], tuple[Any, Any, Any]]]:
-    """By operator: (x, weight, bias) of a node."""
-
-    def linear(node: fx.Node) -> tuple[Any, Any, Any]:
-        values = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-        return values["input"], values["weight"], values.get("bias")
-
-    return dict.fromkeys(_torch.operator_aliases("aten::linear"), linear)
-
-
-def find(piece: Piece, bound: frozenset[int]) -> list[Site]:
-    """The linear layers of a piece whose weight is among the tensors `bound` (by index) that
-    the module holds, in the order in which they run."""
-    placeholders = list(piece.graph_module.graph.find_nodes(op="placeholder"))
-    tensors = placeholders[1:] if piece.takes_size else placeholders
-    index_of = {node: index for index, node in enumerate(tensors)}
-    sites = []
-    for node in piece.graph_module.graph.nodes:
-        form = _forms().get(_torch.op_name(node.target)) if node.op == "call_function" else None
-        if form is None:
-            continue
-        x, weight, bias = form(node)
-        index = index_of.get(weight)
-        if index is None or index not in bound:
-            continue
-        value = piece.values[index]
-        if (
-            value.dim() == 2
-            and all(isinstance(n, int) for n in value.shape)
-            and value.device.type == "cpu"
-            and value.dtype in (torch.float32, torch.bfloat16)
-            and x.meta.get(DTYPE) == value.dtype
-            and (bias is None or bias.meta.get(DTYPE) == value.dtype)
-        ):
-            n, k = value.shape
-            shape = LinearShape(n, k, value.dtype, bias is not None)
-            sites.append(Site(node, x, index, bias, shape))
-    return sites
+def nbytes(shape: LinearShape, layout: str) -> list[int]:
+    """Bytes of each weight of a site in a layout."""
+    dtype = shape.weight_dtype
+    return [
+        math.prod(LAYOUTS[layout].shape(n, shape.k, dtype)) * dtype.itemsize for n in shape.columns
+    ]
 
 
 # --- rewriting -------------------------------------------------------------------------
@@ -187,7 +177,7 @@ class Prepared:
     @property
     def options(self) -> dict[str, Any]:
         """Inductor options that the piece needs."""
-        if any(layout == "onednn" for _, layout in self.sources):
+        if any(layout.startswith("onednn") for _, layout in self.sources):
             return {"size_asserts": False, "alignment_asserts": False}
         return {}
 
@@ -206,64 +196,82 @@ def rewrite(piece: Piece, bound: frozenset[int], chosen: Mapping[LinearShape, st
     if not sites:
         return unchanged(piece)
     kernels.load()
-    graph_module = copy.deepcopy(piece.graph_module)
-    graph = graph_module.graph
-    copies = dict(zip(piece.graph_module.graph.nodes, graph.nodes, strict=True))
-    values: list[Any] = list(piece.values)
-    sources = [(index, "plain") for index in range(len(values))]
-    placeholders = graph.find_nodes(op="placeholder")
-    tensors = list(placeholders[1:] if piece.takes_size else placeholders)
+    rewriter = _Rewriter(piece)
     for site in sites:
-        variant = VARIANTS[chosen[site.shape]]
-        source = (site.weight, variant.layout)
-        if source not in sources:
-            with graph.inserting_after(tensors[-1] if tensors else placeholders[-1]):
-                tensors.append(graph.placeholder(f"arg{len(tensors)}"))
-            sources.append(source)
-            layout = LAYOUTS[variant.layout]
-            values.append(piece.values[site.weight].new_empty(layout.shape(site.shape)))
-        _replace(graph, copies, site, tensors[sources.index(source)], variant)
-    # Weights that no layer reads in their own layout any more are not inputs any more.
-    kept = []
-    for index, node in enumerate(tensors):
-        if node.users or (index < len(piece.values) and index not in {s.weight for s in sites}):
-            kept.append(index)
-        else:
-            graph.erase_node(node)
-    graph_module.recompile()
-    names = ",".join(f"{site.weight}:{chosen[site.shape]}" for site in sites)
-    fingerprint = hashlib.sha256(f"{piece.fingerprint} {names}".encode()).hexdigest()[:16]
-    return Prepared(
-        replace(
-            piece,
-            graph_module=graph_module,
-            values=tuple(values[index] for index in kept),
+        rewriter.replace(site, VARIANTS[chosen[site.shape]])
+    names = ",".join(f"{site.weights}:{site.shape}:{chosen[site.shape]}" for site in sites)
+    return rewriter.finish(names)
+
+
+class _Rewriter:
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.graph_module = copy.deepcopy(piece.graph_module)
+        self.graph = self.graph_module.graph
+        nodes = zip(piece.graph_module.graph.nodes, self.graph.nodes, strict=True)
+        self.copies: dict[fx.Node, fx.Node] = dict(nodes)
+        placeholders = list(self.graph.find_nodes(op="placeholder"))
+        self.tensors = placeholders[1:] if piece.takes_size else placeholders
+        self.last = placeholders[-1]
+        self.values = list(piece.values)
+        self.sources = [(index, "plain") for index in range(len(self.values))]
+        self.tracer = fx.proxy.GraphAppendingTracer(self.graph)
+
+    def input(self, index: int, layout: str, n: int, shape: LinearShape) -> Any:
+        """One of the piece's tensors in a layout."""
+        source = (index, layout)
+        if source not in self.sources:
+            with self.graph.inserting_after(self.tensors[-1] if self.tensors else self.last):
+                self.tensors.append(self.graph.placeholder(f"arg{len(self.tensors)}"))
+            self.sources.append(source)
+            value = self.piece.values[index]
+            dtype = torch.float32 if layout == "float32" else value.dtype
+            dims = LAYOUTS[layout].shape(n, shape.k, value.dtype)
+            self.values.append(value.new_empty(dims, dtype=dtype))
+        return self.proxy(self.tensors[self.sources.index(source)])
+
+    def proxy(self, node: fx.Node) -> Any:
+        return fx.Proxy(node, self.tracer)
+
+    def replace(self, site: Site, variant: Variant) -> None:
+        shape, layout = site.shape, layout_of(variant, site.shape)
+        indices = zip(site.weights, shape.columns, strict=True)
+        weights = [self.input(index, layout, n, shape) for index, n in indices]
+        indices = zip(site.scales, shape.columns, strict=False)
+        scales = [self.input(index, "float32", n, shape) for index, n in indices]
+        biases = [self.proxy(self.copies[bias]) for bias in site.biases]
+        with self.graph.inserting_before(self.copies[site.place]):
+            x, residual = self.proxy(self.copies[site.x]), None
+            if site.residual is not None:
+                residual = self.proxy(self.copies[site.residual])
+            given = Layers(shape, weights, scales, biases, residual)
+            made: list[Any] = variant.run(x, given)
+        for old, new in zip(site.outputs, made, strict=True):
+            copied, self.copies[old] = self.copies[old], new.node
+            copied.replace_all_uses_with(new.node)
+            self.erase(copied)
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a node that nothing needs any more, and what only it needed."""
+        if node.users or node.op == "placeholder":
+            return
+        inputs = node.all_input_nodes
+        self.graph.erase_node(node)
+        for each in inputs:
+            self.erase(each)
+
+    def finish(self, names: str) -> Prepared:
+        """The piece without weights that no layer reads in their own layout any more."""
+        kept = [index for index, node in enumerate(self.tensors) if node.users]
+        for node in self.tensors:
+            if not node.users:
+                self.graph.erase_node(node)
+        self.graph_module.recompile()
+        fingerprint = hashlib.sha256(f"{self.piece.fingerprint} {names}".encode()).hexdigest()[:16]
+        piece = replace(
+            self.piece,
+            graph_module=self.graph_module,
+            values=tuple(self.values[index] for index in kept),
             fingerprint=fingerprint,
-        ),
-        tuple(sources[index] for index in kept),
-    )
-
-
-def _replace(
-    graph: fx.Graph,
-    copies: Mapping[fx.Node, fx.Node],
-    site: Site,
-    weight: fx.Node,
-    variant: Variant,
-) -> None:
-    node, x = copies[site.node], copies[site.x]
-    rank = site.x.meta[RANK]
-    target, arguments = variant.call(site.shape)
-    bias = () if site.bias is None else (copies[site.bias],)
-    with graph.inserting_before(node):
-        rows = x
-        if rank != 2:
-            rows = graph.call_method("reshape", (x, -1, site.shape.k))
-        y = graph.call_function(target, (rows, weight, *arguments, *bias))
-        if rank != 2:
-            shape = graph.call_function(getattr, (x, "shape"))
-            dims = [graph.call_function(operator.getitem, (shape, d)) for d in range(rank - 1)]
-            y = graph.call_method("view", (y, *dims, site.shape.n))
-    y.meta |= {RANK: rank, DTYPE: site.shape.dtype}
-    node.replace_all_uses_with(y)
-    graph.erase_node(node)
+        )
+        return Prepared(piece, tuple(self.sources[index] for index in kept))

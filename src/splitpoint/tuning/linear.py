@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.reference import linear
-from ..passes.linear import LAYOUTS, VARIANTS, LinearShape
+from ..kernels.bounds import exceeded
+from ..kernels.layout import quantize
+from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
+from ..passes.linear_sites import LinearShape
 from ..ranges import Range
 from .measure import clock_for, interleave
 
@@ -50,17 +52,16 @@ class LinearTuner:
     they are spent, layers not measured yet stay with Inductor."""
     spent_s: float = 0.0
     _seconds: dict[tuple[LinearShape, int], dict[str, float]] = field(default_factory=dict)
-    _layers: dict[str, list[Callable[[Tensor], Tensor]]] = field(default_factory=dict)
-    _layers_of: LinearShape | None = None
-    _weight: Tensor | None = None
+    _weights: Weights | None = None
 
     def choose(self, shape: LinearShape, range_: Range, layouts: Collection[str] = ()) -> str:
         """The fastest variant for a layer in a range: the least mean, over the range's first,
         middle and last size, of the time relative to the best variant there. Of variants
         within 5 % of that, one whose layout is among `layouts`, which exist already."""
-        if shape.n * shape.k < SMALLEST:
+        if sum(shape.columns) * shape.k < SMALLEST:
             return INDUCTOR
-        names = [INDUCTOR, *(n for n, v in VARIANTS.items() if v.admits(shape, range_))]
+        admitted = [n for n, v in VARIANTS.items() if v.fits(shape) and v.promises(range_)]
+        names = [INDUCTOR, *admitted]
         losses = dict.fromkeys(names, 0.0)
         for size in probes(shape, range_):
             seconds = self.seconds(shape, size, names)
@@ -71,7 +72,8 @@ class LinearTuner:
             for name in names:
                 losses[name] += seconds[name] / best
         best_name = min(names, key=losses.__getitem__)
-        there = [n for n in names if n == INDUCTOR or VARIANTS[n].layout in {"plain", *layouts}]
+        exist = {"plain", *layouts}
+        there = [n for n in names if n == INDUCTOR or layout_of(VARIANTS[n], shape) in exist]
         best_there = min(there, key=losses.__getitem__)
         if losses[best_there] <= WORTH_A_COPY * losses[best_name]:
             return best_there
@@ -79,7 +81,7 @@ class LinearTuner:
 
     def free(self) -> None:
         """Free the copies of weights that measuring took."""
-        self._layers, self._layers_of, self._weight = {}, None, None
+        self._weights = None
 
     def seconds(self, shape: LinearShape, size: int, names: list[str]) -> dict[str, float] | None:
         """Median seconds a call of each variant at a size; None when the budget is spent."""
@@ -89,76 +91,132 @@ class LinearTuner:
             start = clock.read()
             if self.spent_s >= self.budget_s:
                 return None
-            self._make_layers(shape)
-            x = torch.randn(size, shape.k).to(shape.dtype)
-            timed = {
-                name: _cycling(self._layers[name], x)
-                for name in names
-                if name == INDUCTOR or self._is_right(name, x)
-            }
-            timings = interleave(timed, clock=clock, budget_s=0.008, warm_up=1, repeats=5)
+            if self._weights is None or self._weights.shape != shape:
+                self._weights = Weights(shape)
+            calls = self._weights.calls(size, names)
+            timings = interleave(calls, clock=clock, budget_s=0.008, warm_up=1, repeats=5)
             known |= dict.fromkeys(names, math.inf)
             known |= {name: timing.median_s for name, timing in timings.items()}
             self.spent_s += clock.read() - start
         return known
 
-    def _make_layers(self, shape: LinearShape) -> None:
-        if self._layers_of == shape:
-            return
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(shape.n, shape.k, generator=generator).div_(shape.k**0.5)
-        weight = weight.to(shape.dtype)
-        count = min(max(2, math.ceil(COLD_BYTES / weight.nbytes)), 256)
-        packed = {name: layout.pack(weight) for name, layout in LAYOUTS.items()}
-        self._weight = weight
-        self._layers_of = shape
-        plain = [weight.clone() for _ in range(count)]
-        self._layers = {INDUCTOR: [_plain(copy) for copy in plain]}
-        for name, variant in VARIANTS.items():
-            copies = (
-                plain
-                if variant.layout == "plain"
-                else [packed[variant.layout].clone() for _ in range(count)]
-            )
-            self._layers[name] = [_layer(name, copy, shape) for copy in copies]
 
-    def _is_right(self, name: str, x: Tensor) -> bool:
+class Weights:
+    """Random weights for a shape, in all layouts, as many copies as a cache does not hold."""
+
+    def __init__(self, shape: LinearShape) -> None:
+        self.shape = shape
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(n, shape.k, generator=generator) for n in shape.columns]
+        self.matrices = [each.div_(shape.k**0.5).to(shape.dtype) for each in drawn]
+        self.scales: list[Tensor] = []
+        if shape.int8:
+            self.matrices, scales = map(list, zip(*map(quantize, self.matrices), strict=True))
+            self.scales = [scale.to(shape.dtype).float() for scale in scales]
+        self.biases = [torch.randn(n).to(shape.dtype) for n in shape.columns if shape.bias]
+        self.held = [m.t().contiguous() if shape.transposed else m for m in self.matrices]
+        self.count = math.ceil(COLD_BYTES / sum(matrix.nbytes for matrix in self.matrices))
+        self._copies: dict[str, list[list[Tensor]]] = {}
+
+    def copies(self, name: str) -> list[list[Tensor]]:
+        """The weights in the layout of a variant, again and again."""
+        layout = "plain" if name == INDUCTOR else layout_of(VARIANTS[name], self.shape)
+        if layout not in self._copies:
+            packed = [LAYOUTS[layout].pack(weight) for weight in self.held]
+            count = min(max(2, self.count), 256)
+            self._copies[layout] = [[each.clone() for each in packed] for _ in range(count)]
+        return self._copies[layout]
+
+    def calls(self, size: int, names: Sequence[str]) -> dict[str, Callable[[], object]]:
+        """A call of each variant that is right."""
+        x = torch.randn(size, self.shape.k).to(self.shape.dtype)
+        residual = None
+        if self.shape.residual:
+            residual = torch.randn(size, self.shape.columns[0]).to(self.shape.dtype)
+        return {
+            name: self._cycling(name, x, residual)
+            for name in names
+            if name == INDUCTOR or self._is_right(name, x, residual)
+        }
+
+    def _layers(self, weights: list[Tensor], residual: Tensor | None) -> Layers:
+        return Layers(self.shape, weights, self.scales, self.biases, residual)
+
+    def _cycling(self, name: str, x: Tensor, residual: Tensor | None) -> Callable[[], object]:
+        run = _inductor if name == INDUCTOR else VARIANTS[name].run
+        if name != INDUCTOR and not VARIANTS[name].fuses:
+            products, shape = run, _only_products(self.shape)
+
+            def run(x: Tensor, layers: Layers) -> list[Tensor]:
+                return _one_pass(products(x, replace(layers, shape=shape, residual=None)), layers)
+
+        following = itertools.cycle([self._layers(each, residual) for each in self.copies(name)])
+        return lambda: run(x, next(following))
+
+    def _is_right(self, name: str, x: Tensor, residual: Tensor | None) -> bool:
         """Compare a variant with float64: sums in fp32 in any order, then the dtype's own
         rounding. One that is wrong is never chosen, however fast."""
-        assert self._weight is not None
+        shape = self.shape
+        if not VARIANTS[name].fuses:  # the rest is plain torch
+            shape, residual = _only_products(shape), None
+        layers = replace(self._layers(self.copies(name)[0], residual), shape=shape)
+        made = VARIANTS[name].run(x, layers)
         # Columns at random and the last ones, where a block may be cut: all of them in
         # float64 would take longer than everything else here.
-        rows = self._weight.shape[0]
-        columns = torch.cat([torch.randint(rows, (512,)), torch.arange(rows)[-64:]])
-        y, weight = self._layers[name][0](x)[:, columns], self._weight[columns]
-        exact = linear(x, weight)
-        magnitude = x.double().abs() @ weight.double().abs().t()
-        roundoff = torch.finfo(y.dtype).eps / 2
-        allowed = (x.shape[1] + 4) * 2.0**-24 * magnitude + 1.01 * roundoff * exact.abs() + 1e-30
-        right = bool(((y.double() - exact).abs() <= allowed).all())
-        if not right:
-            log.warning("linear variant %r is wrong for %s and is not used", name, self._layers_of)
-        return right
+        picked = [
+            torch.cat([torch.randint(n, (512,)), torch.arange(n)[-64:]]) for n in shape.columns
+        ]
+        if shape.gated:
+            picked[1] = picked[0]
+        pairs = zip(self.matrices, picked, strict=True)
+        worst = exceeded(
+            [y[:, columns] for y, columns in zip(made, picked, strict=False)],
+            x,
+            [matrix[columns] for matrix, columns in pairs],
+            scales=[s[columns] for s, columns in zip(self.scales, picked, strict=False)],
+            biases=[b[columns] for b, columns in zip(self.biases, picked, strict=False)],
+            residual=None if residual is None else residual[:, picked[0]],
+            activation=shape.activation,
+            gated=shape.gated,
+        )
+        if worst > 1:
+            log.warning("linear variant %r is wrong for %s and is not used", name, self.shape)
+        return worst <= 1
+
+
+def _only_products(shape: LinearShape) -> LinearShape:
+    return replace(shape, activation="none", gated=False, residual=False)
+
+
+def _inductor(x: Tensor, layers: Layers) -> list[Tensor]:
+    """About what Inductor makes of layers: its products are torch's own."""
+    weights = list(layers.weights)
+    if layers.shape.int8:
+        pairs = zip(weights, layers.scales, strict=True)
+        weights = [weight.to(x.dtype) * scale[:, None].to(x.dtype) for weight, scale in pairs]
+    if layers.shape.transposed:
+        weights = [weight.t() for weight in weights]
+    biases: Sequence[Tensor | None] = layers.biases or [None] * len(weights)
+    pairs_ = zip(weights, biases, strict=True)
+    return _one_pass([F.linear(x, weight, bias) for weight, bias in pairs_], layers)
+
+
+def _one_pass(products: Sequence[Tensor], layers: Layers) -> list[Tensor]:
+    """What Inductor adds for all that follows the products: one pass over them, whose time the
+    memory takes and not the arithmetic."""
+    if layers.shape.gated:
+        return [products[0] * products[1]]
+    if layers.residual is not None:
+        return [products[0] + layers.residual]
+    if layers.shape.activation != "none":
+        return [product.abs() for product in products]
+    return list(products)
 
 
 def probes(shape: LinearShape, range_: Range) -> list[int]:
     """The sizes at which a range is measured: its first, (geometric) middle and last, as far
     as they are not too large to be measured in a moment."""
-    largest = max(1, int(MOST_FLOPS / (2 * shape.n * shape.k)))
+    largest = max(1, int(MOST_FLOPS / (2 * sum(shape.columns) * shape.k)))
     end = min(range_.end, max(largest, range_.start))
     middle = round(math.sqrt(range_.start * end))
     return sorted({range_.start, middle, end})
-
-
-def _plain(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x, weight)
-
-
-def _layer(name: str, weight: Tensor, shape: LinearShape) -> Callable[[Tensor], Tensor]:
-    run = VARIANTS[name].run
-    return lambda x: run(x, weight, shape, None)
-
-
-def _cycling(layers: list[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], object]:
-    following = itertools.cycle(layers)
-    return lambda: next(following)(x)

@@ -1,0 +1,94 @@
+"""How far a correct kernel may be from the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference import ACTIVATIONS, linear
+
+U32 = 2.0**-24
+"""Unit roundoff of float32: half a unit in the last of 24 places."""
+
+ROUNDOFF = {torch.float32: U32, torch.bfloat16: 2.0**-8}
+
+TINY = 1e-36
+
+SLOPE = 1.13
+"""The steepest that silu (1.10) and both gelus (1.13) get, so by how much they can widen an
+error of what goes into them."""
+
+
+def bounds(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+    residual: Tensor | None = None,
+    activation: str = "none",
+    gated: bool = False,
+) -> list[Tensor]:
+    """The largest error of each output, for sums in float32 in any order.
+
+    A sum of k products in float32, in whatever order, with or without fused multiply-adds, is
+    off by at most (k + 1) u sum|x w| to first order (Higham, Accuracy and Stability, 3.1; the
+    bf16 and int8 products themselves are exact in float32). vdpbf16ps rounds after each product
+    too and takes subnormals as zero, which TINY covers. Scaling and the bias round once each.
+    """
+    befores = linear(x, weights, scales, biases)
+    errors = []
+    for index, weight in enumerate(weights):
+        magnitude = x.double().abs() @ weight.double().abs().t()
+        if scales:
+            magnitude = magnitude * scales[index].double()
+        if biases:
+            magnitude = magnitude + biases[index].double().abs()
+        errors.append((x.shape[-1] + 4) * U32 * magnitude + TINY)
+    activated = [
+        _activated_error(activation, before, error)
+        for before, error in zip(befores, errors, strict=True)
+    ]
+    if gated:
+        gate = ACTIVATIONS[activation](befores[0]).abs()
+        activated = [activated[0] * (befores[1].abs() + errors[1]) + gate * errors[1]]
+        activated[0] += U32 * (gate * befores[1]).abs()
+    exact = linear(x, weights, scales, biases, residual, activation, gated)
+    result = []
+    for error, value in zip(activated, exact, strict=True):
+        if residual is not None:
+            error = error + U32 * value.abs()
+        # Rounding to the output dtype, of a value that is itself off by `error`.
+        result.append(error + ROUNDOFF[x.dtype] * (value.abs() + error))
+    return result
+
+
+def _activated_error(activation: str, before: Tensor, error: Tensor) -> Tensor:
+    if activation == "silu":
+        # exp is good to 2 ulp; with the sum and the quotient that is below 8 u.
+        return SLOPE * error + 8 * U32 * ACTIVATIONS["silu"](before).abs() + TINY
+    if activation == "gelu_tanh":
+        # As silu; and the argument of exp, itself rounded five times, shifts the result by at
+        # most |x| max|z s'(z)| 5 u = 1.2 u |x| with s the logistic function.
+        return SLOPE * error + 10 * U32 * before.abs() + TINY
+    if activation == "gelu":
+        # Abramowitz and Stegun 7.1.26 is off by 1.5e-7, of which Phi takes half; the rest is
+        # its polynomial's own rounding, whose terms add up to below 4 in magnitude.
+        return SLOPE * error + (0.75e-7 + 10 * U32) * before.abs() + TINY
+    return error
+
+
+def exceeded(ys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], **rest: Any) -> float:
+    """The worst error of outputs as a multiple of its bound; infinite where one is no number.
+    `rest` is as for `linear`."""
+    exact = linear(x, weights, **rest)
+    allowed = bounds(x, weights, **rest)
+    worst = 0.0
+    for y, value, most in zip(ys, exact, allowed, strict=True):
+        assert y.shape == value.shape, f"{tuple(y.shape)} is not {tuple(value.shape)}"
+        assert y.dtype == x.dtype, f"{y.dtype} is not {x.dtype}"
+        share = ((y.double() - value).abs() / most).nan_to_num(nan=torch.inf)
+        worst = max(worst, float(share.amax())) if share.numel() else worst
+    return worst
