@@ -307,6 +307,16 @@ def compile(
     return CompiledModel(module, config, dynamic_dims)
 
 
+def signature_of(
+    module: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_dims: DynamicDims | None,
+) -> Signature:
+    """What a first call with these arguments would fix."""
+    return Signature(_forward(module), args, kwargs, dynamic_dims)
+
+
 def _roots(function: Callable[..., Any]) -> Roots:
     """Where what a capture reads is looked up."""
     owner = function if isinstance(function, torch.nn.Module) else None

@@ -128,6 +128,11 @@ class Store:
             except OSError as error:
                 raise Damaged(f"cannot be read ({error.strerror})") from error
 
+    @staticmethod
+    def digest(data: bytes) -> str:
+        """The name of an object with this content."""
+        return hashlib.sha256(data).hexdigest()
+
     # --- reading -----------------------------------------------------------------------
 
     def entry_path(self, kind: str, key: str) -> Path:
@@ -142,7 +147,7 @@ class Store:
         """An entry, or None. A damaged one is reported and set aside."""
         path = self.entry_path(kind, key)
         try:
-            found = _decode(self._read_file(path), kind, key)
+            found = decode_entry(self._read_file(path), kind, key)
         except FileNotFoundError:
             return None
         except Damaged as problem:
@@ -193,7 +198,7 @@ class Store:
 
     def write_object(self, data: bytes) -> str | None:
         """Keep some bytes and return their digest; None when that is not possible."""
-        digest = hashlib.sha256(data).hexdigest()
+        digest = self.digest(data)
         path = self.object_path(digest)
         if path.exists() and self.object(digest) is not None:
             return digest
@@ -299,7 +304,7 @@ class Store:
                 problems.append(Problem(path, str(problem)))
         for kind, key, path in self.entries():
             try:
-                entry = _decode(self._read_file(path), kind, key)
+                entry = decode_entry(self._read_file(path), kind, key)
             except (Damaged, FileNotFoundError) as problem:
                 problems.append(Problem(path, str(problem)))
                 continue
@@ -320,7 +325,7 @@ class Store:
         found = []
         for kind, key, path in self.entries():
             try:
-                entry = _decode(self._read_file(path), kind, key)
+                entry = decode_entry(self._read_file(path), kind, key)
                 needs = set(entry.get("objects", ()))
             except (Damaged, FileNotFoundError):
                 needs = set()
@@ -366,7 +371,7 @@ def _foreign(found: os.stat_result) -> str:
     return ""
 
 
-def _decode(data: bytes, kind: str, key: str) -> dict[str, Any]:
+def decode_entry(data: bytes, kind: str, key: str) -> dict[str, Any]:
     """The entry in the bytes of its file.
 
     Raises:
