@@ -321,7 +321,7 @@ def test_pruning_keeps_a_shared_object(store: Store) -> None:
     digest = fill(store, KEY)
     fill(store, OTHER)
     os.utime(store.entry_path("pieces", KEY), (1000, 1000))
-    store.prune(len(DATA) + 250)
+    store.prune(len(DATA) + 500)
     assert store.read("pieces", KEY) is None
     assert store.read("pieces", OTHER) is not None
     assert store.object(digest) is not None

@@ -92,7 +92,7 @@ class Store:
         """
         try:
             found = os.stat(self.folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise UntrustedStore(f"the store {self.folder} cannot be read: {error}") from error
@@ -113,20 +113,22 @@ class Store:
         """
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(str(path)) from error
         except OSError as error:
             raise Damaged(f"cannot be read ({error.strerror})") from error
-        with os.fdopen(handle, "rb") as file:
-            found = os.fstat(file.fileno())
+        try:
+            found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode):
                 raise Damaged("is not a plain file")
             if problem := _foreign(found):
                 raise Damaged(problem)
-            try:
+            with os.fdopen(handle, "rb", closefd=False) as file:
                 return file.read()
-            except OSError as error:
-                raise Damaged(f"cannot be read ({error.strerror})") from error
+        except OSError as error:
+            raise Damaged(f"cannot be read ({error.strerror})") from error
+        finally:
+            os.close(handle)
 
     @staticmethod
     def digest(data: bytes) -> str:
