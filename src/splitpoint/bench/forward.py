@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -168,6 +168,7 @@ def compile_splitpoint(
     model: Any, config: Config, sizes: Sequence[int], say: Say
 ) -> tuple[CompiledModel, Cost]:
     """Compile every range from an empty cache, and call it once at each size."""
+    config = replace(config, cache_dir="")
     say(f"splitpoint: compiling {len(Plan.from_config(config).entries)} ranges ...")
     torch.compiler.reset()
     compiled = compile(model, config, dynamic_dims={"input_ids": 1})
