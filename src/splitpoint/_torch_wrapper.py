@@ -11,7 +11,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,10 @@ def named(what: str) -> Any:
     return getattr(torch, what.partition(".")[2])
 
 
+OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+"""An operator, and all overloads of one."""
+
+
 def operator(name: str) -> Any:
     """The operator "namespace::name.overload".
 
@@ -74,16 +78,35 @@ def operator(name: str) -> Any:
     """
     namespace, _, rest = name.partition("::")
     base, _, overload = rest.partition(".")
+    return operator_at([namespace, base, overload])
+
+
+def operator_at(path: Sequence[str]) -> Any:
+    """The operator at [namespace, name, overload], or all overloads at [namespace, name].
+
+    Raises:
+        LookupError: when it is not registered.
+    """
+    found: Any = torch.ops
     try:
-        return getattr(getattr(getattr(torch.ops, namespace), base), overload)
+        for part in path:
+            found = getattr(found, part)
     except (AttributeError, RuntimeError) as error:
-        raise LookupError(f"no operator {name} is registered") from error
+        raise LookupError(f"no operator {'.'.join(path)} is registered") from error
+    return found
 
 
-def operator_name(operator: Any) -> str:
-    """The name that `operator` takes."""
-    packet: str = operator._overloadpacket._qualified_op_name
-    return f"{packet}.{operator._overloadname}"
+def operator_path(operator: Any) -> list[str]:
+    """What `operator_at` takes."""
+    if isinstance(operator, torch._ops.OpOverload):
+        packet = operator._overloadpacket
+        return [*packet._qualified_op_name.split("::"), operator._overloadname]
+    return list(operator._qualified_op_name.split("::"))
+
+
+def memory_of(tensor: torch.Tensor) -> int:
+    """What two views of the same memory have in common."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def quick_state() -> tuple[Any, ...]:

@@ -133,7 +133,7 @@ def _structure(roots: Roots, describer: Describer) -> str:
 def _meta(tensor: torch.Tensor | None, seen: dict[int, int]) -> str:
     if tensor is None:
         return "None"
-    alias = seen.setdefault(tensor.untyped_storage()._cdata, len(seen))
+    alias = seen.setdefault(_torch_wrapper.memory_of(tensor), len(seen))
     return f"{tensor_kind(tensor)} {alias}"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from .. import _torch_wrapper
 from ..store.code import (
     Code,
     class_codes,
@@ -116,7 +117,7 @@ class Describer:
             return ["builtin", str(getattr(value, "__module__", "")), value.__qualname__]
         if isinstance(value, (types.WrapperDescriptorType, types.GetSetDescriptorType)):
             return ["builtin", value.__objclass__.__qualname__, value.__name__]
-        if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        if isinstance(value, _torch_wrapper.OPERATORS):
             return ["operator", str(value)]
         raise Unprovable(f"a {type(value).__module__}.{type(value).__qualname__}")
 

@@ -38,10 +38,8 @@ def encode(value: Any) -> Json:
         return ["torch", str(value).removeprefix("torch.")]
     if isinstance(value, torch.device):
         return ["device", str(value)]
-    if isinstance(value, torch._ops.OpOverload):
-        return ["operator", _torch_wrapper.operator_name(value)]
-    if isinstance(value, torch._ops.OpOverloadPacket):
-        return ["packet", *value._qualified_op_name.split("::")]
+    if isinstance(value, _torch_wrapper.OPERATORS):
+        return ["operator", *_torch_wrapper.operator_path(value)]
     if isinstance(value, _torch_wrapper.TreeSpec):
         try:
             return ["spec", _torch_wrapper.treespec_dumps(value)]
@@ -73,9 +71,7 @@ def decode(data: Json) -> Any:
     if kind == "device":
         return torch.device(rest[0])
     if kind == "operator":
-        return _torch_wrapper.operator(rest[0])
-    if kind == "packet":
-        return getattr(getattr(torch.ops, rest[0]), rest[1])
+        return _torch_wrapper.operator_at(rest)
     if kind == "spec":
         json.loads(rest[0])
         return _torch_wrapper.treespec_loads(rest[0])
