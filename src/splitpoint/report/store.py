@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 
-from ..ranges import align
+from ..ranges import Plan, align
 from ..store.store import Store
 
 
@@ -29,8 +28,8 @@ def listing(store: Store) -> str:
 
 def _what(kind: str, entry: dict[str, object]) -> str:
     if kind == "models":
-        plan = json.loads(str(entry["plan"]))
-        return f"{len(plan['entries'])} ranges up to {plan['max_size']}"
+        plan = Plan.from_json(str(entry["plan"]))
+        return f"{len(plan.entries)} ranges up to {plan.max_size}"
     fields = entry["fields"]
     assert isinstance(fields, dict)
     return f"range {fields['range']}, hint {fields['hint']}"
