@@ -69,7 +69,7 @@ def why_miss(name: str, config: Config, dtype: str, threads: int, layers: int | 
     if fields is None:
         return "this model cannot be kept; with logging at INFO a line says why"
     for variant in store.keys(KIND, digest(fields)):
-        entry = store.read(KIND, variant)
+        entry = store.read(KIND, variant, use=False)
         if entry is None:
             continue
         broken = Checker(Facts.from_json(entry["facts"]), roots).prove()
@@ -78,7 +78,7 @@ def why_miss(name: str, config: Config, dtype: str, threads: int, layers: int | 
         return "\n".join(["the key is there, but what the capture read has changed:", *broken[:20]])
     nearest: tuple[int, dict[str, str]] | None = None
     for variant in store.keys(KIND):
-        entry = store.read(KIND, variant)
+        entry = store.read(KIND, variant, use=False)
         if entry is not None:
             differing = _differing(fields, entry["fields"])
             if nearest is None or len(differing) < nearest[0]:

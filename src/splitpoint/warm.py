@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from . import _torch_wrapper, kernels
+from ._torch_guards import NotPortable
 from .compilers.wrapper import Wrapper
 from .config import Config
 from .errors import KernelBuildError, PassError
@@ -161,7 +162,7 @@ def save(
     cannot be kept."""
     try:
         entry = _entry(store, program, regions, roots)
-    except (NotKept, Unprovable) as why:
+    except (NotKept, NotPortable, Unprovable) as why:
         log.info("store: the program is not kept: it has %s", why)
         return False
     entry["fields"] = dict(fields)

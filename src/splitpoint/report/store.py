@@ -13,11 +13,12 @@ def listing(store: Store) -> str:
     rows = [("kind", "key", "what", "size KiB", "used")]
     entries = []
     for kind, key, path in store.entries():
-        entry = store.read(kind, key)
+        entry = store.read(kind, key, use=False)
         if entry is None:
             continue
-        used = path.stat().st_atime
-        sizes = [store.object_path(digest).stat().st_size for digest in entry.get("objects", ())]
+        used = path.stat().st_mtime
+        paths = [store.object_path(digest) for digest in entry.get("objects", ())]
+        sizes = [each.stat().st_size for each in paths if each.exists()]
         entries.append((used, kind, key, entry, path.stat().st_size + sum(sizes)))
     for used, kind, key, entry, size in sorted(entries, key=lambda each: -each[0]):
         rows.append((kind[:-1], key[:12], _what(kind, entry), f"{size / 1024:.0f}", _ago(used)))

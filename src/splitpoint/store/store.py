@@ -145,8 +145,9 @@ class Store:
         """Where an object is."""
         return self.folder / OBJECTS / digest[:2] / digest
 
-    def read(self, kind: str, key: str) -> dict[str, Any] | None:
-        """An entry, or None. A damaged one is reported and set aside."""
+    def read(self, kind: str, key: str, use: bool = True) -> dict[str, Any] | None:
+        """An entry, or None. A damaged one is reported and set aside. Unless it is not for
+        `use`, it will be pruned after those used before."""
         path = self.entry_path(kind, key)
         try:
             found = decode_entry(self._read_file(path), kind, key)
@@ -155,8 +156,9 @@ class Store:
         except Damaged as problem:
             self.set_aside(path, str(problem))
             return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # what is used is pruned last
+        if use:
+            with contextlib.suppress(OSError):
+                os.utime(path)
         return found
 
     def keys(self, kind: str, prefix: str = "") -> list[str]:
