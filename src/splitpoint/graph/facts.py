@@ -55,7 +55,7 @@ _LIBRARIES = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx.
 _TORCH_FOLDER = str(Path(torch.__file__).parent)
 _PYTHON_FOLDER = str(Path(types.__file__ or "").parent)
 
-_GONE = (AttributeError, LookupError, TypeError, ValueError, ImportError)
+_GONE = (AttributeError, LookupError, TypeError, ValueError, ImportError, RuntimeError, NameError)
 """What an expression raises whose objects are not there any more."""
 
 Json = Any
@@ -310,10 +310,11 @@ class Checker:
             try:
                 module = _submodule(self.roots.owner, path)
                 values = functions[index](module)
+                is_known = any(_same(values, known) for known in proven.get(index, ()))
             except _GONE as error:
                 broken.append(f"{path}: {type(error).__name__}: {error}")
                 continue
-            if not any(_same(values, known) for known in proven.get(index, ())):
+            if not is_known:
                 wrong = _differences(kind, values, describer)
                 broken += [f"{path or 'the module'}: {text}" for text in wrong]
                 if wrong:
@@ -331,8 +332,8 @@ class Checker:
     def rest(self) -> bool:
         """Whether what a watch over the module tree does not see is as it was."""
         try:
-            return self._loose() == self._loose_now and all(
-                function(module) == values for function, module, values in self._parts
+            return _same(self._loose(), self._loose_now) and all(
+                _same(function(module), values) for function, module, values in self._parts
             )
         except _GONE:
             return False
@@ -354,8 +355,12 @@ class Checker:
 
 
 def _same(values: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
+    """Whether values are the same constants and objects; 1, True and 1.0 are not, nor 0.0 and
+    -0.0."""
     return values == known and all(
-        type(a) is type(b) for a, b in zip(values, known, strict=True) if a is not b
+        type(a) is type(b) and (a != 0 or repr(a) == repr(b))
+        for a, b in zip(values, known, strict=True)
+        if a is not b
     )
 
 
