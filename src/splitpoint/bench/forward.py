@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,7 @@ def compile_splitpoint(
     model: Any, config: Config, sizes: Sequence[int], say: Say
 ) -> tuple[CompiledModel, Cost]:
     """Compile every range from an empty cache, and call it once at each size."""
+    config = replace(config, cache_dir="")
     say(f"splitpoint: compiling {len(Plan.from_config(config).entries)} ranges ...")
     torch.compiler.reset()
     return compile_cold(model, config, sizes)

@@ -81,7 +81,8 @@ class ParallelReport:
                 *align(rows, right=set(range(len(rows[0])))),
                 "",
                 "Medians of the slowest rank, the three in turns. Unfused: all-reduce in shared",
-                "memory, then the norm as Inductor makes it. Logits: the fused against one rank in fp32.",
+                "memory, then the norm as Inductor makes it. Logits: the fused against one rank in",
+                "fp32.",
             ]
         )
 
