@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -28,6 +29,16 @@ class MatchCount:
     """What did not match, and why."""
     chosen: tuple[str, ...] = ()
     """What the piece was given, and why."""
+
+    def kept(self) -> list[Any]:
+        """What a store keeps of it, as JSON can hold it."""
+        return [self.name, self.matches, list(self.notes), list(self.chosen)]
+
+    @classmethod
+    def from_kept(cls, kept: Sequence[Any], piece: str, range_: Range) -> MatchCount:
+        """The inverse of `kept`, for a piece and a range."""
+        name, matches, notes, chosen = kept
+        return cls(name, piece, range_, matches, tuple(notes), tuple(chosen))
 
 
 class PassManager:
