@@ -58,7 +58,11 @@ def test_attached_inside_a_context(bare: Ranks) -> None:
     [
         ({"max_bytes": 0}, {}, "rank 0: max_bytes must be from 1 to 2**30, got 0"),
         ({}, {"timeout_s": -1.0}, "rank 1: timeout_s must be a positive number"),
-        ({"max_bytes": 8192}, {"max_bytes": 4096}, "attach with different"),
+        (
+            {"max_bytes": 8192},
+            {"max_bytes": 4096},
+            "attach with different max_bytes: 8192 and 4096",
+        ),
     ],
 )
 def test_refused_on_all_ranks(

@@ -101,6 +101,9 @@ class Workspace:
         self.detach()
 
 
+_TERMS = ("kernels", "max_bytes", "timeout_s")
+
+
 @dataclass(frozen=True)
 class _Rank:
     """What ranks tell each other before they share memory."""
@@ -109,7 +112,7 @@ class _Rank:
     host: str
     cpus: frozenset[int]
     terms: tuple[str, int, float]
-    """Library, bytes of a slot, time-out: must be alike."""
+    """What must be alike; see `_TERMS`."""
     error: str | None
 
 
@@ -203,11 +206,12 @@ def _agree(known: list[_Rank], name: str) -> None:
                 f"group {name!r}: ranks 0 and {index} are on different hosts or in containers that "
                 f"do not share their processes: a workspace joins processes of one host"
             )
-        if each.terms != known[0].terms:
-            raise WorkspaceError(
-                f"group {name!r}: ranks 0 and {index} attach with different kernels, max_bytes or "
-                f"timeout_s: {known[0].terms} and {each.terms}"
-            )
+        for what, mine, theirs in zip(_TERMS, known[0].terms, each.terms, strict=True):
+            if mine != theirs:
+                raise WorkspaceError(
+                    f"group {name!r}: ranks 0 and {index} attach with different {what}: {mine} and "
+                    f"{theirs}"
+                )
 
 
 def _raise(errors: list[str | None], name: str) -> None:
