@@ -92,7 +92,8 @@ def operator_at(path: Sequence[str]) -> Any:
         for part in path:
             found = getattr(found, part)
     except (AttributeError, RuntimeError) as error:
-        raise LookupError(f"no operator {'.'.join(path)} is registered") from error
+        name = f"{path[0]}::{'.'.join(path[1:])}"
+        raise LookupError(f"no operator {name} is registered") from error
     return found
 
 

@@ -11,9 +11,10 @@ from unittest.mock import patch
 
 import torch
 
-from .. import Config, api, compile, packing
+from .. import Config, api, compile
 from ..graph.regions import cover
 from ..models import DTYPES, load
+from ..packing import PackedWeights
 from ..program import Program
 
 
@@ -74,7 +75,7 @@ def _splitpoint(model: Any, config: Config, arguments: dict[str, Any]) -> dict[s
     with (
         patch.object(api, "cover", parts.around("capture", cover)),
         patch.object(Program, "compile_all", parts.around("compile", Program.compile_all)),
-        patch.object(packing, "_packed", parts.around("pack", packing._packed)),
+        patch.object(PackedWeights, "get", parts.around("pack", PackedWeights.get)),
         patch.object(api.CompiledModel, "_start", parts.around("start", api.CompiledModel._start)),
     ):
         start = cpu_s()

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
+import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +46,14 @@ class Wrapper:
         names: dict[str, Any] = dict(_torch_wrapper.helpers())
         names |= {name: kernels[name] for name in self.kernels}
         names |= {name: _torch_wrapper.named(what) for name, what in self.operators.items()}
-        exec(compile(self.source, "<splitpoint piece>", "exec"), names)
+        exec(_code(self.source), names)
         call: Callable[..., Any] = names["call"]
         return call
+
+
+@functools.lru_cache(maxsize=64)  # ranges often come to the same text
+def _code(source: str) -> types.CodeType:
+    return compile(source, "<splitpoint piece>", "exec")
 
 
 def read_wrapper(

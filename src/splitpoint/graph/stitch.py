@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,10 +107,15 @@ def assemble(body: Body, guard: Guard | None, packed: Packed | None = None) -> S
         first.append(f"if not {constant(packed.fresh)}(): {constant(packed.repack)}()")
     lines = "\n    ".join([*first, *body.lines])
     source = f"def stitched({', '.join(body.parameters)}):\n    {lines}\n"
-    exec(compile(source, "<splitpoint stitched>", "exec"), names)
+    exec(_code(source), names)
     function: Stitched = names["stitched"]
     function.__doc__ = source
     return function
+
+
+@functools.lru_cache(maxsize=64)  # ranges often come to the same text
+def _code(source: str) -> types.CodeType:
+    return compile(source, "<splitpoint stitched>", "exec")
 
 
 def rebind(
