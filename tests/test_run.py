@@ -58,7 +58,7 @@ def test_what_cannot_be_done_is_said_first(folder, tmp_path, monkeypatch):
         Policy().to_json(),
         "auto",
         "a b",
-        3,
+        9,
         None,
     )
     with pytest.raises(errors.UsageError, match="exceed max_size=4"):
