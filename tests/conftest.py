@@ -12,6 +12,12 @@ def _clean_torch():
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path, monkeypatch):
+    """An empty store for each test: what it counts was compiled in it."""
+    monkeypatch.setattr("splitpoint.store.store_folder", lambda: tmp_path / "store")
+
+
 @pytest.fixture
 def fresh_inductor_cache(tmp_path, monkeypatch):
     """An empty Inductor cache, so that passes are seen to run."""

@@ -36,7 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestHelp:
-    @pytest.mark.parametrize("verb", [(), ("demo",), ("plan",), ("bench",), ("bench", "forward")])
+    @pytest.mark.parametrize(
+        "verb",
+        [(), ("demo",), ("plan",), ("bench",), ("bench", "forward"), ("bench", "collective")],
+    )
     def test_every_verb_has_it(self, verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit) as end:
             main([*verb, "--help"])
@@ -116,6 +119,7 @@ class TestErrors:
             (("bench", "forward", "smollm2", "--sizes", ""), "got none"),
             (("bench", "forward", "smollm2", "--json", "no/such/x.json"), "cannot write no/such"),
             (("bench", "forward", "smollm2", "--dtype", "int3"), "invalid choice: 'int3'"),
+            (("bench", "forward", "smollm2", "--baselines", "x"), "'x' is not one of max-autotune"),
             (("demo", "--png", "no/such/x.png"), "cannot write no/such/x.png"),
             (("demo", "--config", "missing.json"), "cannot read --config missing.json"),
         ],
@@ -162,11 +166,18 @@ def test_bench_forward_end_to_end(folder: Path, tmp_path: Path):
     done = splitpoint(
         *("bench", "forward", str(folder / "config.json"), "--random-weights", "--layers", "1"),
         *("--sizes", "1,2,16", "--max-size", "16", "--split-points", "4", "--dtype", "fp32"),
-        *("--seconds", "0.01", "--json", str(outputs[0]), "--png", str(outputs[1])),
+        *("--baselines", "openvino,vllm", "--seconds", "0.01"),
+        *("--json", str(outputs[0]), "--png", str(outputs[1])),
     )
     assert done.returncode == 0, done.stderr
-    assert "size  eager ms  torch.compile ms  splitpoint ms  ratio" in done.stdout
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("size  eager ms  torch.compile ms  splitpoint ms") for line in lines)
+    assert max(map(len, lines)) <= 120
     data = json.loads(outputs[0].read_text())
     assert [row["size"] for row in data["rows"]] == [1, 2, 16]
     assert {row["dtype"] for row in data["rows"]} == {"fp32"}
+    notes = " ".join(data["environment"]["notes"])
+    for name in ("openvino", "vllm"):
+        timed = all(name in row["baselines"] for row in data["rows"])
+        assert timed != (f"{name} was left out: " in notes), "one of the two"
     assert outputs[1].read_bytes().startswith(b"\x89PNG")

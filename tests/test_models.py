@@ -67,6 +67,25 @@ class TestLoad:
         assert one.dtype == torch.bfloat16
         assert torch.equal(logits(one), logits(two))
 
+    def test_llama_1b_has_random_weights(self):
+        model, tokenizer = models.load("llama-1b", torch.bfloat16, layers=1)
+        assert tokenizer is None
+        layer = model.model.layers[0]
+        shapes = [
+            tuple(linear.weight.shape)
+            for linear in (
+                *(layer.self_attn.q_proj, layer.self_attn.k_proj),
+                *(layer.mlp.up_proj, layer.mlp.down_proj, model.lm_head),
+            )
+        ]
+        assert shapes == [
+            *((2048, 2048), (512, 2048)),
+            *((8192, 2048), (2048, 8192), (128_256, 2048)),
+        ]
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.config.rope_parameters["rope_type"] == "llama3"
+        assert 0.01 < float(layer.mlp.up_proj.weight.float().std()) < 0.03
+
     def test_transformers_is_as_talkative_as_before(self, folder: Path):
         from transformers.utils import logging
 
@@ -126,6 +145,14 @@ class TestDescribe:
         tiny.config().save_pretrained(tmp_path)
         assert models.describe(str(tmp_path), layers=2).layers == 2
         assert models.describe(str(tmp_path / "config.json")).layers == tiny.LAYERS
+
+    def test_llama_1b(self):
+        facts = models.describe("llama-1b")
+        assert facts.layers == 16
+        assert facts.parameters == 1_235_814_400  # as published for Llama 3.2 1B
+        # The table itself is not what transformers works on.
+        assert models.describe("llama-1b", layers=2).layers == 2
+        assert models.SHAPES["llama-1b"]["num_hidden_layers"] == 16
 
 
 class TestCacheFolder:

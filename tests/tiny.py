@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LAYERS, HIDDEN, VOCABULARY = 3, 32, 128
@@ -27,6 +29,26 @@ def config() -> LlamaConfig:
 def model(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(config()).to(dtype).eval().requires_grad_(False)
+
+
+class Logits(NamedTuple):
+    logits: torch.Tensor
+
+
+class OneLinear(nn.Module):
+    """Called as a causal language model is, with one linear layer to compile."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.dtype = dtype
+        self.config = SimpleNamespace(vocab_size=VOCABULARY)
+        self.embedding = nn.Embedding(VOCABULARY, HIDDEN, dtype=dtype)
+        self.head = nn.Linear(HIDDEN, VOCABULARY, dtype=dtype)
+        self.eval().requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> Logits:
+        return Logits(self.head(self.embedding(input_ids).cumsum(1))[:, -logits_to_keep:])
 
 
 def save(folder: Path) -> Path:

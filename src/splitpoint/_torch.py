@@ -20,13 +20,17 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
+
+from ._torch_guards import GuardScope, expressions
+
+if TYPE_CHECKING:
+    import sympy
 
 tree_flatten = pytree.tree_flatten
 tree_unflatten = pytree.tree_unflatten
@@ -37,8 +41,13 @@ TreeSpec = pytree.TreeSpec
 set_grad_enabled = torch._C._set_grad_enabled
 """Sets grad mode and returns nothing; 50 ns, where `torch.no_grad()` takes over 500."""
 
-SIZE = sympy.Symbol("size", integer=True, nonnegative=True)
-"""The one symbol that all of a graph's size symbols are written as."""
+
+@functools.cache
+def size_symbol() -> sympy.Symbol:
+    """The one symbol that all of a graph's size symbols are written as."""
+    import sympy
+
+    return sympy.Symbol("size", integer=True, nonnegative=True)
 
 
 # --- operators -------------------------------------------------------------------------
@@ -99,6 +108,27 @@ def is_higher_order(target: object) -> bool:
     return isinstance(target, torch._ops.HigherOrderOperator)
 
 
+def operator_schema(target: object) -> str | None:
+    """The schemas of an operator, or of all overloads of one; None for other targets."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names = target.overloads()  # type: ignore[no-untyped-call]
+        overloads = [getattr(target, name) for name in names]
+        return "; ".join(str(overload._schema) for overload in overloads)
+    return None
+
+
+def is_builtin_target(target: Any) -> bool:
+    """Whether an FX target is code of Python's or torch's own, or a higher-order operator."""
+    if is_higher_order(target):
+        return True
+    module = str(getattr(target, "__module__", None) or "")
+    name = str(getattr(target, "__qualname__", None) or getattr(target, "__name__", "<"))
+    own = module.split(".")[0] in ("builtins", "_operator", "operator", "math", "torch", "")
+    return own and "<" not in name
+
+
 PAIRED_STATE = {
     op_name(torch.amp.autocast_mode._enter_autocast): 1,
     op_name(torch.amp.autocast_mode._exit_autocast): -1,
@@ -146,17 +176,19 @@ def expression(value: object) -> sympy.Basic | None:
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value.node.expr
     if isinstance(value, (bool, int)):
+        import sympy
+
         return sympy.sympify(value)
     return None
 
 
-Symbols = Mapping[sympy.Symbol, sympy.Expr]
-"""What each symbol of a captured graph is in terms of `SIZE`: the size itself or, for the
+Symbols = Mapping["sympy.Symbol", "sympy.Expr"]
+"""What each symbol of a captured graph is in terms of `size_symbol()`: the size itself or, for the
 stride of an argument that is not contiguous, a constant or a multiple of the size."""
 
 
 def in_terms_of_size(expr: sympy.Basic, symbols: Symbols) -> sympy.Basic:
-    """The expression over the one symbol `SIZE`."""
+    """The expression over the one symbol `size_symbol()`."""
     return expr.xreplace(dict(symbols))
 
 
@@ -203,7 +235,7 @@ def as_nodes(expr: sympy.Basic, size: fx.Node) -> Any:
     from torch.utils._sympy.reference import PythonReferenceAnalysis
 
     tracer = fx.proxy.GraphAppendingTracer(size.graph)
-    value = sympy_interp(PythonReferenceAnalysis, {SIZE: fx.Proxy(size, tracer)}, expr)
+    value = sympy_interp(PythonReferenceAnalysis, {size_symbol(): fx.Proxy(size, tracer)}, expr)
     return value.node if isinstance(value, fx.Proxy) else value
 
 
@@ -216,12 +248,14 @@ class Assumed:
 
 
 def assumptions(env: Any, symbols: Symbols, bounds: tuple[int, int] | None = None) -> list[Assumed]:
-    """What a ShapeEnv came to assume of its size symbols, over the one symbol `SIZE`.
+    """What a ShapeEnv came to assume of its size symbols, over the one symbol `size_symbol()`.
 
     Reads guards, replacements, deferred run-time asserts and narrowed intervals. `bounds`
     is the interval the symbols started with, None for [0, infinity). Facts about other
     (unbacked) symbols stay in the graph as run-time asserts and are left out.
     """
+    import sympy
+
     found: list[Assumed] = []
 
     def add(expr: sympy.Basic, origin: str) -> None:
@@ -240,7 +274,7 @@ def assumptions(env: Any, symbols: Symbols, bounds: tuple[int, int] | None = Non
     for symbol, replacement in env.replacements.items():
         if symbol in symbols:
             add(sympy.Eq(symbol, replacement), f"{symbol} was replaced by {replacement}")
-    for symbol in [symbol for symbol, meaning in symbols.items() if meaning == SIZE]:
+    for symbol in [symbol for symbol, meaning in symbols.items() if meaning == size_symbol()]:
         interval = env.var_to_range.get(symbol)
         if interval is None:
             continue
@@ -279,6 +313,11 @@ class DynamoCapture:
     sees anyway."""
     explain: Callable[[], str]
     """Which guard no longer holds."""
+    read: Callable[[Collection[int]], dict[str, None]]
+    """What tracing read, as expressions (`_torch_guards.expressions`), without the tensors
+    with these ids."""
+    traced_code: tuple[Any, ...]
+    """The code objects that tracing went through."""
     dimensions: frozenset[sympy.Symbol]
     """The symbols that came into being as a dimension of an argument."""
     assumptions: Callable[[Symbols], list[Assumed]]
@@ -464,8 +503,34 @@ def dynamo_capture(
 
         return check
 
+    collected: list[Any] = []
+
     def check_rest(module: torch.nn.Module, tensors: Collection[int]) -> Callable[[], bool]:
-        return checker(build(lambda entries: _not_covered(entries, module, tensors)))
+        def keep(entries: Sequence[Any]) -> Sequence[bool]:
+            collected[:] = entries
+            return _not_covered(entries, module, tensors)
+
+        return checker(build(keep))
+
+    def read(bound: Collection[int]) -> dict[str, None]:
+        def keep(entries: Sequence[Any]) -> Sequence[bool]:
+            collected[:] = entries
+            return [False] * len(entries)
+
+        if not collected:
+            build(keep)
+        code = traced.__code__
+        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        variadic_names = {name[3:-2] for name in variadic}
+        own = parameters[0] if owner is not None and parameters else None
+        scope = GuardScope(
+            owner if isinstance(owner, torch.nn.Module) else None,
+            own if isinstance(owner, torch.nn.Module) else None,
+            frozenset({*parameters, *variadic_names} - {own}),
+            {name: cell.cell_contents for name, cell in cells},
+            captured.f_globals,
+        )
+        return expressions(collected, scope, bound)
 
     own_args = args if owner is None else (owner, *args)
 
@@ -499,6 +564,8 @@ def dynamo_capture(
         checker(manager),
         check_rest,
         explain,
+        read,
+        tuple(captured.traced_code),
         frozenset(
             symbol
             for symbol, sources in env.var_to_sources.items()  # type: ignore[union-attr]
@@ -528,7 +595,7 @@ class RangeShapes:
     @property
     def symbols(self) -> Symbols:
         """The size symbol, or nothing for a single size."""
-        return {} if isinstance(self.size, int) else {self.size.node.expr: SIZE}
+        return {} if isinstance(self.size, int) else {self.size.node.expr: size_symbol()}
 
     def value(self, like: object, symbols: Symbols) -> Any:
         """A placeholder's captured value, made anew with its sizes in this environment."""
@@ -543,18 +610,22 @@ class RangeShapes:
         return self._dim(like, symbols)
 
     def _dim(self, value: Any, symbols: Symbols) -> int | torch.SymInt:
+        import sympy
+
         expr = expression(value)
         assert expr is not None
         expr = in_terms_of_size(expr, symbols)
         if not expr.free_symbols:
             return int(expr)
         if isinstance(self.size, int):
-            return int(expr.xreplace({SIZE: sympy.Integer(self.size)}))
+            return int(expr.xreplace({size_symbol(): sympy.Integer(self.size)}))
         own = self.size.node.expr
-        if expr == SIZE:
+        if expr == size_symbol():
             return self.size
-        hint = int(expr.xreplace({SIZE: sympy.Integer(self.size.node.hint)}))
-        made: torch.SymInt = self.env.create_symintnode(expr.xreplace({SIZE: own}), hint=hint)
+        hint = int(expr.xreplace({size_symbol(): sympy.Integer(self.size.node.hint)}))
+        made: torch.SymInt = self.env.create_symintnode(
+            expr.xreplace({size_symbol(): own}), hint=hint
+        )
         return made
 
 
@@ -821,7 +892,7 @@ def onednn_pack(weight: torch.Tensor) -> torch.Tensor:
 def onednn_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[tokens, k] to [tokens, n] over a weight that `onednn_pack` made."""
+    """[..., k] to [..., n] over a weight that `onednn_pack` made."""
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 
@@ -854,7 +925,7 @@ def _onednn_library() -> torch.library.Library:
         library.impl("linear", onednn_linear, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(
         "splitpoint_onednn::linear",
-        lambda x, weight, bias=None: x.new_empty((x.shape[0], weight.shape[0])),
+        lambda x, weight, bias=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
         lib=library,
     )
     return library

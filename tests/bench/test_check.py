@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitpoint.bench.check import check
+from splitpoint.bench.check import Expected
 from splitpoint.bench.inputs import last_logits, random_ids
 from splitpoint.errors import OutputMismatch
 
@@ -16,13 +16,15 @@ SIZES = (1, 2, 7)
 
 def test_the_model_agrees_with_itself():
     model = tiny.model()
-    assert check(model, {"eager": last_logits(model)}, SIZES) == {"eager": 0.0}
+    assert Expected(model, SIZES).check("eager", last_logits(model)) == 0.0
 
 
 def test_bf16_is_measured_against_fp32():
     model = tiny.model(torch.bfloat16)
-    errors = check(model, {"eager": last_logits(model)}, SIZES)
-    assert 1e-4 < errors["eager"] < 0.05
+    expected = Expected(model, SIZES)
+    error = expected.check("eager", last_logits(model))
+    assert 1e-4 < error < 0.05
+    assert error == expected.eager_error == expected.limit / 4
     assert model.dtype == torch.bfloat16, "the model itself was converted"
 
 
@@ -37,15 +39,18 @@ def test_a_forward_that_is_wrong_at_one_size(dtype: torch.dtype, wrong_size: int
             ids = torch.cat([(ids[:, :1] + 1) % tiny.VOCABULARY, ids[:, 1:]], dim=1)
         return eager(ids)
 
+    expected = Expected(model, SIZES)
     with pytest.raises(OutputMismatch, match=f"bad is wrong at size {wrong_size}"):
-        check(model, {"eager": eager, "bad": misreads_the_first_token}, SIZES)
+        expected.check("bad", misreads_the_first_token)
+    others = [size for size in SIZES if size != wrong_size]
+    assert expected.check("bad", misreads_the_first_token, others) <= expected.limit
 
 
 def test_not_a_number_is_wrong():
     model = tiny.model()
     eager = last_logits(model)
     with pytest.raises(OutputMismatch, match=r"bad is wrong at size 1: .*nan"):
-        check(model, {"eager": eager, "bad": lambda ids: eager(ids) * torch.nan}, SIZES)
+        Expected(model, SIZES).check("bad", lambda ids: eager(ids) * torch.nan)
 
 
 def test_inputs_repeat_and_differ():

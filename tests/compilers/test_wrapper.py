@@ -90,10 +90,10 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Callable[..., Any
     seen: list[tuple[Any, Callable[..., Any]]] = []
     bare = inductor._bare
 
-    def note(graph: Any, trusted: Any, piece: str) -> Callable[..., Any]:
-        call = bare(graph, trusted, piece)
-        seen.append((graph, call))
-        return call
+    def note(graph: Any, trusted: Any, piece: str) -> Any:
+        made = bare(graph, trusted, piece)
+        seen.append((graph, graph.call if made is None else made.call))
+        return made
 
     monkeypatch.setattr(inductor, "_bare", note)
     return seen

@@ -210,6 +210,30 @@ def test_values_that_are_not_finite_stay_in_their_row(
         assert y[[0, 1, 3, 4]].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((33,), (0,)),
+        ((1, 5, 33), (0, 1, 2)),
+        ((5, 1, 33), (1, 0, 2)),
+        ((2, 3, 33), (0, 1, 2)),
+        ((2, 3, 33), (1, 0, 2)),  # no even step from row to row
+        ((2, 3, 33), (2, 1, 0)),
+        ((2, 0, 33), (0, 1, 2)),
+        ((2, 3, 4, 33), (0, 2, 1, 3)),
+    ],
+)
+def test_any_number_of_dimensions(shape: tuple[int, ...], order: tuple[int, ...]) -> None:
+    """`order` is how the dimensions follow each other in memory."""
+    inverse = [order.index(dim) for dim in range(len(order))]
+    x = torch.randn([shape[dim] for dim in order]).permute(inverse)
+    assert x.shape == shape
+    residual = torch.randn(*shape[:-1], 40)
+    case = Case(x, [torch.randn(40, 33)], [], [], residual)
+    case.check(case.packed())
+    case.check(case.gemv())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_threads_and_row_counts_change_nothing_in_fp32_sums(dtype: torch.dtype) -> None:
     """A token's output depends on neither its neighbours' values nor the number of threads."""
@@ -266,7 +290,7 @@ def good() -> dict[str, Any]:
         ({"x": torch.zeros(3, 10)}, TypeError, "its dtype or int8"),
         ({"x": torch.zeros(3, 10, dtype=torch.float16)}, TypeError, "float32, bfloat16 or int8"),
         ({"x": torch.zeros(3, 10, dtype=torch.int8)}, TypeError, "float32 or bfloat16"),
-        ({"x": torch.zeros(10, dtype=torch.bfloat16)}, ValueError, "x must be"),
+        ({"x": torch.zeros((), dtype=torch.bfloat16)}, ValueError, "x must be"),
         ({"x": torch.zeros(3, 12, dtype=torch.bfloat16)}, ValueError, "is not one for k = 12"),
         ({"weights": []}, ValueError, "there must be a weight, got 0"),
         ({"gated": True}, ValueError, "two weights, of the gate and of what it gates, got 1"),

@@ -1,5 +1,7 @@
 """Linear layers by range: found, rewritten, packed, chosen; right whatever is chosen."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -363,8 +365,6 @@ def test_probes_lie_in_the_range(start, more, n, k):
 
 
 def test_a_wrong_variant_is_never_chosen_however_fast(monkeypatch):
-    import dataclasses
-
     wrong = dataclasses.replace(
         VARIANTS["packed"],
         name="wrong",
@@ -436,3 +436,21 @@ def test_variants_against_float64(name, dtype, tokens, columns, k, flags, activa
                 largest = largest + layers.residual.double().abs()
             allowed = allowed + 6 * ROUNDOFF[dtype] * largest
         assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
+def test_the_rows_of_a_layer_need_not_be_the_size():
+    class Last(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(64, 64, bias=False)
+            self.b = torch.nn.Linear(64, 64, bias=False)
+
+        def forward(self, x):
+            return self.b(self.a(x)[-1:].cos())
+
+    piece, _, bound = piece_of(Last().eval(), torch.randn(5, 64))
+    first, last = (site.shape for site in find(piece, bound))
+    assert first.rows_in(Range(3, 9)) == Range(3, 9)
+    assert last.rows_in(Range(3, 9)) == Range(1, 1)
+    assert str(last) == "64->64 of 1 rows"
+    assert dataclasses.replace(first, rows="4*size").rows_in(Range(3, 9)) == Range(12, 36)

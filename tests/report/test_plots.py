@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import matplotlib.image
@@ -10,7 +11,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from splitpoint import Config, Plan
-from splitpoint.report.plots import FAINT, PAPER, STYLES, save_curves
+from splitpoint.report.plots import FAINT, INK, MARKERS, PAPER, STYLES, save_curves
 
 SIZES = (1, 4, 16, 64)
 PLAN = Plan.from_config(Config(max_size=64, split_points=[8]))
@@ -43,6 +44,22 @@ def test_range_boundaries_are_drawn(tmp_path: Path):
     without = draw(tmp_path / "without.png", whole, first=times)
     with_one = draw(tmp_path / "with.png", PLAN, first=times)
     assert count(with_one, FAINT) > count(without, FAINT) + 300
+
+
+def test_the_floor_is_a_line_of_its_own_and_gaps_are_left(tmp_path: Path):
+    times = {"first": [1.0, math.nan, 4.0, 9.0]}
+    bare, floored = tmp_path / "bare.png", tmp_path / "floored.png"
+    save_curves(bare, SIZES, times, PLAN, title="tiny")
+    save_curves(floored, SIZES, times, PLAN, title="tiny", floor=[0.5, 1.0, 2.0, 8.0])
+    assert count(pixels(floored), INK) > count(pixels(bare), INK) + 300
+    whole = draw(tmp_path / "whole.png", first=[1.0, 2.0, 4.0, 9.0])
+    assert 20 < count(pixels(bare), STYLES[0]) < count(whole, STYLES[0])
+
+
+def test_eight_series_each_have_a_style(tmp_path: Path):
+    image = draw(tmp_path / "all.png", **{f"n{i}": [i + 1.0] * 4 for i in range(8)})
+    assert all(count(image, colour) > 200 for colour in STYLES)
+    assert len(set(STYLES)) == len(STYLES) == len(MARKERS) == 8
 
 
 def test_the_paper_is_opaque(tmp_path: Path):

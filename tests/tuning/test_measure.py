@@ -85,6 +85,15 @@ def test_turns_are_taken_and_the_first_turn_goes_round():
     assert "".join(fake.calls) == "abc" + "abc" + "bca" + "cab"
 
 
+def test_a_slow_one_does_not_cost_the_others_their_rounds():
+    fake = FakeTime()
+    callables = {"fast": fake.takes("f", 0.1), "slow": fake.takes("s", 5.0)}
+    timings = interleave(callables, clock=fake.clock, budget_s=0.9, warm_up=0)
+    assert (timings["fast"].repeats, timings["slow"].repeats) == (9, MIN_REPEATS)
+    # One call each to estimate, then nine rounds: the slow one is in the 2nd, 5th and 8th.
+    assert "".join(fake.calls) == "fs" + "f" + "sf" + "ff" + "fs" + "ff" + "sf" + "f"
+
+
 def test_drift_meets_all_alike():
     """A machine that slows down steadily must not make either of two equals the winner."""
     fake = FakeTime()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,35 +26,53 @@ or less so from input to input. Kernels that fuse differently round at other pla
 better or worse: they may be off from the fp32 model by this many times what eager is."""
 
 
-def check(model: Any, forwards: Mapping[str, Forward], sizes: Sequence[int]) -> dict[str, float]:
-    """The worst error of each forward over the sizes: |logits - reference| / |reference|.
+class Expected:
+    """What a model's logits should be at some sizes, and how far off they may be.
 
-    The reference is the model itself in fp32, run eagerly. The error at a size is the root
-    mean square over `INPUTS` inputs. `forwards` must hold "eager", which sets the limit in
-    bf16: its own worst error over the sizes, times `BF16_FACTOR`.
-
-    Raises:
-        OutputMismatch: naming the forward, the size and the error that is over the limit.
+    The reference is the model itself in fp32, run eagerly. In bf16 the limit is what the model
+    itself is off by, at its worst size, times `BF16_FACTOR`.
     """
-    exact = last_logits(model if model.dtype == torch.float32 else copy.deepcopy(model).float())
-    errors: dict[str, dict[int, float]] = {name: {} for name in forwards}
-    for size in sizes:
-        inputs = [random_ids(model.config.vocab_size, size, seed) for seed in range(INPUTS)]
-        expected = [exact(ids) for ids in inputs]
-        for name, forward in forwards.items():
-            outputs = [forward(ids) for ids in inputs]
-            errors[name][size] = _error(outputs, expected)
-    limit = FP32_LIMIT
-    if model.dtype != torch.float32:
-        limit = BF16_FACTOR * max(errors["eager"].values())
-    for name, by_size in errors.items():
-        for size, error in by_size.items():
-            if not error <= limit:  # also catches nan
+
+    def __init__(self, model: Any, sizes: Sequence[int]) -> None:
+        """Runs the model, and for a while holds a copy of it in fp32."""
+        self._inputs = {
+            size: [random_ids(model.config.vocab_size, size, seed) for seed in range(INPUTS)]
+            for size in sizes
+        }
+        exact = last_logits(model if model.dtype == torch.float32 else copy.deepcopy(model).float())
+        self._outputs = {
+            size: [exact(ids) for ids in inputs] for size, inputs in self._inputs.items()
+        }
+        self.eager_error = 0.0
+        """The worst error of the model itself over the sizes."""
+        self.limit = FP32_LIMIT
+        """Largest error allowed."""
+        if model.dtype != torch.float32:
+            eager = last_logits(model)
+            self.eager_error = max(self._error(eager, size) for size in sizes)
+            self.limit = BF16_FACTOR * self.eager_error
+
+    def check(self, name: str, forward: Forward, sizes: Sequence[int] | None = None) -> float:
+        """The worst error of a forward over the sizes (default: all): |logits - reference| /
+        |reference|, at each size the root mean square over `INPUTS` inputs.
+
+        Raises:
+            OutputMismatch: naming the forward, the size and the error that is over the limit.
+        """
+        worst = 0.0
+        for size in self._inputs if sizes is None else sizes:
+            error = self._error(forward, size)
+            if not error <= self.limit:  # also catches nan
                 raise OutputMismatch(
                     f"{name} is wrong at size {size}: its logits are off by {error:.2g} of their "
-                    f"norm, more than rounding explains ({limit:.2g}); nothing was timed"
+                    f"norm, more than rounding explains ({self.limit:.2g}); it was not timed"
                 )
-    return {name: max(by_size.values()) for name, by_size in errors.items()}
+            worst = max(worst, error)
+        return worst
+
+    def _error(self, forward: Forward, size: int) -> float:
+        outputs = [forward(ids) for ids in self._inputs[size]]
+        return _error(outputs, self._outputs[size])
 
 
 def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -32,6 +32,9 @@ BURST_S = 300e-6
 """About how long calls follow each other between two meetings of the ranks: so long that the end
 of a call does not show as the start of a pause, so short that variants can take many turns."""
 
+FEWEST_CALLS = 4
+"""In a burst, so that what a slow collective needs to wake up is not paid by each call."""
+
 MOST_ROUNDS = 400
 
 
@@ -285,7 +288,7 @@ def _time(
 ) -> list[Row]:
     names = list(variants)
     single = {name: _slowest(_burst(variants[name], 3, group) / 3) for name in names}
-    calls = {name: max(1, int(BURST_S / single[name])) for name in names}
+    calls = {name: max(FEWEST_CALLS, int(BURST_S / single[name])) for name in names}
     rounds = {
         name: max(5, min(MOST_ROUNDS, int(budget_s / (single[name] * calls[name]))))
         for name in names

@@ -12,7 +12,9 @@ from .. import CompiledModel, Config
 from ..errors import ModelNotFound, UsageError
 from ..models import DTYPES, SMOLLM2, load
 from ..paths import cache_folder
-from .forward import ForwardReport, Say, check_sizes, compare, compile_splitpoint, start_up
+from .entrants import Say
+from .forward import check_sizes, compare, compile_splitpoint, start_up
+from .forward_report import ForwardReport
 from .inputs import last_logits
 from .picture import save_picture
 

@@ -14,7 +14,7 @@ from torch import nn
 from .. import Config, compile
 from ..api import CompiledModel
 from ..graph.pieces import Name
-from ..graph.stitch import rebind, stitch
+from ..graph.stitch import assemble, rebind, stitch
 from ..ranges import align
 from ..tuning.measure import THREAD_CPU_TIME, interleave
 from .environment import environment
@@ -164,7 +164,7 @@ def _emptied(
     model: Stack, config: Config, x: torch.Tensor, positions: torch.Tensor
 ) -> CompiledModel:
     """A compiled model whose functions do nothing but what they check of the module."""
-    compiled = compile(model, config)
+    compiled = compile(model, replace(config, cache_dir=""))
     compiled(x, positions)
     program = compiled._program
     for index, lane in enumerate(program.lanes, 1):
@@ -173,7 +173,8 @@ def _emptied(
         guard = None
         if config.module_guards == "every_call":
             guard = program._guard(graph)
-        function, _ = stitch(nothing, graph.inputs, {}, graph.argument_count, None, guard)
+        body = stitch(nothing, graph.inputs, {}, graph.argument_count, None)
+        function = assemble(body, guard)
         rebind(function, graph.bound, graph.facts)
         program.runners[index] = function
     return compiled

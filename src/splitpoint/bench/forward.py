@@ -1,115 +1,29 @@
-"""`splitpoint bench forward`: eager, torch.compile(dynamic=True) and splitpoint, side by side."""
+"""`splitpoint bench forward`: eager, torch.compile(dynamic=True), splitpoint and others, side
+by side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import CompiledModel, Config, compile, kernels
+from .. import CompiledModel, Config, kernels
 from .._torch import fresh_inductor_cache
-from ..errors import UsageError
-from ..ranges import Plan, align
+from ..errors import KernelBuildError, UsageError
+from ..ranges import Plan
 from ..tuning.measure import Clock, Timing, clock_for, interleave
-from .check import check
+from .baselines import BASELINES
+from .check import Expected
 from .cost import Cost, cost_of
+from .entrants import ONLY, Entrants, Say, compile_cold
 from .environment import environment
-from .inputs import Forward, last_logits, random_ids
-
-Say = Callable[[str], None]
-
-NOISY = 0.2
-"""An interquartile spread above which a median of a few repeats tells little."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One size: medians in milliseconds a call, and their spreads (see `Timing.spread`)."""
-
-    size: int
-    dtype: str
-    threads: int
-    eager_ms: float
-    torch_compile_ms: float
-    splitpoint_ms: float
-    ratio: float
-    """torch_compile_ms over splitpoint_ms: above 1, splitpoint is the faster."""
-    eager_spread: float
-    torch_compile_spread: float
-    splitpoint_spread: float
-
-
-@dataclass(frozen=True)
-class ForwardReport:
-    """The outcome of a comparison; `print` it for the table."""
-
-    environment: dict[str, Any]
-    rows: tuple[Row, ...]
-    plan: Plan
-    """The ranges splitpoint ended up with; the same ones are in `environment["plan"]`."""
-
-    def to_json(self) -> str:
-        """`{"environment": {...}, "rows": [...]}`."""
-        return json.dumps(
-            {"environment": self.environment, "rows": [asdict(row) for row in self.rows]}, indent=2
-        )
-
-    def setting(self) -> str:
-        """Model, dtype and threads, in a few words."""
-        env = self.environment
-        threads = "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
-        return f"{env['model']}, {env['dtype']}, {threads}"
-
-    def table(self) -> list[str]:
-        """The rows alone, aligned."""
-        heading = ("size", "eager ms", "torch.compile ms", "splitpoint ms", "ratio")
-        cells = [
-            (
-                str(row.size),
-                f"{row.eager_ms:.2f}",
-                f"{row.torch_compile_ms:.2f}",
-                f"{row.splitpoint_ms:.2f}",
-                f"{row.ratio:.2f}x",
-            )
-            for row in self.rows
-        ]
-        return align([heading, *cells], right=range(len(heading)))
-
-    def _noise(self) -> str:
-        widest = {
-            row.size: max(row.eager_spread, row.torch_compile_spread, row.splitpoint_spread)
-            for row in self.rows
-        }
-        noisy = [str(size) for size, spread in widest.items() if spread > NOISY]
-        text = f"Widest interquartile spread {max(widest.values()):.0%}"
-        if noisy:
-            text += f"; over {NOISY:.0%} at {', '.join(noisy)}: measure these on an idle machine"
-        return text + "."
-
-    def __str__(self) -> str:
-        env = self.environment
-        compiled = env["first_calls"]
-        return "\n".join(
-            [
-                f"{self.setting()}, {env['clock']}",
-                f"torch {env['torch']} on {env['cpu']} ({env['cpu_capability']})",
-                "",
-                *self.table(),
-                "",
-                "ms a call, medians; ratio = torch.compile / splitpoint.",
-                self._noise(),
-                "Cold compile, with the first call at each size, CPU s (wall s): "
-                + ", ".join(
-                    f"{name} {cost['cpu_s']:.0f} ({cost['wall_s']:.0f})"
-                    for name, cost in compiled.items()
-                )
-                + f"; splitpoint has {len(self.plan.entries)} ranges.",
-            ]
-        )
+from .floor import Probes, work_of
+from .forward_report import Floor, ForwardReport, Measured, Row, variant_of
+from .inputs import Forward, call_each, last_logits, random_ids
 
 
 def run(
@@ -120,24 +34,38 @@ def run(
     sizes: Sequence[int],
     threads: int = 1,
     budget_s: float = 1.0,
+    singles: bool = False,
+    baselines: Sequence[str] = (),
     say: Say = lambda line: None,
 ) -> ForwardReport:
     """Compare eager, `torch.compile(dynamic=True)` and splitpoint on one model.
 
-    All three get the same inputs: random ids of a fixed seed, [1, size], no KV cache. Every
-    output is checked before anything is timed. `budget_s` is the time (seconds on the clock
-    in use) given to each of the three at each size. Sets torch's thread count to `threads`
-    for the whole process. What goes on is told to `say`, one line at a time.
+    All get the same inputs: random ids of a fixed seed, [1, size], no KV cache. No output is
+    timed that was not checked. `budget_s` is the time (seconds on the clock in use) given to
+    each at each size. With `singles`, splitpoint is compiled once more for every kernel that
+    can serve all sizes, with that kernel and one range. `baselines` names what else to compare
+    with (`BASELINES`); one that is not installed is noted in the report. Sets torch's thread
+    count to `threads` for the whole process. What goes on is told to `say`, one line at a time.
 
     Raises:
-        UsageError: for sizes that the plan does not serve.
+        UsageError: for sizes that the plan does not serve, or a baseline that there is not.
         OutputMismatch: when a compiled model's output differs from eager's.
     """
     check_sizes(sizes, config)
+    check_baselines(baselines)
     start_up(threads)
     compiled, cost = compile_splitpoint(model, config, sizes, say)
     return compare(
-        model, name, compiled, cost, sizes=sizes, threads=threads, budget_s=budget_s, say=say
+        model,
+        name,
+        compiled,
+        cost,
+        sizes=sizes,
+        threads=threads,
+        budget_s=budget_s,
+        singles=singles,
+        baselines=baselines,
+        say=say,
     )
 
 
@@ -148,6 +76,16 @@ def check_sizes(sizes: Sequence[int], config: Config) -> None:
         raise UsageError(
             f"sizes must be from 1 to max_size={config.max_size}, got "
             f"{', '.join(map(str, outside)) or 'none'}: change --sizes or --max-size"
+        )
+
+
+def check_baselines(names: Sequence[str]) -> None:
+    """Raises `UsageError` for a baseline that there is not."""
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise UsageError(
+            f"there is no baseline {', '.join(map(repr, unknown))}: choose from "
+            f"{', '.join(BASELINES)}"
         )
 
 
@@ -168,12 +106,13 @@ def compile_splitpoint(
     model: Any, config: Config, sizes: Sequence[int], say: Say
 ) -> tuple[CompiledModel, Cost]:
     """Compile every range from an empty cache, and call it once at each size."""
+    config = replace(config, cache_dir="")
     say(f"splitpoint: compiling {len(Plan.from_config(config).entries)} ranges ...")
     torch.compiler.reset()
-    compiled = compile(model, config, dynamic_dims={"input_ids": 1})
-    with fresh_inductor_cache():
-        _, cost = cost_of(lambda: call_each(last_logits(compiled), sizes))
-    return compiled, cost
+    return compile_cold(model, config, sizes)
+
+
+# --- the comparison --------------------------------------------------------------------
 
 
 def compare(
@@ -185,29 +124,45 @@ def compare(
     sizes: Sequence[int],
     threads: int,
     budget_s: float,
+    singles: bool = False,
+    baselines: Sequence[str] = (),
     say: Say,
 ) -> ForwardReport:
     """As `run`, with a model that `compile_splitpoint` has compiled."""
+    say("running the model in fp32, to check outputs ...")
+    expected = Expected(model, sizes)
+    entrants = Entrants(expected, {"eager": last_logits(model)})
+    entrants.errors["eager"] = expected.eager_error
+    work = {size: work_of(model, size) for size in sizes}
+
     say("torch.compile(dynamic=True): compiling ...")
     # fullgraph, so that a recompilation limit is an error here and not a quiet fall back to
     # eager. Two graphs are expected: Dynamo takes size 1 for a constant.
-    reference = torch.compile(model, dynamic=True, fullgraph=True)
+    reference = last_logits(torch.compile(model, dynamic=True, fullgraph=True))
     with fresh_inductor_cache():
-        _, reference_cost = cost_of(lambda: call_each(last_logits(reference), sizes))
+        _, entrants.costs["torch.compile"] = cost_of(lambda: call_each(reference, sizes))
+    entrants.forwards["torch.compile"] = entrants.add("torch.compile", reference)
+    entrants.costs["splitpoint"] = cost
+    entrants.forwards["splitpoint"] = entrants.add("splitpoint", last_logits(compiled))
+    if singles:
+        entrants.add_singles(model, compiled.config, sizes, say)
+    entrants.add_baselines(model, baselines, sizes, say)
 
-    forwards = {
-        "eager": last_logits(model),
-        "torch.compile": last_logits(reference),
-        "splitpoint": last_logits(compiled),
-    }
-    say("checking outputs ...")
-    errors = check(model, forwards, sizes)
+    probes = _probes(model, entrants)
     clock = clock_for(threads)
     dtype = _dtype_name(model)
     rows = []
     for size in sizes:
+        built = entrants.built_for(size, say)
         say(f"timing size {size} ...")
-        rows.append(_row(size, dtype, threads, _time(forwards, model, size, clock, budget_s)))
+        timings = _time({**entrants.forwards, **built}, probes, model, size, clock, budget_s)
+        floor = None
+        if probes is not None:
+            rates = probes.rates(timings)
+            floor = Floor(work[size].floor_s(rates) * 1e3, rates.bytes_s / 1e9, rates.flops_s / 1e9)
+        variant = variant_of(compiled.plan.entry_for(size))
+        rows.append(_row(size, dtype, threads, variant, floor, timings, baselines))
+        entrants.release(built)
     return ForwardReport(
         environment=environment()
         | {
@@ -216,11 +171,9 @@ def compare(
             "threads": threads,
             "clock": clock.name,
             "budget_s": budget_s,
-            "first_calls": {
-                "torch.compile": asdict(reference_cost),
-                "splitpoint": asdict(cost),
-            },
-            "output_error": errors,
+            "first_calls": {name: asdict(cost) for name, cost in entrants.costs.items()},
+            "output_error": entrants.errors,
+            "notes": entrants.notes,
             "plan": json.loads(compiled.plan.to_json()),
         },
         rows=tuple(rows),
@@ -228,18 +181,28 @@ def compare(
     )
 
 
-def call_each(forward: Forward, sizes: Sequence[int]) -> None:
-    """Call once at each size, the largest first: a graph made at 1 would be for 1 only."""
-    for size in sorted(sizes, reverse=True):
-        # Every vocabulary has id 0, and what the ids are does not change what is compiled.
-        forward(torch.zeros(1, size, dtype=torch.int64))
+def _probes(model: Any, entrants: Entrants) -> Probes | None:
+    try:
+        return Probes(model.dtype)
+    except KernelBuildError as error:
+        entrants.notes.append(f"There is no floor, as memory cannot be read: {error}.")
+        return None
 
 
 def _time(
-    forwards: dict[str, Forward], model: Any, size: int, clock: Clock, budget_s: float
+    forwards: Mapping[str, Forward],
+    probes: Probes | None,
+    model: Any,
+    size: int,
+    clock: Clock,
+    budget_s: float,
 ) -> dict[str, Timing]:
     ids = random_ids(model.config.vocab_size, size)
-    calls = {name: _bind(forward, ids) for name, forward in forwards.items()}
+    calls: dict[str, Callable[[], object]] = {
+        name: _bind(forward, ids) for name, forward in forwards.items()
+    }
+    if probes is not None:
+        calls |= probes.calls()
     return interleave(calls, clock=clock, budget_s=budget_s)
 
 
@@ -247,19 +210,31 @@ def _bind(forward: Forward, ids: Tensor) -> Callable[[], Tensor]:
     return lambda: forward(ids)
 
 
-def _row(size: int, dtype: str, threads: int, timings: dict[str, Timing]) -> Row:
-    eager, reference, ours = (timings[n] for n in ("eager", "torch.compile", "splitpoint"))
+def _row(
+    size: int,
+    dtype: str,
+    threads: int,
+    variant: str,
+    floor: Floor | None,
+    timings: Mapping[str, Timing],
+    baselines: Sequence[str],
+) -> Row:
+    measured = {
+        name: Measured(timing.median_s * 1e3, timing.spread) for name, timing in timings.items()
+    }
     return Row(
         size=size,
         dtype=dtype,
         threads=threads,
-        eager_ms=eager.median_s * 1e3,
-        torch_compile_ms=reference.median_s * 1e3,
-        splitpoint_ms=ours.median_s * 1e3,
-        ratio=reference.median_s / ours.median_s,
-        eager_spread=eager.spread,
-        torch_compile_spread=reference.spread,
-        splitpoint_spread=ours.spread,
+        variant=variant,
+        eager=measured["eager"],
+        torch_compile=measured["torch.compile"],
+        splitpoint=measured["splitpoint"],
+        floor=floor,
+        singles={
+            name.removeprefix(ONLY): one for name, one in measured.items() if name.startswith(ONLY)
+        },
+        baselines={name: measured[name] for name in baselines if name in measured},
     )
 
 

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from types import ModuleType
 
 from ..errors import UsageError
-from .forward import ForwardReport
+from .entrants import ONLY
+from .forward_report import ForwardReport
+
+TITLES = {"torch.compile": "torch.compile(dynamic=True)"}
+"""What a curve is called where its name in the table is short."""
 
 
 def save_picture(report: ForwardReport, path: Path) -> None:
-    """Write the three curves as PNG.
+    """Write the curves as PNG: what was compared, of single kernels the best, and the floor.
 
     Raises:
         UsageError: when matplotlib is not installed.
     """
+    best = report.best_single
+    names = dict.fromkeys(name for row in report.rows for name in row.measured)
+    series = {
+        TITLES.get(name, name): [
+            row.measured[name].ms if name in row.measured else math.nan for row in report.rows
+        ]
+        for name in names
+        if not name.startswith(ONLY) or name == f"{ONLY}{best}"
+    }
+    floor = [row.floor.ms if row.floor else math.nan for row in report.rows]
     plots().save_curves(
         path,
         [row.size for row in report.rows],
-        {
-            "eager": [row.eager_ms for row in report.rows],
-            "torch.compile(dynamic=True)": [row.torch_compile_ms for row in report.rows],
-            "splitpoint": [row.splitpoint_ms for row in report.rows],
-        },
+        series,
         report.plan,
+        floor=None if all(map(math.isnan, floor)) else floor,
         title="Forward pass of " + report.setting(),
     )
 

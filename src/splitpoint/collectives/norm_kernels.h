@@ -91,11 +91,11 @@ inline float sum_row(const FusedArgs& a, int64_t row, float* total) {
 inline void quantise_fp8(const float* norm, int64_t hidden, float scale, uint8_t* to) {
   int64_t i = 0;
   for (; i + kLanes <= hidden; i += kLanes) {
-    store_codes(to + i, fp8_codes(clamped_fp8(load(norm + i) * scale)));
+    store_codes(to + i, fp8_codes(load(norm + i) * scale));
   }
   if (i < hidden) {
     uint8_t codes[kLanes];
-    store_codes(codes, fp8_codes(clamped_fp8(load_some(norm + i, hidden - i) * scale)));
+    store_codes(codes, fp8_codes(load_some(norm + i, hidden - i) * scale));
     std::memcpy(to + i, codes, hidden - i);
   }
 }
@@ -116,7 +116,7 @@ inline void quantise_fp4(const float* norm, int64_t hidden, float global, uint8_
       }
       largest[block] = as_float(largest_lane<kLanes>(most));
     }
-    const BitVec codes = fp8_codes(clamped_fp8(load(largest) * (1.0f / 6.0f) * global));
+    const BitVec codes = fp8_codes(load(largest) * (1.0f / 6.0f) * global);
     const Vec stored = fp8_values(codes);
     store(inverse, stored == 0.0f ? Vec{} : global / stored);
     uint8_t bytes[kLanes];

@@ -69,15 +69,12 @@ SPLITPOINT_INLINE void store_some(T* to, Vec value, int64_t count) {
 
 inline constexpr float kFp8Largest = 448.0f;
 
-SPLITPOINT_INLINE Vec clamped_fp8(Vec value) {
-  value = value > kFp8Largest ? splat(kFp8Largest) : value;  // a NaN stays one
-  return value < -kFp8Largest ? splat(-kFp8Largest) : value;
-}
-
-// e4m3 codes of values within +-448, one a lane.
+// e4m3 codes, one a lane; beyond 448 the code of 448.
 SPLITPOINT_INLINE BitVec fp8_codes(Vec value) {
   const BitVec bits = (BitVec)value;
-  const BitVec magnitude = bits & 0x7fffffffu;
+  const BitVec whole = bits & 0x7fffffffu;
+  constexpr uint32_t kLargest = 0x43e00000u;  // 448
+  const BitVec magnitude = whole < kLargest ? whole : BitVec{} + kLargest;
   // Normal: the exponent moves from a bias of 127 to one of 7, half an ulp less one is added, and
   // one more if the last bit that stays is odd.
   const BitVec normal = (magnitude + (0xc4000000u + 0x7ffffu) + ((magnitude >> 20) & 1u)) >> 20;
@@ -86,7 +83,7 @@ SPLITPOINT_INLINE BitVec fp8_codes(Vec value) {
   const Vec magic = (Vec)(BitVec{} + kMagic);
   const BitVec small = (BitVec)((Vec)magnitude + magic) - kMagic;
   BitVec code = magnitude < (121u << 23) ? small : normal;
-  code = magnitude > 0x7f800000u ? BitVec{} + 0x7fu : code;
+  code = whole > 0x7f800000u ? BitVec{} + 0x7fu : code;
   return code | (bits >> 24 & 0x80u);
 }
 

@@ -62,7 +62,11 @@ def load() -> Path:
 
 @functools.cache
 def _load() -> Path:
-    units = [*kernel_units(), build.Unit("glue", SOURCES / "shm.cpp", build.torch_header_flags())]
+    glue = [
+        build.Unit(source.stem, source, build.torch_header_flags())
+        for source in sorted(SOURCES.glob("shm_*.cpp"))
+    ]
+    units = [*kernel_units(), *glue]
     path = build.built("splitpoint-shm", units, [SOURCES, build.SOURCES])
     ops.register()
     try:

@@ -258,6 +258,12 @@ class Channel {
     await_first(chunk);
   }
 
+  // Counts calls from 1 again; all ranks must do so between the same calls.
+  void count_anew() {
+    calls_ = 0;
+    header_->calls[rank()].number.store(0);
+  }
+
   // Tells the others not to wait for this rank any more.
   void leave() { header_->progress[rank()].left.store(1); }
 

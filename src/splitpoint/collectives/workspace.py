@@ -17,6 +17,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ MAX_BYTES = 128 << 10
 their way to stay in the second-level cache, large enough for a row of 8192 float32 values."""
 
 _PAGE = 4096
+
+_PROBE_BYTES = 64 << 10
+
+_CLEARLY = 1.3
+"""How much better writing past the caches must be; a busy machine must not decide for it."""
 
 _HANDOVER_S = 10.0
 """How long ranks wait for each other while the file is handed over."""
@@ -146,6 +152,8 @@ def attach(
     if any(errors):
         torch.ops.splitpoint.shm_detach(name)
         _raise(errors, name)
+    if ranks > 1:
+        _choose_copies(name, group)
     return Workspace(name, rank, ranks, slot_bytes, timeout_s)
 
 
@@ -232,6 +240,31 @@ def _attach(
         for pidfd in filter(lambda pidfd: pidfd >= 0, pidfds):
             os.close(pidfd)
         raise
+
+
+def _choose_copies(name: str, group: dist.ProcessGroup) -> None:
+    """Find out how a rank best gives its inputs to the others on this machine.
+
+    Writing through its caches is up to three times as fast on some processors; on others each
+    cache line must first be taken back from the reader, and writing past the caches is.
+    """
+    splitpoint = torch.ops.splitpoint
+    x = torch.zeros(_PROBE_BYTES, dtype=torch.uint8).view(torch.float32)
+    seconds = {False: math.inf, True: math.inf}
+    for _ in range(3):
+        for past_caches in seconds:
+            splitpoint.shm_copy_past_caches(name, past_caches)
+            splitpoint.all_reduce(x, group=name, algorithm="one_shot")
+            start = time.perf_counter()
+            for _ in range(8):
+                splitpoint.all_reduce(x, group=name, algorithm="one_shot")
+            seconds[past_caches] = min(seconds[past_caches], time.perf_counter() - start)
+    known = _exchange(seconds, group)
+    slowest = {way: max(each[way] for each in known) for way in seconds}
+    splitpoint.shm_copy_past_caches(name, slowest[True] * _CLEARLY < slowest[False])
+    splitpoint.shm_count_anew(name)
+    # Nobody may call before all have begun to count anew.
+    dist.barrier(group)
 
 
 # --- one file for all ranks ------------------------------------------------------------

@@ -15,7 +15,7 @@ from ..graph.pieces import Piece
 from ..passes.base import Pass
 from ..passes.manager import MatchCount, PassManager
 from ..ranges import PlannedRange
-from .wrapper import NotPlain, read_wrapper
+from .wrapper import NotPlain, Wrapper, read_wrapper
 
 log = logging.getLogger("splitpoint")
 
@@ -29,6 +29,17 @@ class Compiled:
     assumptions: tuple[Assumption, ...]
     """What the compiler came to assume about the size beyond the range's bounds."""
     matches: tuple[MatchCount, ...]
+    bare: Bare | None = None
+    """What `call` is made of, where that is known."""
+
+
+@dataclass(frozen=True)
+class Bare:
+    """Inductor's code without the wrappers around it."""
+
+    call: Callable[..., Sequence[Any]]
+    wrapper: Wrapper
+    kernels: Mapping[str, Callable[..., Any]]
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -91,24 +102,24 @@ def compile_piece(
         ) from error
     found = _torch.assumptions(shapes.env, shapes.symbols, shapes.bounds)
     inputs_before = int(piece.takes_size)
-    call = _bare(graph, {index + inputs_before for index in trusted}, piece.fingerprint)
-    return Compiled(call, read(found), tuple(manager.matches(_torch.take_notes())))
+    bare = _bare(graph, {index + inputs_before for index in trusted}, piece.fingerprint)
+    call = graph.call if bare is None else bare.call
+    return Compiled(call, read(found), tuple(manager.matches(_torch.take_notes())), bare)
 
 
-def _bare(
-    graph: _torch.InductorGraph, trusted: Collection[int], piece: str
-) -> Callable[..., Sequence[Any]]:
+def _bare(graph: _torch.InductorGraph, trusted: Collection[int], piece: str) -> Bare | None:
     """The graph without AOTAutograd's run-time wrapper, which costs 10 to 20 us a call, where
     that has nothing to do."""
     if graph.wrapped:
         log.debug("piece %s keeps its wrapper for: %s", piece, graph.wrapped)
-        return graph.call
+        return None
     try:
         wrapper = read_wrapper(graph.source, trusted, graph.mutated)
-        return wrapper.bind(graph.names)
+        call = wrapper.bind(graph.names)
     except (NotPlain, LookupError, SyntaxError) as error:
         log.debug("piece %s keeps its wrapper: its code has %s", piece, error)
-        return graph.call
+        return None
+    return Bare(call, wrapper, {name: graph.names[name] for name in wrapper.kernels})
 
 
 def _own_error(error: BaseException | None) -> SplitpointError | None:

@@ -81,6 +81,9 @@ class Capture:
     owner: torch.nn.Module | None
     """The module whose tree may hold bound tensors."""
     explain: Callable[[], str]
+    read: Callable[[Collection[int]], dict[str, None]]
+    """What tracing read, as expressions, without the tensors with these ids."""
+    traced_code: tuple[Any, ...]
     held: Callable[[list[Any]], tuple[Held, ...] | None]
     """Given the bound tensors: what to compare to notice a replaced one; None when the
     module tree does not hold all of them."""
@@ -160,7 +163,9 @@ def capture(
         dynamo.check_rest,
         owner,
         dynamo.explain,
-        lambda tensors: _held(owner, tensors),
+        dynamo.read,
+        dynamo.traced_code,
+        lambda tensors: held(owner, tensors),
     )
 
 
@@ -171,7 +176,7 @@ def _symbols(
 ) -> _torch.Symbols:
     """What each symbol in the arguments' shapes and strides is in terms of the size."""
     # One that tracing fixed to a number no longer occurs in any shape, only in a guard.
-    meanings: dict[Any, Any] = dict.fromkeys(dynamo.dimensions, _torch.SIZE)
+    meanings: dict[Any, Any] = dict.fromkeys(dynamo.dimensions, _torch.size_symbol())
     for source, value in zip(inputs, dynamo.placeholders, strict=True):
         if not isinstance(source, Argument):
             continue
@@ -180,7 +185,7 @@ def _symbols(
             # Dynamo gives a stride that does not follow from the shape a symbol of its own.
             if isinstance(stride, torch.SymInt) and (symbol := stride.node.expr).is_Symbol:
                 constant, slope = leaf.stride_at(dim)
-                meanings.setdefault(symbol, constant + slope * _torch.SIZE)
+                meanings.setdefault(symbol, constant + slope * _torch.size_symbol())
     return meanings
 
 
@@ -313,7 +318,9 @@ _FIRST_PROBE = 7_919_000_000_000
 """Stands, with those above it, for integers that the graph returns; no real size is near."""
 
 
-def _held(owner: torch.nn.Module | None, tensors: list[Any]) -> tuple[Held, ...] | None:
+def held(owner: torch.nn.Module | None, tensors: list[Any]) -> tuple[Held, ...] | None:
+    """What to compare to notice that a module tree holds other tensors than these; None when
+    it does not hold all of them."""
     wanted = {id(tensor) for tensor in tensors}
     found: dict[tuple[int, str], Held] = {}
 

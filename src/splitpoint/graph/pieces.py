@@ -5,20 +5,22 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
 
 from .. import _torch
 from ..errors import UnknownSplittingOp, UnsupportedGraph
 
+if TYPE_CHECKING:
+    import sympy
+
 SHAPE, DTYPE = "splitpoint_shape", "splitpoint_dtype"
 """Keys of a piece's `node.meta`: what is known of a tensor without a ShapeEnv. A dimension is an
-expression over `_torch.SIZE`."""
+expression over `_torch.size_symbol()`."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +289,7 @@ class _Splitter:
                     assert size is not None
                     copies[node] = _torch.as_nodes(expr, size)
                 else:
-                    copies[node] = expr == sympy.true if expr.is_Boolean else int(expr)
+                    copies[node] = bool(expr) if expr.is_Boolean else int(expr)
             elif node.op == "get_attr":
                 name = f"const{len(attributes)}"
                 attributes[name] = _attribute(self.root, str(node.target))
@@ -366,6 +368,43 @@ def _attribute(root: fx.GraphModule, path: str) -> Any:
 
 
 # --- fingerprints ----------------------------------------------------------------------
+
+
+def describe(piece: Piece) -> str:
+    """What a piece computes, as text that is equal in every process.
+
+    Raises:
+        NotPortable: when that depends on objects or code of this process.
+    """
+    rows = [_describe_value(value, piece.symbols) for value in piece.values]
+    rows += [*_portable_targets(piece.graph_module), *_describe_graph(piece.graph_module)]
+    for row in rows:
+        if " at 0x" in row or row.startswith("attribute object "):
+            raise NotPortable(row)
+    return "\n".join(rows)
+
+
+class NotPortable(Exception):
+    """A graph means something in this process only; says what."""
+
+
+def _portable_targets(graph_module: fx.GraphModule) -> Iterator[str]:
+    """A line for each operator in a graph that is not torch's own.
+
+    Raises:
+        NotPortable: for a call of anything else.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            inner = _attribute(graph_module, node.target)
+            if isinstance(inner, fx.GraphModule):
+                yield from _portable_targets(inner)
+        elif node.op == "call_function":
+            schema = _torch.operator_schema(node.target)
+            if schema is not None:
+                yield schema
+            elif not _torch.is_builtin_target(node.target):
+                raise NotPortable(f"a call of {_torch.op_name(node.target)}")
 
 
 def _fingerprint(

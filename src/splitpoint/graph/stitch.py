@@ -44,16 +44,27 @@ class Guard:
     """None: tensors are held where a replacement cannot be seen, so refresh every time."""
 
 
+@dataclass(frozen=True)
+class Body:
+    """A stitched function without what it checks first."""
+
+    parameters: tuple[str, ...]
+    lines: tuple[str, ...]
+    names: Mapping[str, Any]
+    """What the lines name: compiled pieces ("p_" and their fingerprint), operators and other
+    constants; tensors of the module come by `rebind`."""
+    packed: tuple[tuple[int, str], ...]
+    """The (`Bound.index`, layout) of the packed weights it reads, in the order in which it does."""
+
+
 def stitch(
     split: Split,
     inputs: Sequence[Argument | Bound | SizeInput],
     compiled: Mapping[str, CompiledPiece],
     argument_count: int,
     result: tuple[Sequence[Any], Any] | None,
-    guard: Guard | None,
-    packed: Packed | None = None,
-) -> tuple[Stitched, frozenset[tuple[int, str]]]:
-    """Generate the function of one range. `rebind` must follow before it is called.
+) -> Body:
+    """Write the function of one range.
 
     Args:
         split: the steps.
@@ -62,15 +73,42 @@ def stitch(
         argument_count: how many tensor arguments a call has.
         result: leaves (`GraphOutput`, `Argument` or constant) and pytree spec of what the
             callable returns; None to return the tuple of graph outputs.
+    """
+    return _Writer(split, inputs, compiled, argument_count).body(result)
+
+
+def assemble(body: Body, guard: Guard | None, packed: Packed | None = None) -> Stitched:
+    """Make the function. `rebind` must follow before it is called.
+
+    Args:
+        body: what it does.
         guard: what to check of the module at each call, if anything.
         packed: how to keep packed weights up to date, where there are any and the guard does
             not see that they are.
-
-    Returns:
-        The function, and the (`Bound.index`, layout) of the packed weights it reads.
     """
-    writer = _Writer(split, inputs, compiled, argument_count)
-    return writer.function(result, guard, packed), frozenset(writer.packed)
+    names = dict(body.names)
+    first: list[str] = []
+
+    def constant(value: Any) -> str:
+        name = f"k{len(names)}"
+        names[name] = value
+        return name
+
+    if guard is not None and guard.held is None:
+        first.append(f"{constant(guard.refresh)}()")
+    elif guard is not None:
+        facts = [f"h{i}.get({fact.key!r}) is o{i}" for i, fact in enumerate(guard.held or ())]
+        checks = [f"{constant(check)}()" for check in guard.checks]
+        conditions = " and ".join([*checks, *facts])
+        first.append(f"if not ({conditions}): {constant(guard.refresh)}()")
+    if body.packed and packed is not None:
+        first.append(f"if not {constant(packed.fresh)}(): {constant(packed.repack)}()")
+    lines = "\n    ".join([*first, *body.lines])
+    source = f"def stitched({', '.join(body.parameters)}):\n    {lines}\n"
+    exec(compile(source, "<splitpoint stitched>", "exec"), names)
+    function: Stitched = names["stitched"]
+    function.__doc__ = source
+    return function
 
 
 def rebind(
@@ -117,17 +155,9 @@ class _Writer:
             for name, source in zip(split.inputs, inputs, strict=True)
             if isinstance(source, Bound)
         }
-        self.packed: set[tuple[int, str]] = set()
+        self.packed: dict[tuple[int, str], None] = {}
 
-    def function(
-        self,
-        result: tuple[Sequence[Any], Any] | None,
-        guard: Guard | None,
-        packed: Packed | None,
-    ) -> Stitched:
-        if guard is not None:
-            self.write_guard(guard)
-        prologue = len(self.lines)
+    def body(self, result: tuple[Sequence[Any], Any] | None) -> Body:
         uses = [self.used(step) for step in self.split.steps]
         last = {name: index for index, used in enumerate(uses) for name in used}
         kept = self.used(self.split.outputs)
@@ -139,29 +169,11 @@ class _Writer:
             locals_ = [self.names[name] for name in done + unused if name not in kept]
             if dead := [local for local in locals_ if local.startswith("v")]:
                 self.lines.append(f"del {', '.join(dead)}")
-        if self.packed and packed is not None:
-            fresh, repack = self.constant(packed.fresh), self.constant(packed.repack)
-            self.lines.insert(prologue, f"if not {fresh}(): {repack}()")
         if result is None:
             self.lines.append(f"return {self.code(tuple(self.split.outputs))}")
         else:
             self.lines.append(f"return {self.write_result(iter(result[0]), result[1])}")
-        body = "\n    ".join(self.lines)
-        source = f"def stitched({', '.join(self.parameters)}):\n    {body}\n"
-        exec(compile(source, "<splitpoint stitched>", "exec"), self.namespace)
-        function: Stitched = self.namespace["stitched"]
-        function.__doc__ = source
-        return function
-
-    def write_guard(self, guard: Guard) -> None:
-        refresh = self.constant(guard.refresh)
-        if guard.held is None:
-            self.lines.append(f"{refresh}()")
-            return
-        facts = [f"h{index}.get({fact.key!r}) is o{index}" for index, fact in enumerate(guard.held)]
-        checks = [f"{self.constant(check)}()" for check in guard.checks]
-        conditions = " and ".join([*checks, *facts])
-        self.lines.append(f"if not ({conditions}): {refresh}()")
+        return Body(tuple(self.parameters), tuple(self.lines), self.namespace, tuple(self.packed))
 
     def write_result(self, leaves: Iterator[Any], spec: Any) -> str:
         """Source that nests the leaves of the result as the callable returned them."""
@@ -201,7 +213,7 @@ class _Writer:
     def input(self, name: str, layout: str) -> str:
         if layout == "plain":
             return self.names[name]
-        self.packed.add((self.bound[name], layout))
+        self.packed[self.bound[name], layout] = None
         return f"{self.names[name]}_{layout}"
 
     def new(self, name: str) -> str:

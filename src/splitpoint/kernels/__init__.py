@@ -7,8 +7,8 @@ holds the same operators in float64.
 
 from __future__ import annotations
 
-import functools
 import threading
+from pathlib import Path
 
 import torch
 
@@ -18,6 +18,8 @@ from . import build
 from .fakes import register_fakes
 
 _lock = threading.Lock()
+_loaded: list[Path] = []
+"""The library, once its operators are registered: that can be done once in a process."""
 
 
 def load() -> None:
@@ -28,12 +30,27 @@ def load() -> None:
             install. Callers can go on with Inductor's own kernels.
     """
     with _lock:
-        _load()
+        if not _loaded:
+            _load(build.library())
 
 
-@functools.cache
-def _load() -> None:
-    path = build.library()
+def load_from(path: Path) -> None:
+    """`load` from a library that was built before, so that no compiler is needed.
+
+    Raises:
+        KernelBuildError: when it cannot be loaded here.
+    """
+    with _lock:
+        if not _loaded:
+            _load(path)
+
+
+def loaded_library() -> Path | None:
+    """The library whose operators are registered, if any is."""
+    return _loaded[0] if _loaded else None
+
+
+def _load(path: Path) -> None:
     try:
         _torch.load_library(path)
     except OSError as error:
@@ -42,6 +59,7 @@ def _load() -> None:
             f"built again"
         ) from error
     register_fakes()
+    _loaded.append(path)
 
 
 def available() -> bool:

@@ -46,7 +46,7 @@ def bounds(
             magnitude = magnitude * scales[index].double()
         if biases:
             magnitude = magnitude + biases[index].double().abs()
-        errors.append((x.shape[1] + 4) * U32 * magnitude + TINY)
+        errors.append((x.shape[-1] + 4) * U32 * magnitude + TINY)
     activated = [
         _activated_error(activation, before, error)
         for before, error in zip(befores, errors, strict=True)

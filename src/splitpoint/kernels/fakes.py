@@ -32,7 +32,7 @@ def _linear_packed(
     activation: str = "none",
     gated: bool = False,
 ) -> list[Tensor]:
-    return [x.new_empty((x.shape[0], columns)) for columns in (n[:1] if gated else n)]
+    return [x.new_empty((*x.shape[:-1], columns)) for columns in (n[:1] if gated else n)]
 
 
 def _linear_gemv(
@@ -45,4 +45,4 @@ def _linear_gemv(
     gated: bool = False,
 ) -> list[Tensor]:
     each = weights[:1] if gated else weights
-    return [x.new_empty((x.shape[0], weight.shape[0])) for weight in each]
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in each]

@@ -172,13 +172,30 @@ Activation activation_of(std::string_view name) {
   return Activation::gelu_erf;
 }
 
-// A matrix whose rows are contiguous, copied only if they are not.
-c10::MaybeOwned<Tensor> with_rows(const Tensor& matrix) {
-  if (matrix.stride(1) == 1 || matrix.size(1) == 1 || matrix.numel() == 0) {
-    return c10::MaybeOwned<Tensor>::borrowed(matrix);
+// A tensor as rows along its last dimension, copied only if they do not lie evenly.
+struct Rows {
+  c10::MaybeOwned<Tensor> held;
+  const void* data;
+  int64_t stride;
+
+  explicit Rows(const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    bool even = tensor.stride(last) == 1 || tensor.size(last) == 1 || tensor.numel() == 0;
+    stride = tensor.size(last);
+    int64_t rows = 1;  // below the dimension looked at
+    for (int64_t d = last - 1; d >= 0; --d) {
+      if (tensor.size(d) == 1) continue;
+      if (rows == 1) stride = tensor.stride(d);
+      even = even && tensor.stride(d) == stride * rows;
+      rows *= tensor.size(d);
+    }
+    even = even || tensor.numel() == 0;
+    held = even ? c10::MaybeOwned<Tensor>::borrowed(tensor)
+                : c10::MaybeOwned<Tensor>::owned(tensor.contiguous());
+    if (!even) stride = tensor.size(last);
+    data = held->const_data_ptr();
   }
-  return c10::MaybeOwned<Tensor>::owned(matrix.contiguous());
-}
+};
 
 // One of the lists that hold a tensor for each weight, or none at all.
 const Tensor* each_of(at::TensorList list, size_t i, size_t count, const char* name) {
@@ -201,15 +218,18 @@ std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
   const KernelTable* table = chosen().load(std::memory_order_relaxed);
   const bool packed = given.n.has_value();
   const size_t count = given.weights.size();
-  TORCH_CHECK_VALUE(x_given.dim() == 2, "x must be [tokens, k], got ", x_given.dim(),
-                    " dimensions");
+  TORCH_CHECK_VALUE(x_given.dim() > 0, "x must be [..., k], got no dimension");
   TORCH_CHECK_VALUE(count > 0 && (!given.gated || count == 2), "there must be ",
                     given.gated ? "two weights, of the gate and of what it gates" : "a weight",
                     ", got ", count);
   TORCH_CHECK_VALUE(!packed || given.n->size() == count, "n must hold the columns of each weight");
   const DType type = dtype_of(x_given, "x");
   const DType w_type = dtype_of(given.weights[0], "weight");
-  const int64_t k = x_given.size(1), t = x_given.size(0);
+  at::DimVector shape(x_given.sizes());  // of a result, but for its last dimension
+  const int64_t k = shape.back();
+  shape.pop_back();
+  const int64_t t = c10::multiply_integers(shape);
+  shape.push_back(0);
   LinearArgs common{};
   common.t = t, common.k = k;
   common.x_type = type, common.y_type = type, common.w_type = w_type;
@@ -219,7 +239,7 @@ std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
   std::vector<LinearArgs> layers;
   std::vector<Tensor> outputs;
   std::vector<c10::MaybeOwned<Tensor>> held;
-  layers.reserve(count), outputs.reserve(count), held.reserve(2 * count + 1);
+  layers.reserve(count), outputs.reserve(count), held.reserve(2 * count);
   int64_t weight_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& weight = given.weights[i];
@@ -273,25 +293,25 @@ std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
     LinearArgs a = common;
     a.n = n;
     a.first = product;
-    outputs.push_back(at::empty({t, n}, x_given.options()));
+    shape.back() = n;
+    outputs.push_back(at::empty(shape, x_given.options()));
     a.y = outputs.back().mutable_data_ptr();
     a.y_stride = n;
     layers.push_back(a);
   }
+  std::optional<Rows> residual;
   if (given.residual) {
-    const int64_t n = layers[0].n;
     TORCH_CHECK_VALUE(layers.size() == 1, "only a single result can have a residual added");
     TORCH_CHECK_VALUE(given.residual->scalar_type() == x_given.scalar_type() &&
-                          given.residual->dim() == 2 && given.residual->size(0) == t &&
-                          given.residual->size(1) == n,
-                      "residual must be of x's dtype and [", t, ", ", n, "]");
-    held.push_back(with_rows(*given.residual));
-    layers[0].residual = held.back()->const_data_ptr();
-    layers[0].residual_stride = held.back()->stride(0);
+                          given.residual->sizes() == outputs[0].sizes(),
+                      "residual must be of x's dtype and ", outputs[0].sizes());
+    residual.emplace(*given.residual);
+    layers[0].residual = residual->data;
+    layers[0].residual_stride = residual->stride;
   }
-  const c10::MaybeOwned<Tensor> x = with_rows(x_given);
-  const void* x_data = x->const_data_ptr();
-  int64_t x_stride = x->stride(0);
+  const Rows x(x_given);
+  const void* x_data = x.data;
+  int64_t x_stride = x.stride;
 
   // x is copied where the kernels cannot use it as it is: bf16 without bf16 instructions, and
   // rows so far apart that they would all compete for the same few cache lines.

@@ -31,8 +31,8 @@ def linear(
     """activation((x @ weight^T) * scale + bias) + residual for each weight, in float64; if gated,
     activation(product of the first weight) * product of the second + residual.
 
-    x is [tokens, k], a weight the unpacked [n, k], its scale and bias [n]; a result and the
-    residual are [tokens, n].
+    x is [..., k], a weight the unpacked [n, k], its scale and bias [n]; a result and the
+    residual are [..., n].
     """
     products = [x.double() @ weight.double().t() for weight in weights]
     if scales:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .. import _torch, kernels
-from ..graph.pieces import SHAPE, Piece
+from ..graph.pieces import Piece
 from ..kernels.layout import packed_shape
 from ..ranges import Range
 from .linear_sites import LinearShape, Site, find
@@ -49,8 +49,8 @@ class Variant:
     fuses: bool
     """Whether what belongs to a layer runs in the kernel; otherwise Inductor does that."""
     run: Callable[[Tensor, Layers], list[Tensor]]
-    """From x [tokens, k] to y [tokens, n] for each output. Made of operators that a graph can
-    hold, as it is traced into one."""
+    """From x [..., k] to y [..., n] for each output. Made of operators that a graph can hold, as
+    it is traced into one."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Layers:
     """Of int8 weights, float32."""
     biases: Sequence[Tensor] = ()
     residual: Tensor | None = None
-    """[tokens, n]."""
+    """[..., n]."""
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -240,18 +240,12 @@ class _Rewriter:
         indices = zip(site.scales, shape.columns, strict=False)
         scales = [self.input(index, "float32", n, shape) for index, n in indices]
         biases = [self.proxy(self.copies[bias]) for bias in site.biases]
-        rank = len(site.x.meta[SHAPE])
         with self.graph.inserting_before(self.copies[site.place]):
-            x = self.proxy(self.copies[site.x])
-            rows = x if rank == 2 else x.reshape(-1, shape.k)
-            residual = None
+            x, residual = self.proxy(self.copies[site.x]), None
             if site.residual is not None:
                 residual = self.proxy(self.copies[site.residual])
-                residual = residual if rank == 2 else residual.reshape(-1, shape.outputs[0])
-            made: list[Any] = variant.run(rows, Layers(shape, weights, scales, biases, residual))
-            if rank != 2:
-                dims = [x.shape[d] for d in range(rank - 1)]
-                made = [y.view(*dims, n) for y, n in zip(made, shape.outputs, strict=True)]
+            given = Layers(shape, weights, scales, biases, residual)
+            made: list[Any] = variant.run(x, given)
         for old, new in zip(site.outputs, made, strict=True):
             copied, self.copies[old] = self.copies[old], new.node
             copied.replace_all_uses_with(new.node)

@@ -7,6 +7,7 @@ computes is all in its `LinearShape`, which is what a kernel is chosen for.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import fx
 
 from .. import _torch
-from ..graph.pieces import DTYPE, SHAPE, Piece, writes
+from ..graph.pieces import DTYPE, SHAPE, Piece, Size, writes
+from ..ranges import Range
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,18 @@ class LinearShape:
     """Whether the weights lie as [k, n]."""
     int8: bool = False
     """Whether the weights are int8, with one factor for each column."""
+    rows: str = "size"
+    """How many rows x has, as Python over `size`: an output layer may take one row of many."""
 
     @property
     def outputs(self) -> tuple[int, ...]:
         """Columns of each result."""
         return self.columns[:1] if self.gated else self.columns
+
+    def rows_in(self, range_: Range) -> Range:
+        """The rows that x has at the ends of a range of sizes."""
+        ends = [int(eval(self.rows, {"size": n, "math": math})) for n in (range_.start, range_.end)]
+        return Range(max(1, min(ends)), max(1, *ends))
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -58,7 +67,8 @@ class LinearShape:
             first = f"{self.activation}({first})"
         joint = "*" if self.gated else "+"
         text = f"{self.k}->{joint.join([first, *map(str, self.columns[1:])])}"
-        return f"{text} +residual" if self.residual else text
+        text += " +residual" if self.residual else ""
+        return text if self.rows == "size" else f"{text} of {self.rows} rows"
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,10 @@ class _Finder:
             bias in self.held and bias.meta[DTYPE] == dtype and bias.meta[SHAPE] == (n,)
         ):
             return None
-        shape = LinearShape((n,), k, dtype, bias is not None, transposed=transposed, int8=int8)
+        rows = Size(math.prod(x.meta[SHAPE][:-1])).code  # of expressions, or of no dimension
+        shape = LinearShape(
+            (n,), k, dtype, bias is not None, transposed=transposed, int8=int8, rows=rows
+        )
         biases = () if bias is None else (bias,)
         if not int8:
             return Site(x, (index,), (), biases, None, (node,), shape)

@@ -16,9 +16,12 @@ from ..ranges import Plan
 # An opaque light paper and dark ink: the picture brings its background with it, so that it
 # reads the same on a light page and on a dark one.
 PAPER, INK, FAINT = "#f7f7f5", "#26282b", "#c9cbcf"
-STYLES = ("#8a8f98", "#d9822b", "#1f6fb2", "#7a4fa3", "#2f8f5b")
+STYLES = (
+    *("#8a8f98", "#d9822b", "#1f6fb2", "#7a4fa3"),
+    *("#2f8f5b", "#c2417c", "#8c6d1f", "#5fb3c8"),
+)
 """One colour for each line, told apart also by their lightness."""
-MARKERS = "so^Dv"
+MARKERS = "so^DvPX<"
 
 
 def save_curves(
@@ -28,11 +31,14 @@ def save_curves(
     plan: Plan | None,
     *,
     title: str,
+    floor: Sequence[float] | None = None,
 ) -> None:
     """Draw one line for each of `series` (name -> milliseconds a call at each of `sizes`).
 
-    Both axes are logarithmic. The ends of a plan's ranges are faint vertical lines, and each
-    range wide enough is named above the plot. The folder of `path` must exist.
+    There are styles for eight. Where a value is nan, the line has a gap. `floor`, what no series
+    should be under, is dashed. Both axes are logarithmic. The ends of a plan's ranges are faint
+    vertical lines, and each range wide enough is named above the plot. The folder of `path` must
+    exist.
     """
     figure = Figure(figsize=(8.4, 5.2), dpi=150, facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
@@ -41,12 +47,18 @@ def save_curves(
     axes.set_yscale("log")
     for (name, times), colour, marker in zip(series.items(), STYLES, MARKERS, strict=False):
         axes.plot(sizes, times, marker, ls="-", color=colour, lw=2, ms=5, label=name)
+    if floor is not None:
+        axes.plot(sizes, floor, ls=(0, (4, 3)), color=INK, lw=1.2, label="floor", zorder=1)
     if plan is not None:
         _ranges(axes, plan, sizes)
     _axes(axes, sizes)
     figure.suptitle(title, color=INK, fontsize=12)
     figure.legend(
-        frameon=False, labelcolor=INK, loc="outside lower center", ncols=len(series), fontsize=10
+        frameon=False,
+        labelcolor=INK,
+        loc="outside lower center",
+        ncols=min(4, len(series) + (floor is not None)),
+        fontsize=10,
     )
     figure.savefig(path, format="png", facecolor=PAPER)
 

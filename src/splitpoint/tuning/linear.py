@@ -17,7 +17,7 @@ from ..kernels.layout import quantize
 from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
-from .measure import clock_for, interleave
+from .measure import THREAD_CPU_TIME, clock_for, interleave
 
 log = logging.getLogger("splitpoint")
 
@@ -48,8 +48,8 @@ class LinearTuner:
 
     threads: int
     budget_s: float = 10.0
-    """Seconds (CPU time of the thread with one thread, else wall time) for all measuring; when
-    they are spent, layers not measured yet stay with Inductor."""
+    """Seconds of the calling thread's CPU time for all measuring, which a busy machine does not
+    use up; when they are spent, layers not measured yet stay with Inductor."""
     spent_s: float = 0.0
     _seconds: dict[tuple[LinearShape, int], dict[str, float]] = field(default_factory=dict)
     _weights: Weights | None = None
@@ -60,11 +60,12 @@ class LinearTuner:
         within 5 % of that, one whose layout is among `layouts`, which exist already."""
         if sum(shape.columns) * shape.k < SMALLEST:
             return INDUCTOR
-        admitted = [n for n, v in VARIANTS.items() if v.fits(shape) and v.promises(range_)]
+        rows = shape.rows_in(range_)
+        admitted = [n for n, v in VARIANTS.items() if v.fits(shape) and v.promises(rows)]
         names = [INDUCTOR, *admitted]
         losses = dict.fromkeys(names, 0.0)
-        for size in probes(shape, range_):
-            seconds = self.seconds(shape, size, names)
+        for probe in probes(shape, rows):
+            seconds = self.seconds(shape, probe, names)
             if seconds is None:
                 log.info("no time left to measure %s for %s: it stays with Inductor", shape, range_)
                 return INDUCTOR
@@ -83,21 +84,23 @@ class LinearTuner:
         """Free the copies of weights that measuring took."""
         self._weights = None
 
-    def seconds(self, shape: LinearShape, size: int, names: list[str]) -> dict[str, float] | None:
-        """Median seconds a call of each variant at a size; None when the budget is spent."""
-        known = self._seconds.setdefault((shape, size), {})
+    def seconds(self, shape: LinearShape, rows: int, names: list[str]) -> dict[str, float] | None:
+        """Median seconds a call of each variant for x of so many rows; None when the budget is
+        spent."""
+        known = self._seconds.setdefault((shape, rows), {})
         if not set(names) <= known.keys():
-            clock = clock_for(self.threads)
-            start = clock.read()
+            start = THREAD_CPU_TIME.read()
             if self.spent_s >= self.budget_s:
                 return None
             if self._weights is None or self._weights.shape != shape:
                 self._weights = Weights(shape)
-            calls = self._weights.calls(size, names)
-            timings = interleave(calls, clock=clock, budget_s=0.008, warm_up=1, repeats=5)
+            calls = self._weights.calls(rows, names)
+            timings = interleave(
+                calls, clock=clock_for(self.threads), budget_s=0.008, warm_up=1, repeats=5
+            )
             known |= dict.fromkeys(names, math.inf)
             known |= {name: timing.median_s for name, timing in timings.items()}
-            self.spent_s += clock.read() - start
+            self.spent_s += THREAD_CPU_TIME.read() - start
         return known
 
 
@@ -127,12 +130,12 @@ class Weights:
             self._copies[layout] = [[each.clone() for each in packed] for _ in range(count)]
         return self._copies[layout]
 
-    def calls(self, size: int, names: Sequence[str]) -> dict[str, Callable[[], object]]:
+    def calls(self, rows: int, names: Sequence[str]) -> dict[str, Callable[[], object]]:
         """A call of each variant that is right."""
-        x = torch.randn(size, self.shape.k).to(self.shape.dtype)
+        x = torch.randn(rows, self.shape.k).to(self.shape.dtype)
         residual = None
         if self.shape.residual:
-            residual = torch.randn(size, self.shape.columns[0]).to(self.shape.dtype)
+            residual = torch.randn(rows, self.shape.columns[0]).to(self.shape.dtype)
         return {
             name: self._cycling(name, x, residual)
             for name in names
@@ -213,10 +216,10 @@ def _one_pass(products: Sequence[Tensor], layers: Layers) -> list[Tensor]:
     return list(products)
 
 
-def probes(shape: LinearShape, range_: Range) -> list[int]:
-    """The sizes at which a range is measured: its first, (geometric) middle and last, as far
-    as they are not too large to be measured in a moment."""
+def probes(shape: LinearShape, rows: Range) -> list[int]:
+    """How many rows a layer is measured with: the fewest, the (geometric) middle and the most, as
+    far as they are not too many to be measured in a moment."""
     largest = max(1, int(MOST_FLOPS / (2 * sum(shape.columns) * shape.k)))
-    end = min(range_.end, max(largest, range_.start))
-    middle = round(math.sqrt(range_.start * end))
-    return sorted({range_.start, middle, end})
+    end = min(rows.end, max(largest, rows.start))
+    middle = round(math.sqrt(rows.start * end))
+    return sorted({rows.start, middle, end})

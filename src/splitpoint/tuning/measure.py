@@ -63,9 +63,9 @@ def interleave(
 
     Each callable is warmed up `warm_up` times, then timed in `repeats` rounds. A round times
     every callable once, each round starting with the next one; within it a callable is called
-    as often as its share of `budget_s` (seconds on `clock`, for each callable) allows. Where
-    even one call a round is over the budget, there are fewer rounds, but never under
-    `MIN_REPEATS`. The garbage collector is off while a round runs.
+    as often as its share of `budget_s` (seconds on `clock`, for each callable) allows. A callable
+    for which even one call a round is over the budget takes part in fewer of them, evenly spread,
+    but never under `MIN_REPEATS`. The garbage collector is off while a round runs.
 
     Raises:
         ValueError: for no callables, or a budget, repeats or warm-up out of range.
@@ -80,14 +80,22 @@ def interleave(
         for _ in range(warm_up):
             call()
     seconds = {name: _estimate(callables[name], clock, budget_s / repeats) for name in names}
-    rounds = max(MIN_REPEATS, min(repeats, int(budget_s / max(seconds.values()))))
-    calls = {name: max(1, min(MAX_CALLS, int(budget_s / rounds / seconds[name]))) for name in names}
+    share = {n: max(MIN_REPEATS, min(repeats, int(budget_s / seconds[n]))) for n in names}
+    rounds = max(share.values())
+    calls = {n: max(1, min(MAX_CALLS, int(budget_s / share[n] / seconds[n]))) for n in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            samples[name].append(_timed(callables[name], calls[name], clock) / calls[name])
+            if _takes_part(turn, share[name], rounds):
+                samples[name].append(_timed(callables[name], calls[name], clock) / calls[name])
     return {name: _summary(samples[name], calls[name]) for name in names}
+
+
+def _takes_part(turn: int, share: int, rounds: int) -> bool:
+    """Whether a turn is among `share` of `rounds` that are spread evenly around the middle."""
+    before, after = ((share * t + rounds // 2) // rounds for t in (turn, turn + 1))
+    return after > before
 
 
 def _estimate(call: Callable[[], object], clock: Clock, enough_s: float) -> float:

@@ -1,0 +1,135 @@
+"""What a forward pass cannot do without: reading the weights, and the arithmetic on them.
+
+The floor of a pass is the sum over its linear layers of the longer of two times: reading the
+layer's weight once, at the bandwidth of memory, and its multiply-adds, at the rate of oneDNN's
+GEMM on a large square layer; plus reading the other weights once. Layers follow each other, so
+their floors add up. Attention, norms and activations are left out, so the floor is lower than
+what any implementation can reach, the more so the longer the text. A model that stays in the
+caches can be under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import kernels
+from .._torch import prepacked_linear
+from ..tuning.measure import Timing
+from .inputs import last_logits, random_ids
+from .linear import COLD_BYTES
+
+ROWS, SIDE = 512, 2048
+"""Rows of x, and both sides of the weight, of the GEMM whose rate is taken for the peak: as
+fast as larger ones, and short enough to take turns."""
+
+READ, GEMM = "read memory", "gemm"
+"""Names of what is timed in turn with the forward passes."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine was measured to do."""
+
+    bytes_s: float
+    """Bytes a second read from memory."""
+    flops_s: float
+    """Floating-point operations a second of a large GEMM (a multiply-add is two)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a pass."""
+
+    n: int
+    k: int
+    """Its weight is [n, k]."""
+    itemsize: int
+    """Bytes of an element of the weight."""
+    rows: int
+    """Rows of its input."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weight."""
+        return self.n * self.k * self.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Operations, a multiply-add as two."""
+        return 2 * self.rows * self.n * self.k
+
+
+@dataclass(frozen=True)
+class Work:
+    """The layers of one forward pass, and the weights beside them."""
+
+    layers: tuple[Layer, ...]
+    other_bytes: int
+    """Bytes of parameters that are neither in linear layers nor in embeddings."""
+
+    def floor_s(self, rates: Rates) -> float:
+        """Seconds that the pass takes at the least (see the head of this file)."""
+        linear = sum(
+            max(layer.weight_bytes / rates.bytes_s, layer.flops / rates.flops_s)
+            for layer in self.layers
+        )
+        return linear + self.other_bytes / rates.bytes_s
+
+
+def work_of(model: Any, size: int) -> Work:
+    """What a forward pass of a causal language model does at a size, seen by running it."""
+    layers: list[Layer] = []
+
+    def note(module: nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:
+        n, k = module.weight.shape
+        layers.append(Layer(n, k, module.weight.itemsize, args[0].numel() // k))
+
+    modules = list(model.modules())
+    hooks = [m.register_forward_hook(note) for m in modules if isinstance(m, nn.Linear)]
+    try:
+        last_logits(model)(random_ids(model.config.vocab_size, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counted = {
+        id(p) for m in modules if isinstance(m, (nn.Linear, nn.Embedding)) for p in m.parameters()
+    }
+    others = sum(p.nbytes for p in model.parameters() if id(p) not in counted)
+    return Work(tuple(layers), others)
+
+
+class Probes:
+    """The two measurements that a floor needs, to be timed in turn with what it is for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Takes 128 MiB.
+
+        Raises:
+            KernelBuildError: when the kernels, of which reading memory is one, cannot be built.
+        """
+        kernels.load()
+        self._data = torch.ones(COLD_BYTES, dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(SIDE, SIDE, generator=generator).to(dtype)
+        self._x = torch.randn(ROWS, SIDE, generator=generator).to(dtype)
+        self._gemm = prepacked_linear(weight) or (lambda x: F.linear(x, weight))
+
+    def calls(self) -> dict[str, Callable[[], object]]:
+        """What is to be timed, by name."""
+        return {
+            READ: lambda: torch.ops.splitpoint.read_memory(self._data),
+            GEMM: lambda: self._gemm(self._x),
+        }
+
+    def rates(self, timings: Mapping[str, Timing]) -> Rates:
+        """What the medians of the calls' timings come to."""
+        return Rates(
+            bytes_s=self._data.nbytes / timings[READ].median_s,
+            flops_s=2 * ROWS * SIDE * SIDE / timings[GEMM].median_s,
+        )

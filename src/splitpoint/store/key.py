@@ -1,0 +1,126 @@
+"""What a compiled artifact depends on, as fields that hash to its key.
+
+All that changes the code is in, nothing else is: no path, process, user, rank or order.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _torch_wrapper
+from .code import short
+
+if TYPE_CHECKING:
+    from ..graph.pieces import Piece
+    from ..ranges import PlannedRange
+
+FORMAT = 1
+"""Counts up when what is stored changes its meaning."""
+
+_OWN_CODE = ("_torch*.py", "graph/*.py", "compilers/*.py", "passes/*.py", "store/*.py", "kernels/*")
+"""The files of this package that decide what is stored, beside its version."""
+
+_NO_EFFECT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_MAX_JOBS")
+"""Environment variables of Inductor's that do not change code."""
+
+Fields = Mapping[str, str]
+
+
+def digest(fields: Fields) -> str:
+    """The key of some fields: 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """What code depends on beside what is compiled: software, processor, torch's settings."""
+    return {
+        **_software(),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "torch_state": json.dumps(_torch_wrapper.state()),
+        "inductor_config": _inductor_config(),
+    }
+
+
+def piece_fields(
+    piece: Piece,
+    description: str,
+    planned: PlannedRange,
+    passes: str,
+    options: Mapping[str, Any],
+    trusted: Sequence[int],
+) -> dict[str, str]:
+    """The fields of a piece compiled for one line of a plan.
+
+    Args:
+        piece: what is compiled.
+        description: what it computes (`graph.pieces.describe`).
+        planned: its range, hint and options.
+        passes: what identifies the passes and their settings.
+        options: further Inductor options.
+        trusted: inputs that are not checked by the compiled code.
+    """
+    return {
+        **environment(),
+        "piece": short(description),
+        "takes_size": str(piece.takes_size),
+        "range": str(planned.range),
+        "hint": str(planned.hint),
+        "passes": passes,
+        "options": json.dumps({**planned.options, **options}, sort_keys=True, default=repr),
+        "unchecked_inputs": str(sorted(trusted)),
+    }
+
+
+@functools.cache
+def _software() -> dict[str, str]:
+    from .. import __version__
+
+    package = Path(__file__).parent.parent
+    own = hashlib.sha256()
+    for path in sorted(
+        path for pattern in _OWN_CODE for path in package.glob(pattern) if path.is_file()
+    ):
+        own.update(hashlib.sha256(path.read_bytes()).digest())
+    return {
+        "format": str(FORMAT),
+        "splitpoint": f"{__version__} {own.hexdigest()[:16]}",
+        "torch": f"{torch.__version__} {torch.version.git_version}",
+        "python": f"{sys.implementation.name} {platform.python_version()}",
+        "system": f"{platform.system()} {platform.machine()} {platform.libc_ver()[0]}",
+    }
+
+
+@functools.cache
+def _processor() -> str:
+    """The instruction sets: kernels are compiled for those that the processor has."""
+    found = torch.backends.cpu.get_cpu_capability()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{found} {platform.processor()}"
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            flags = sorted(set(line.partition(":")[2].split()))
+            return f"{found} {short(' '.join(flags))}"
+    return f"{found} {platform.processor()}"
+
+
+def _inductor_config() -> str:
+    """Inductor's settings that are not the default ones."""
+    found = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("TORCHINDUCTOR_") and name not in _NO_EFFECT
+    }
+    return json.dumps([found, _torch_wrapper.changed_inductor_config()], default=repr)

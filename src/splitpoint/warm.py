@@ -1,0 +1,459 @@
+"""Keep a compiled program in a store, and start from it without capturing or compiling.
+
+A manifest holds all that a first call made: which sizes go where, the stitched functions, the
+code of the pieces and the digests of their libraries, where the module has the tensors that
+they read, and the facts that the capture relied on. A start reads one file, proves the facts
+against the module as it is, and loads the libraries; what cannot be proven is a miss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+from array import array
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _torch_wrapper, kernels
+from ._torch_guards import NotPortable
+from .compilers.wrapper import Wrapper
+from .config import Config
+from .errors import KernelBuildError, PassError
+from .graph.assumptions import runs
+from .graph.capture import held
+from .graph.facts import Checker, Describer, Facts, Roots, Unprovable, collect
+from .graph.pieces import Split
+from .graph.regions import Regions
+from .graph.signature import ConstantLeaf, Signature, SizeLeaf, TensorLeaf
+from .graph.stitch import Body
+from .passes.manager import MatchCount
+from .program import Graph, Lane, Program
+from .ranges import Plan
+from .store.code import short
+from .store.constants import NotKept, decode, encode
+from .store.key import digest, environment
+from .store.store import Store
+
+log = logging.getLogger("splitpoint")
+
+KIND = "models"
+
+MOST_VARIANTS = 8
+"""Manifests of one key (states of a module that are not part of it) that are tried."""
+
+_EMPTY = Split((), (), (), {})
+
+
+# --- the key ---------------------------------------------------------------------------
+
+
+def model_fields(
+    config: Config, signature: Signature, roots: Roots, describer: Describer
+) -> dict[str, str] | None:
+    """What a program's key is made from; None when it cannot be kept, which the log says."""
+    try:
+        arguments = [_leaf(leaf, describer) for leaf in signature.leaves]
+        return {
+            **environment(),
+            "model": _structure(roots, describer),
+            "arguments": json.dumps([_parameters(signature), str(signature.spec), arguments]),
+            "max_size": str(config.max_size),
+            "split_points": str(list(config.split_points)),
+            "compile_sizes": str(list(config.compile_sizes)),
+            "splitting_ops": str(list(config.splitting_ops)),
+            "on_guard": config.on_guard,
+            "hint": config.hint,
+            "inductor_options": json.dumps(
+                {k: dict(v) if isinstance(v, Mapping) else v for k, v in _options(config)},
+                sort_keys=True,
+            ),
+            "passes": json.dumps([each.uuid() for each in config.passes]),
+            "linear": str(config.linear if isinstance(config.linear, str) else [*_linear(config)]),
+            "max_packed_bytes": str(config.max_packed_bytes),
+        }
+    except (Unprovable, TypeError, PassError) as why:
+        log.info("store: the model is not kept: %s", why)
+        return None
+
+
+def _options(config: Config) -> list[tuple[str, Any]]:
+    return sorted(config.inductor_options.items())
+
+
+def _linear(config: Config) -> list[tuple[str, str]]:
+    assert isinstance(config.linear, Mapping)
+    return list(config.linear.items())  # in order: the first that fits counts
+
+
+def _parameters(signature: Signature) -> list[list[str]]:
+    return [[name, str(p.kind)] for name, p in signature.parameters.parameters.items()]
+
+
+def _leaf(leaf: TensorLeaf | SizeLeaf | ConstantLeaf, describer: Describer) -> Any:
+    if isinstance(leaf, ConstantLeaf):
+        return [leaf.path, describer.describe(leaf.value)]
+    if isinstance(leaf, SizeLeaf):
+        return [leaf.path, "size"]
+    shape = ["size" if dim in leaf.dims else n for dim, n in enumerate(leaf.shape)]
+    strides = [list(leaf.stride_at(dim)) for dim in range(len(leaf.shape))]
+    return [leaf.path, str(leaf.dtype), str(leaf.device), shape, strides]
+
+
+def _structure(roots: Roots, describer: Describer) -> str:
+    """A digest of a module tree: classes, their code, and the kinds of tensors."""
+    rows: list[str] = []
+    if roots.owner is None or not isinstance(roots.owner, torch.nn.Module):
+        return short(json.dumps(describer.describe(roots.function)))
+    rows.append(getattr(roots.function, "__name__", ""))
+    seen: dict[int, int] = {}
+    classes: dict[type, str] = {}
+
+    def visit(module: torch.nn.Module, path: str) -> None:
+        kind = type(module)
+        if kind not in classes:
+            classes[kind] = json.dumps(describer.describe(kind))
+        rows.append(f"{path} {classes[kind]}")
+        for holder in (module._parameters, module._buffers):
+            for name, tensor in holder.items():
+                rows.append(f"{path}.{name} {_meta(tensor, seen)}")
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{path}.{name}")
+
+    visit(roots.owner, "")
+    return short("\n".join(rows))
+
+
+def _meta(tensor: torch.Tensor | None, seen: dict[int, int]) -> str:
+    if tensor is None:
+        return "None"
+    alias = seen.setdefault(_torch_wrapper.memory_of(tensor), len(seen))
+    return f"{tensor_kind(tensor)} {alias}"
+
+
+def tensor_kind(tensor: torch.Tensor) -> str:
+    """What compiled code relies on of a tensor of the module."""
+    return (
+        f"{type(tensor).__qualname__} {tensor.dtype} {tensor.device} {tuple(tensor.shape)} "
+        f"{tensor.stride() if tensor.layout is torch.strided else tensor.layout} "
+        f"{tensor.requires_grad}"
+    )
+
+
+# --- keeping ---------------------------------------------------------------------------
+
+
+def save(
+    store: Store,
+    key: str,
+    fields: Mapping[str, str],
+    program: Program,
+    regions: Regions,
+    roots: Roots,
+) -> bool:
+    """Keep a program whose lanes are all compiled; False, with a line in the log, when it
+    cannot be kept."""
+    try:
+        entry = _entry(store, program, regions, roots)
+    except (NotKept, NotPortable, Unprovable) as why:
+        log.info("store: the program is not kept: it has %s", why)
+        return False
+    entry["fields"] = dict(fields)
+    variant = hashlib.sha256(json.dumps(entry["facts"], sort_keys=True).encode()).hexdigest()[:8]
+    return store.write(KIND, f"{key}-{variant}", entry)
+
+
+def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> dict[str, Any]:
+    lanes = [lane for lane in program.lanes if lane is not None]
+    graphs = list({id(lane.graph): lane.graph for lane in lanes}.values())
+    describer = Describer()
+    expressions: dict[str, None] = {}
+    traced: list[Any] = []
+    for captured in regions.captures:
+        expressions |= captured.read(set(map(id, captured.fetch())))
+        traced += captured.traced_code
+    facts = collect(expressions, traced, roots, describer)
+    paths = _paths(roots.owner)
+    pieces: dict[str, Any] = {}
+    rows = []
+    for lane in lanes:
+        body = lane.body
+        if body is None:
+            raise NotKept(f"{lane.planned.range}, which is not compiled yet")
+        names: dict[str, Any] = {}
+        for name, value in body.names.items():
+            if name.startswith("__") or name == "stitched":
+                continue
+            if not name.startswith("p_"):
+                names[name] = encode(value)
+                continue
+            piece = lane.artifacts.get(name[2:])
+            kept = store.read("pieces", piece) if piece else None
+            if piece is None or kept is None:
+                raise NotKept(f"a piece that is not kept ({name[2:]} of {lane.planned.range})")
+            pieces[piece] = {
+                field: kept[field] for field in ("source", "operators", "kernels", "matches")
+            }
+            names[name] = ["piece", piece]
+        rows.append(
+            {
+                "graph": graphs.index(lane.graph),
+                "sizes": [list(run) for run in runs(lane.sizes)],
+                "parameters": list(body.parameters),
+                "lines": list(body.lines),
+                "names": names,
+                "packed": [list(each) for each in body.packed],
+                "kernels": {str(s): name for s, name in (lane.kernels or {}).items()},
+            }
+        )
+    libraries = {each for piece in pieces.values() for each in piece["kernels"].values()}
+    path = kernels.loaded_library()
+    library = store.write_object(path.read_bytes()) if path is not None else None
+    return {
+        "facts": facts.to_json(),
+        "graphs": [
+            {
+                "bound": [_path(paths, tensor) for tensor in graph.bound],
+                "kinds": [tensor_kind(tensor) for tensor in graph.bound],
+                "arguments": graph.argument_count,
+                "pieces": graph.piece_count,
+                "unique": list(graph.unique),
+            }
+            for graph in graphs
+        ],
+        "plan": Plan(program.config.max_size, tuple(lane.planned for lane in lanes)).to_json(),
+        "lanes": rows,
+        "pieces": pieces,
+        "notes": list(program.notes),
+        "refusals": list(regions.refusals),
+        "captures": len(regions.captures),
+        "library": library,
+        "objects": sorted(libraries | ({library} if library else set())),
+    }
+
+
+def _paths(owner: torch.nn.Module | None) -> dict[int, tuple[str, str, str]]:
+    """(module, holder, name) of each tensor of a tree by id, the first where it has several."""
+    found: dict[int, tuple[str, str, str]] = {}
+    if owner is not None:
+        for path, module in owner.named_modules(remove_duplicate=False):
+            for holder in ("_parameters", "_buffers"):
+                for name, tensor in getattr(module, holder).items():
+                    if tensor is not None:
+                        found.setdefault(id(tensor), (path, holder, name))
+    return found
+
+
+def _path(paths: Mapping[int, tuple[str, str, str]], tensor: torch.Tensor) -> list[str]:
+    try:
+        return list(paths[id(tensor)])
+    except KeyError:
+        raise NotKept("a tensor that the module tree does not hold") from None
+
+
+# --- starting --------------------------------------------------------------------------
+
+
+def load(
+    store: Store, key: str, config: Config, roots: Roots, describer: Describer
+) -> tuple[Program, Regions] | None:
+    """The program of a key, ready to run, or None when the store has none that fits."""
+    with _no_collection():
+        return _load(store, key, config, roots, describer)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing made inside is garbage, but making it would set off a collection of all that the
+    process holds, which takes longer than everything else here."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _load(
+    store: Store, key: str, config: Config, roots: Roots, describer: Describer
+) -> tuple[Program, Regions] | None:
+    for variant in store.keys(KIND, f"{key}-")[:MOST_VARIANTS]:
+        entry = store.read(KIND, variant)
+        if entry is None:
+            continue
+        facts = Facts.from_json(entry["facts"])
+        checker = Checker(facts, roots)
+        if broken := checker.prove(describer):
+            log.info("store: %s does not fit: %s", variant[-8:], "; ".join(broken[:3]))
+            continue
+        try:
+            return _Loader(store, entry, config, roots, checker).run()
+        except (_Missing, LookupError, ImportError, OSError, AttributeError, TypeError) as why:
+            log.warning("store: model %s cannot be used here: %s", variant[:16], why)
+    return None
+
+
+class _Missing(Exception):
+    """Something that a manifest refers to is not there."""
+
+
+@dataclass
+class _Loader:
+    store: Store
+    entry: Mapping[str, Any]
+    config: Config
+    roots: Roots
+    checker: Checker
+
+    def run(self) -> tuple[Program, Regions]:
+        entry = self.entry
+        calls = self.pieces()
+        graphs = [self.graph(each) for each in entry["graphs"]]
+        plan = Plan.from_json(entry["plan"])
+        lanes = []
+        bodies = []
+        for planned, row in zip(plan.entries, entry["lanes"], strict=True):
+            sizes = [s for first, last in row["sizes"] for s in range(first, last + 1)]
+            lanes.append(Lane(planned, graphs[row["graph"]], sizes, kernels={}))
+            names = {
+                name: calls[value[1]] if value[0] == "piece" else decode(value)
+                for name, value in row["names"].items()
+            }
+            packed = tuple((index, layout) for index, layout in row["packed"])
+            bodies.append(Body(tuple(row["parameters"]), tuple(row["lines"]), names, packed))
+        program = Program(self.config, lanes, entry["notes"], self.store)
+        program.start(bodies)
+        self.count(program, plan)
+        nothing: Any = None
+        regions = Regions((nothing,) * entry["captures"], array("H"), {}, tuple(entry["refusals"]))
+        return program, regions
+
+    def count(self, program: Program, plan: Plan) -> None:
+        for planned, row in zip(plan.entries, self.entry["lanes"], strict=True):
+            for name, value in row["names"].items():
+                if value[0] == "piece":
+                    program.counts.loads += 1
+                    program.counts.matches += [
+                        MatchCount(pass_name, name[2:], planned.range, count)
+                        for pass_name, count in self.entry["pieces"][value[1]]["matches"]
+                    ]
+
+    def pieces(self) -> dict[str, Callable[..., Any]]:
+        """The compiled pieces by key."""
+        pieces = self.entry["pieces"]
+        operators = {op for piece in pieces.values() for op in piece["operators"].values()}
+        if (own := self.entry["library"]) is not None:
+            try:
+                kernels.load_from(self.object(own))
+            except KernelBuildError as error:
+                raise _Missing(str(error)) from error
+        if any(op.startswith("splitpoint_onednn::") for op in operators):
+            _onednn()
+        libraries: dict[str, Callable[..., Any]] = {}
+        for each in sorted({d for piece in pieces.values() for d in piece["kernels"].values()}):
+            libraries[each] = _torch_wrapper.load_kernel(
+                self.object(each), f"splitpoint_{each[:16]}"
+            )
+        return {
+            key: Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"]).bind(
+                {name: libraries[each] for name, each in piece["kernels"].items()}
+            )
+            for key, piece in pieces.items()
+        }
+
+    def object(self, digest_: str) -> Path:
+        path = self.store.object(digest_)
+        if path is None:
+            raise _Missing(f"the library {digest_} is not there")
+        return path
+
+    def graph(self, data: Mapping[str, Any]) -> Graph:
+        owner, checker = self.roots.owner, self.checker
+        where = [(path, holder, name) for path, holder, name in data["bound"]]
+        kinds = data["kinds"]
+        state = _torch_wrapper.quick_state()
+
+        def fetch() -> list[Any]:
+            return [_tensor(owner, *each) for each in where]
+
+        def check() -> bool:
+            try:
+                now = fetch()
+            except (AttributeError, LookupError):
+                return False
+            return (
+                _torch_wrapper.quick_state() == state
+                and all(map(torch.is_tensor, now))
+                and [tensor_kind(tensor) for tensor in now] == kinds
+                and checker.holds()
+            )
+
+        def rest() -> bool:
+            return _torch_wrapper.quick_state() == state and checker.rest()
+
+        def explain() -> str:
+            return checker.explain()
+
+        return Graph(
+            _EMPTY,
+            (),
+            data["arguments"],
+            None,
+            fetch,
+            lambda tensors: held(owner, tensors),
+            check,
+            lambda module, tensors: rest,
+            owner,
+            explain,
+            watch_hooks=True,
+            piece_count=data["pieces"],
+            unique=tuple(data["unique"]),
+        )
+
+
+def _onednn() -> None:
+    from . import _torch
+
+    _torch.onednn_linear_op()
+
+
+def _tensor(owner: torch.nn.Module | None, path: str, holder: str, name: str) -> Any:
+    module: Any = owner
+    for part in path.split(".") if path else ():
+        module = module._modules[part]
+    return getattr(module, holder)[name]
+
+
+def start_or(
+    config: Config,
+    store: Store | None,
+    signature: Signature,
+    roots: Roots,
+    cold: Callable[[], tuple[Program, Regions]],
+) -> tuple[Program, Regions]:
+    """A program from the store; else from `cold`, which is kept. Of several processes that
+    start at once, one captures and compiles."""
+    fields = None
+    describer = Describer()
+    if store is not None and config.backend == "inductor":
+        fields = model_fields(config, signature, roots, describer)
+    if store is None or fields is None:
+        return cold()
+    key = digest(fields)
+    if (found := load(store, key, config, roots, describer)) is not None:
+        return found
+    with store.lock(key) as is_held:
+        if is_held and (found := load(store, key, config, roots, describer)) is not None:
+            return found
+        made = cold()
+        if not config.lazy:
+            save(store, key, fields, *made, roots)
+    return made

@@ -1,0 +1,122 @@
+"""`splitpoint bench collective`, with real ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from splitpoint.bench import collective
+from splitpoint.bench.collective import FUSED, IN_PLACE, STANDARD, Row, Setting
+from splitpoint.bench.collective_report import CollectiveReport, run, save_pictures
+from splitpoint.collectives.launch import run_ranks
+from splitpoint.errors import OutputMismatch, RankFailed
+
+SETTING = Setting(2, 64, 3, torch.float32, True, "none")
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_every_variant_is_verified_and_timed(tmp_path: Path) -> None:
+    said: list[str] = []
+    report = run(
+        ranks=[2],
+        hidden=[64],
+        tokens=[8],
+        dtype=torch.bfloat16,
+        residual=[True],
+        quants=["none", "fp8_token"],
+        threads=1,
+        budget_s=0.002,
+        say=said.append,
+    )
+    assert said == ["2 ranks ..."]
+    plain, quantised = (
+        {row.variant for row in report.rows if row.setting.quant == quant}
+        for quant in ("none", "fp8_token")
+    )
+    assert set(FUSED) < plain
+    assert {name for name in plain if not name.endswith(IN_PLACE)} == quantised
+    rows = json.loads(report.to_json())["rows"]
+    assert len(rows) == len(plain) + len(quantised)
+    assert all(row["ms"] > 0 and row["bursts"] >= 5 for row in rows)
+    paths = save_pictures(report, tmp_path / "crossover.png")
+    assert [path.name for path in paths] == [
+        "crossover-2x64-bfloat16-residual-none.png",
+        "crossover-2x64-bfloat16-residual-fp8_token.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_tables_are_laid_out_as_public_ones_are() -> None:
+    setting = Setting(2, 1024, 32, torch.bfloat16, True, "none")
+    rows = [
+        Row(setting, name, seconds, 0.1, 9, 4)
+        for name, seconds in ((STANDARD, 4e-4), *((name, 2e-5) for name in FUSED))
+    ]
+    rows += [Row(setting, name, 3e-5, 0.1, 9, 4) for name in collective.UNFUSED]
+    report = CollectiveReport(
+        {"threads": 1, "cores": 2, "torch": "2", "cpu": "a CPU", "cpu_capability": "AVX"},
+        tuple(rows),
+    )
+    text = str(report)
+    assert "### Configuration: seq_len=32, dtype=bfloat16, with residual\n" in text
+    assert "| Operation                    | Time (ms) |  Speedup |\n" in text
+    assert "| ---------------------------- | --------: | -------: |\n" in text
+    assert "| Standard AllReduce+RMSNorm   |    0.4000 | baseline |\n" in text
+    assert "| Fused one-shot               |    0.0200 |   20.00x |\n" in text
+    summary = text.split("### Fused against the rest")[1]
+    assert "20.0x |            1.50x |" in summary
+
+
+def spoilt() -> None:
+    """Verify variants of which one is wrong on one rank only."""
+    given = collective._inputs(SETTING)
+    right = collective._wanted(
+        collective.reference.finish(
+            torch.stack(given.all_ranks).sum(0), given.residual, given.weight, None, eps=1e-6
+        ),
+        "none",
+    )
+    wrong = (right[0] * 1.01, right[1])
+    variants = {
+        "right": collective.Variant(lambda: right),
+        "wrong": collective.Variant(lambda: wrong if dist.get_rank() == 1 else right),
+    }
+    collective._verify(SETTING, given, variants)
+
+
+def died() -> None:
+    if dist.get_rank() == 1:
+        raise SystemExit(3)
+    dist.barrier()
+
+
+def rank_times(factor: int) -> int:
+    return dist.get_rank() * factor
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+class TestRanks:
+    def test_each_returns_its_own(self) -> None:
+        assert run_ranks(2, 1, rank_times, 7) == [0, 7]
+
+    def test_a_variant_that_is_wrong_on_one_rank_stops_all(self) -> None:
+        with pytest.raises(OutputMismatch, match=r"^wrong: wrong on rank 1 at 3 x 64"):
+            run_ranks(2, 1, spoilt)
+
+    def test_one_that_dies_is_named(self) -> None:
+        with pytest.raises(RankFailed, match=r"rank 1 .* exit code 3"):
+            run_ranks(2, 1, died)
+
+
+def test_ranks_must_have_measured_alike() -> None:
+    row = Row(SETTING, STANDARD, 1.0, 0.1, 9, 4)
+    assert collective.same_on_all([[row], [row]]) == [row]
+    with pytest.raises(RankFailed):
+        collective.same_on_all([[row], [dataclasses.replace(row, median_s=2.0)]])
