@@ -74,7 +74,7 @@ class PieceCompiler:
                 compiled.bare.kernels,
                 {
                     "assumptions": [[a.code, a.origin] for a in compiled.assumptions],
-                    "matches": [[m.name, m.matches] for m in compiled.matches],
+                    "matches": [[m.name, m.matches, m.notes, m.chosen] for m in compiled.matches],
                 },
             )
         return Result(compiled, digest if kept else None, False)
@@ -121,6 +121,7 @@ def read_artifact(found: artifact.Artifact, fingerprint: str, range_: Range) -> 
     """A kept piece as the compiler would have returned it."""
     assumptions = tuple(Assumption(code, origin) for code, origin in found.entry["assumptions"])
     matches = tuple(
-        MatchCount(name, fingerprint, range_, count) for name, count in found.entry["matches"]
+        MatchCount(name, fingerprint, range_, count, *map(tuple, said))
+        for name, count, *said in found.entry["matches"]
     )
     return inductor.Compiled(found.call, assumptions, matches)
