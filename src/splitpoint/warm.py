@@ -342,8 +342,8 @@ class _Loader:
                 if value[0] == "piece":
                     program.counts.loads += 1
                     program.counts.matches += [
-                        MatchCount(pass_name, name[2:], planned.range, count)
-                        for pass_name, count in self.entry["pieces"][value[1]]["matches"]
+                        MatchCount(pass_name, name[2:], planned.range, count, *map(tuple, said))
+                        for pass_name, count, *said in self.entry["pieces"][value[1]]["matches"]
                     ]
 
     def pieces(self) -> dict[str, Callable[..., Any]]:
