@@ -160,6 +160,37 @@ class TestErrors:
         assert "Traceback" not in err
 
 
+SWALLOWING = """
+import sys, time
+from splitpoint import cli
+
+def verb(args):
+    for _ in range(2):
+        try:
+            print("waiting", file=sys.stderr, flush=True)
+            time.sleep(30)
+        except KeyboardInterrupt:
+            print("swallowed", file=sys.stderr, flush=True)
+    time.sleep(30)
+
+cli.VERBS["plan"] = verb
+sys.exit(cli.main(["plan", "model"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_an_interrupt_that_was_swallowed_comes_again():
+    process = subprocess.Popen(
+        [sys.executable, "-c", SWALLOWING], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    said = err.splitlines()
+    assert said == ["swallowed", "waiting", "swallowed", "splitpoint: interrupted"]
+    assert process.returncode in (130, -signal.SIGINT)
+
+
 @pytest.mark.slow
 def test_bench_forward_end_to_end(folder: Path, tmp_path: Path):
     outputs = tmp_path / "rows.json", tmp_path / "curve.png"

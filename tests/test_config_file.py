@@ -42,6 +42,13 @@ def test_our_own_round_trip(scratch: Path, split: list[int], sizes: list[int]):
     assert left_out == []
 
 
+def test_where_vllm_keeps_its_artifacts_is_no_place_for_ours(scratch: Path):
+    config, left_out = read(scratch, {"mode": 3, "cache_dir": "/vllm"})
+    assert (config.cache_dir, left_out) == (None, ["cache_dir", "mode"])
+    config, left_out = read(scratch, {"max_size": 8, "cache_dir": "/ours"})
+    assert (config.cache_dir, left_out) == ("/ours", [])
+
+
 @given(POINTS, POINTS, st.sets(st.sampled_from(sorted(VLLM_ONLY))))
 def test_a_vllm_snippet(scratch: Path, split: list[int], sizes: list[int], others: set[str]):
     data = {"compile_ranges_split_points": split, "compile_sizes": sizes}

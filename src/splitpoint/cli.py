@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the answer is the exit code."""
     try:
         args = make_parser(VERBS).parse_args(argv)
-        args.verb(args)
+        with _insistent_interrupts():
+            args.verb(args)
     except SplitpointError as error:
         print(f"splitpoint: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -32,6 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("splitpoint: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+@contextmanager
+def _insistent_interrupts() -> Iterator[None]:
+    """Let Ctrl-C come again each second until it gets through: Python drops what is raised in
+    finalizers and callbacks, and some libraries drop it while they are imported."""
+    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGALRM)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 # --- the verbs -------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from .errors import InvalidJSON, UsageError
 
 VLLM_ONLY = frozenset(
     {
-        "cache_dir",
         "compile_cache_save_format",
         "compile_mm_encoder",
         "cudagraph_capture_sizes",
@@ -37,6 +36,9 @@ VLLM_ONLY = frozenset(
     }
 )
 """Fields of vLLM's compilation config that mean nothing here."""
+
+_OTHER_MEANING = frozenset({"cache_dir"})
+"""Fields that both have: where vLLM keeps its artifacts is no place for ours."""
 
 _SPLIT_POINTS = ("split_points", "compile_ranges_split_points", "compile_ranges_endpoints")
 
@@ -63,8 +65,9 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> tuple[Config, list[
         raise InvalidJSON(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise InvalidJSON(f"{path} must hold a JSON object, got {type(data).__name__}")
-    left_out = sorted(VLLM_ONLY & data.keys())
-    if left_out or "compile_ranges_split_points" in data:
+    left_out: list[str] = []
+    if VLLM_ONLY & data.keys() or "compile_ranges_split_points" in data:
+        left_out = sorted((VLLM_ONLY | _OTHER_MEANING) & data.keys())
         data = _from_vllm(data)
     if "split_points" in overrides:
         data = {name: value for name, value in data.items() if name not in _SPLIT_POINTS}
@@ -76,7 +79,7 @@ def _from_vllm(data: Mapping[str, Any]) -> dict[str, Any]:
     fields = {
         name: value
         for name, value in data.items()
-        if name not in VLLM_ONLY and value is not None and value != ""
+        if name not in VLLM_ONLY | _OTHER_MEANING and value is not None and value != ""
     }
     sizes = fields.get("compile_sizes")
     if isinstance(sizes, list) and "cudagraph_capture_sizes" in sizes:
