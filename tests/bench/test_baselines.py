@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from splitpoint import arguments
+from splitpoint.arguments import shared
 from splitpoint.bench.baselines import BASELINES, Baseline
 from splitpoint.bench.check import Expected
 from splitpoint.bench.inputs import CompiledForward, call_each, last_logits, random_ids
@@ -26,7 +26,7 @@ def installed(name: str) -> Baseline:
 
 
 def test_the_command_line_names_all():
-    assert set(arguments.BASELINES) == set(BASELINES)
+    assert set(shared.BASELINES) == set(BASELINES)
 
 
 @pytest.mark.parametrize("baseline", BASELINES.values(), ids=BASELINES)
