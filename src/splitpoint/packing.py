@@ -60,10 +60,6 @@ class PackedWeights:
             place, self._chunk = self._chunk[: packed.nbytes], self._chunk[room:]
             return place.view(packed.dtype).view(packed.shape).copy_(packed)
 
-    def has(self, weight: torch.Tensor, layout: str) -> bool:
-        """Whether the copy exists."""
-        return (id(weight), layout) in self._copies
-
     def packed_ids(self) -> set[int]:
         """The ids of the weights that have copies."""
         return set(self._weights)
