@@ -6,16 +6,11 @@ from operator import attrgetter
 
 import torch
 
+from .memory import Streamed
 from .passes.linear import LAYOUTS
 
 _version = attrgetter("_version")
 _pointer = torch.Tensor.data_ptr
-_LINE = 64
-
-
-CHUNK_BYTES = 32 << 20
-"""Copies are laid one after the other into chunks of this size: weights that are read one after
-the other are read 5 to 10 % faster so than from allocations of their own."""
 
 
 class PackedWeights:
@@ -27,8 +22,7 @@ class PackedWeights:
 
     def __init__(self) -> None:
         self._copies: dict[tuple[int, str], torch.Tensor] = {}
-        self._chunk = torch.empty(0, dtype=torch.uint8)
-        """What is left of the current chunk."""
+        self._memory = Streamed()
         self._weights: dict[int, torch.Tensor] = {}
         """By id; held, so that ids stay theirs."""
         self._tensors: list[torch.Tensor] = []
@@ -44,21 +38,10 @@ class PackedWeights:
         """The copy of a [n, k] weight in a layout; made at first use."""
         key = (id(weight), layout)
         if key not in self._copies:
-            self._copies[key] = self._placed(_packed(weight, layout))
+            self._copies[key] = self._memory.placed(_packed(weight, layout))
             self._weights[id(weight)] = weight
             self._note()
         return self._copies[key]
-
-    def _placed(self, packed: torch.Tensor) -> torch.Tensor:
-        """A copy moved to the end of the current chunk, or to a new one."""
-        if packed.layout != torch.strided:
-            return packed  # opaque: only its kernel may copy it
-        room = -(-packed.nbytes // _LINE) * _LINE
-        with torch.inference_mode(False), torch.no_grad():
-            if room > self._chunk.nbytes:
-                self._chunk = torch.empty(max(room, CHUNK_BYTES), dtype=torch.uint8)
-            place, self._chunk = self._chunk[: packed.nbytes], self._chunk[room:]
-            return place.view(packed.dtype).view(packed.shape).copy_(packed)
 
     def packed_ids(self) -> set[int]:
         """The ids of the weights that have copies."""

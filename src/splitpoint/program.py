@@ -274,8 +274,10 @@ class Program:
         if self.config.backend == "eager" or not weights or not self._kernels_available():
             return
         for shape, by_lane in weights.items():
-            for index, ids in by_lane.items():
-                lane = lanes[index]
+            # The largest sizes first: they gain most by a copy, which smaller ones then have for
+            # nothing.
+            for index in sorted(by_lane, key=lambda each: -lanes[each].planned.range.end):
+                lane, ids = lanes[index], by_lane[index]
                 assert lane.kernels is not None
                 lane.kernels[shape] = self._choice(shape, lane.planned.range, ids)
         self.tuner.free()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.bounds import exceeded
 from ..kernels.layout import quantize
+from ..memory import Streamed
 from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
@@ -127,7 +128,8 @@ class Weights:
         if layout not in self._copies:
             packed = [LAYOUTS[layout].pack(weight) for weight in self.held]
             count = min(max(2, self.count), 256)
-            self._copies[layout] = [[each.clone() for each in packed] for _ in range(count)]
+            place = torch.clone if layout == "plain" else Streamed().placed
+            self._copies[layout] = [[place(each) for each in packed] for _ in range(count)]
         return self._copies[layout]
 
     def calls(self, rows: int, names: Sequence[str]) -> dict[str, Callable[[], object]]:
