@@ -36,7 +36,7 @@ SMALLEST = 1 << 15
 """Elements of a weight below which a layer costs about as much as its call, whatever runs it."""
 
 WORTH_A_COPY = 1.05
-"""A second layout of a weight must win by this factor over one that exists already."""
+"""Another layout of a weight must win by this factor over one that is read already."""
 
 
 @dataclass
@@ -58,7 +58,8 @@ class LinearTuner:
     def choose(self, shape: LinearShape, range_: Range, layouts: Collection[str] = ()) -> str:
         """The fastest variant for a layer in a range: the least mean, over the range's first,
         middle and last size, of the time relative to the best variant there. Of variants
-        within 5 % of that, one whose layout is among `layouts`, which exist already."""
+        within 5 % of that, one whose layout is among `layouts`, which other ranges read, so that
+        a weight is in memory once; then one that reads the module's own."""
         if sum(shape.columns) * shape.k < SMALLEST:
             return INDUCTOR
         rows = shape.rows_in(range_)
@@ -73,13 +74,10 @@ class LinearTuner:
             best = min(seconds[name] for name in names)
             for name in names:
                 losses[name] += seconds[name] / best
-        best_name = min(names, key=losses.__getitem__)
-        exist = {"plain", *layouts}
-        there = [n for n in names if n == INDUCTOR or layout_of(VARIANTS[n], shape) in exist]
-        best_there = min(there, key=losses.__getitem__)
-        if losses[best_there] <= WORTH_A_COPY * losses[best_name]:
-            return best_there
-        return best_name
+        near = [n for n in names if losses[n] <= WORTH_A_COPY * min(losses.values())]
+        read = [n for n in near if _layout(n, shape) in layouts]
+        plain = [n for n in near if _layout(n, shape) == "plain"]
+        return min(read or plain or near, key=losses.__getitem__)
 
     def free(self) -> None:
         """Free the copies of weights that measuring took."""
@@ -124,7 +122,7 @@ class Weights:
 
     def copies(self, name: str) -> list[list[Tensor]]:
         """The weights in the layout of a variant, again and again."""
-        layout = "plain" if name == INDUCTOR else layout_of(VARIANTS[name], self.shape)
+        layout = _layout(name, self.shape)
         if layout not in self._copies:
             packed = [LAYOUTS[layout].pack(weight) for weight in self.held]
             count = min(max(2, self.count), 256)
@@ -187,6 +185,11 @@ class Weights:
         if worst > 1:
             log.warning("linear variant %r is wrong for %s and is not used", name, self.shape)
         return worst <= 1
+
+
+def _layout(name: str, shape: LinearShape) -> str:
+    """The layout of the weights that a variant reads."""
+    return "plain" if name == INDUCTOR else layout_of(VARIANTS[name], shape)
 
 
 def _only_products(shape: LinearShape) -> LinearShape:

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from splitpoint.passes.linear_sites import LinearShape
+from splitpoint.ranges import Range
+from splitpoint.tuning.linear import LinearTuner
+
+SHAPE = LinearShape(columns=(512,), k=512, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "layouts", "chosen"),
+    [
+        ({"inductor": 3.0, "gemv": 1.0, "packed": 0.9}, (), "packed"),
+        ({"inductor": 3.0, "gemv": 1.0, "packed": 0.96}, (), "gemv"),
+        ({"inductor": 3.0, "gemv": 1.0, "packed": 1.04}, ("packed",), "packed"),
+        ({"inductor": 3.0, "gemv": 1.0, "packed": 1.06}, ("packed",), "gemv"),
+        ({"inductor": 1.0, "gemv": 2.0, "packed": 1.04}, ("packed",), "packed"),
+        ({"inductor": 1.0, "gemv": 2.0, "packed": 0.99}, (), "inductor"),
+        ({"inductor": 1.0, "gemv": 2.0, "packed": 0.97}, ("onednn",), "inductor"),
+    ],
+)
+def test_a_tie_goes_to_the_layout_that_is_read_already(
+    seconds: dict[str, float], layouts: tuple[str, ...], chosen: str
+) -> None:
+    tuner = LinearTuner(threads=1)
+    tuner._seconds[SHAPE, 1] = seconds  # as if they had been measured
+    assert tuner.choose(SHAPE, Range(1, 1), layouts) == chosen
+    assert tuner.spent_s == 0
