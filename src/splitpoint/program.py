@@ -264,22 +264,24 @@ class Program:
     def _choose_linear(self, lanes: Sequence[Lane]) -> None:
         """Choose a kernel for each shape of linear layer in each lane, and note it in the
         plan."""
-        weights: dict[LinearShape, dict[int, set[tuple[int, ...]]]] = {}
+        asked: dict[tuple[LinearShape, int], set[tuple[int, ...]]] = {}
         for index, lane in enumerate(lanes):
             if self.config.linear_for(lane.planned.range) == "inductor" or lane.kernels is not None:
                 continue
             lane.kernels = {}
             for site, held in lane.graph.linear_sites():
-                weights.setdefault(site.shape, {}).setdefault(index, set()).add(tuple(held))
-        if self.config.backend == "eager" or not weights or not self._kernels_available():
+                asked.setdefault((site.shape, index), set()).add(tuple(held))
+        if self.config.backend == "eager" or not asked or not self._kernels_available():
             return
-        for shape, by_lane in weights.items():
-            # The largest sizes first: they gain most by a copy, which smaller ones then have for
-            # nothing.
-            for index in sorted(by_lane, key=lambda each: -lanes[each].planned.range.end):
-                lane, ids = lanes[index], by_lane[index]
-                assert lane.kernels is not None
-                lane.kernels[shape] = self._choice(shape, lane.planned.range, ids)
+        # The tuner wants all that concerns a kind of layer together; of that the largest sizes
+        # come first: they gain most by a copy, which smaller ones then have for nothing.
+        kinds = list(dict.fromkeys(shape.of_any_rows for shape, _ in asked))
+        for shape, index in sorted(
+            asked, key=lambda at: (kinds.index(at[0].of_any_rows), -lanes[at[1]].planned.range.end)
+        ):
+            lane = lanes[index]
+            assert lane.kernels is not None
+            lane.kernels[shape] = self._choice(shape, lane.planned.range, asked[shape, index])
         self.tuner.free()
         for lane in lanes:
             if lane.kernels and set(lane.kernels.values()) != {"inductor"}:

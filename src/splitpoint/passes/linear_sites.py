@@ -51,6 +51,11 @@ class LinearShape:
         """Columns of each result."""
         return self.columns[:1] if self.gated else self.columns
 
+    @property
+    def of_any_rows(self) -> LinearShape:
+        """The same layers whatever x has of rows."""
+        return replace(self, rows="size")
+
     def rows_in(self, range_: Range) -> Range:
         """The rows that x has at the ends of a range of sizes."""
         ends = [int(eval(self.rows, {"size": n, "math": math})) for n in (range_.start, range_.end)]

@@ -43,7 +43,7 @@ WORTH_A_COPY = 1.05
 class LinearTuner:
     """Measures variants for the shapes it is asked about, and remembers.
 
-    Ask for all ranges of a shape before the next shape: each shape's copies of weights are
+    Ask for all ranges of a shape, of any rows, before the next shape: its copies of weights are
     made when it is first asked about, and stay until another is.
     """
 
@@ -86,6 +86,7 @@ class LinearTuner:
     def seconds(self, shape: LinearShape, rows: int, names: list[str]) -> dict[str, float] | None:
         """Median seconds a call of each variant for x of so many rows; None when the budget is
         spent."""
+        shape = shape.of_any_rows
         known = self._seconds.setdefault((shape, rows), {})
         if not set(names) <= known.keys():
             start = THREAD_CPU_TIME.read()
