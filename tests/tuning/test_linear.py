@@ -14,12 +14,12 @@ SHAPE = LinearShape(columns=(512,), k=512, dtype=torch.bfloat16)
     ("seconds", "layouts", "chosen"),
     [
         ({"inductor": 3.0, "gemv": 1.0, "packed": 0.9}, (), "packed"),
-        ({"inductor": 3.0, "gemv": 1.0, "packed": 0.96}, (), "gemv"),
-        ({"inductor": 3.0, "gemv": 1.0, "packed": 1.04}, ("packed",), "packed"),
-        ({"inductor": 3.0, "gemv": 1.0, "packed": 1.06}, ("packed",), "gemv"),
-        ({"inductor": 1.0, "gemv": 2.0, "packed": 1.04}, ("packed",), "packed"),
+        ({"inductor": 3.0, "gemv": 1.0, "packed": 0.98}, (), "gemv"),
+        ({"inductor": 3.0, "gemv": 1.0, "packed": 1.02}, ("packed",), "packed"),
+        ({"inductor": 3.0, "gemv": 1.0, "packed": 1.04}, ("packed",), "gemv"),
+        ({"inductor": 1.0, "gemv": 2.0, "packed": 1.02}, ("packed",), "packed"),
         ({"inductor": 1.0, "gemv": 2.0, "packed": 0.99}, (), "inductor"),
-        ({"inductor": 1.0, "gemv": 2.0, "packed": 0.97}, ("onednn",), "inductor"),
+        ({"inductor": 1.0, "gemv": 2.0, "packed": 0.98}, ("onednn",), "inductor"),
     ],
 )
 def test_a_tie_goes_to_the_layout_that_is_read_already(

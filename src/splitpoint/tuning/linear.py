@@ -35,8 +35,10 @@ INDUCTOR = "inductor"
 SMALLEST = 1 << 15
 """Elements of a weight below which a layer costs about as much as its call, whatever runs it."""
 
-WORTH_A_COPY = 1.05
-"""Another layout of a weight must win by this factor over one that is read already."""
+WORTH_A_COPY = 1.03
+"""Another layout of a weight must win by this factor over one that is read already. It is low
+because a model gains more than its layers one by one: copies lie on huge pages, and what else
+runs finds its own addresses translated."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class LinearTuner:
     def choose(self, shape: LinearShape, range_: Range, layouts: Collection[str] = ()) -> str:
         """The fastest variant for a layer in a range: the least mean, over the range's first,
         middle and last size, of the time relative to the best variant there. Of variants
-        within 5 % of that, one whose layout is among `layouts`, which other ranges read, so that
+        within 3 % of that, one whose layout is among `layouts`, which other ranges read, so that
         a weight is in memory once; then one that reads the module's own."""
         if sum(shape.columns) * shape.k < SMALLEST:
             return INDUCTOR
