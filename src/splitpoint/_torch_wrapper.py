@@ -105,6 +105,39 @@ def operator_path(operator: Any) -> list[str]:
     return list(operator._qualified_op_name.split("::"))
 
 
+def returns_tensors(name: str, wanted: int, by_element: bool) -> bool:
+    """Whether an operator returns tensors: a list or at least `wanted` where they are taken
+    `by_element`, else one."""
+    try:
+        returns = operator(name)._schema.returns
+    except LookupError:
+        return False
+    kinds = [str(each.type) for each in returns]
+    if not by_element:
+        return kinds == ["Tensor"]
+    return kinds == ["List[Tensor]"] or (len(kinds) >= max(2, wanted) and set(kinds) == {"Tensor"})
+
+
+def tensor_operator(target: Any) -> str | None:
+    """The name "namespace::name.overload" of an operator that returns one tensor; None for what
+    is none, or has overloads that its arguments choose from."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = target.overloads()  # type: ignore[no-untyped-call]
+        if len(overloads) != 1:
+            return None
+        target = getattr(target, overloads[0])
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    if [str(each.type) for each in target._schema.returns] != ["Tensor"]:
+        return None
+    return f"{target._overloadpacket._qualified_op_name}.{target._overloadname}"
+
+
+def interposed() -> bool:
+    """Whether a mode is active that sees the functions, or the operators, that Python calls."""
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+
+
 def memory_of(tensor: torch.Tensor) -> int:
     """What two views of the same memory have in common."""
     return int(tensor.untyped_storage()._cdata)

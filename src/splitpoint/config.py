@@ -38,6 +38,7 @@ OnGuard = Literal["split", "error"]
 OnOutOfPlan = Literal["error", "eager"]
 Hint = Literal["start", "middle", "end"]
 ModuleGuards = Literal["every_call", "first_call"]
+Runner = Literal["native", "python"]
 
 LINEAR_VARIANTS = ("auto", "inductor", "gemv", "packed", "onednn")
 """What `Config.linear` may name for a range."""
@@ -100,6 +101,10 @@ class Config:
     """When to check that the module and the globals it reads are as they were at capture:
     at "every_call", or only at the "first_call" of each range, for an engine that never
     changes its module. Tensors updated in place are followed either way."""
+    runner: Runner = "native"
+    """What calls the compiled pieces and splitting ops one after the other: a program in C++,
+    built with a compiler on first use ("native"; without one it is Python), or a function in
+    "python", which does the same more slowly."""
     cache_dir: str | None = None
     """Folder of the store of compiled artifacts; None for `store` in the user's cache folder
     (`SPLITPOINT_CACHE`), "" to keep and use none."""
@@ -133,6 +138,7 @@ class Config:
             ("backend", Backend),
             ("hint", Hint),
             ("module_guards", ModuleGuards),
+            ("runner", Runner),
         ):
             _choice(name, getattr(self, name), get_args(kind))
         self._set("linear", _linear(self.linear))

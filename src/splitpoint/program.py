@@ -19,13 +19,24 @@ from .errors import GuardError, KernelBuildError, StateChanged
 from .graph.assumptions import Assumption, runs, valid
 from .graph.capture import Argument, Bound, Held, SizeInput
 from .graph.pieces import CallPiece, Piece, Split
-from .graph.stitch import Body, CompiledPiece, Guard, Packed, Stitched, assemble, rebind, stitch
+from .graph.stitch import (
+    Body,
+    CompiledPiece,
+    Guard,
+    Native,
+    Packed,
+    Stitched,
+    assemble,
+    rebind,
+    stitch,
+)
 from .module_watch import ModuleWatch, watch
 from .packing import PackedWeights
 from .passes import linear
 from .passes.linear_sites import LinearShape, Site, find
 from .passes.manager import MatchCount
 from .ranges import NOT_SERVED, Plan, PlannedRange, Range
+from .runner.native import native
 from .store.store import Store
 from .tuning.linear import LinearTuner
 
@@ -346,7 +357,7 @@ class Program:
             raise TooWide(
                 right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))]
             )
-        return CompiledPiece(compiled.call, prepared.sources)
+        return CompiledPiece(compiled.call, prepared.sources, compiled.steps)
 
     def _collectives(self, lane: Lane) -> tuple[str, ...]:
         """What the passes chose in the lane's pieces, each kind once."""
@@ -397,11 +408,14 @@ class Program:
         lane.body = body
         lane.packed = body.packed
         repack = Packed(self.weights.fresh, self.repack) if graph.watch is None else None
-        run = assemble(body, guard, repack)
+        run = assemble(body, guard, repack, self._native(body))
         self._rebind(run, lane)
         if not proven:
             self._renew_watch(graph)
         return run
+
+    def _native(self, body: Body) -> Native | None:
+        return native(body) if self.config.runner == "native" else None
 
     def _guard(self, graph: Graph) -> Guard:
         def refresh() -> None:

@@ -32,7 +32,7 @@ from .graph.facts import Checker, Describer, Facts, Roots, Unprovable, collect
 from .graph.pieces import Split
 from .graph.regions import Regions
 from .graph.signature import ConstantLeaf, Signature, SizeLeaf, TensorLeaf
-from .graph.stitch import Body
+from .graph.stitch import Body, PieceSteps
 from .passes.manager import MatchCount
 from .program import Graph, Lane, Program
 from .ranges import Plan
@@ -199,7 +199,8 @@ def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> di
             if piece is None or kept is None:
                 raise NotKept(f"a piece that is not kept ({name[2:]} of {lane.planned.range})")
             pieces[piece] = {
-                field: kept[field] for field in ("source", "operators", "kernels", "matches")
+                field: kept[field]
+                for field in ("source", "operators", "kernels", "matches", "steps")
             }
             names[name] = ["piece", piece]
         rows.append(
@@ -208,6 +209,7 @@ def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> di
                 "sizes": [list(run) for run in runs(lane.sizes)],
                 "parameters": list(body.parameters),
                 "lines": list(body.lines),
+                "steps": list(body.steps),
                 "names": names,
                 "packed": [list(each) for each in body.packed],
                 "kernels": {str(s): name for s, name in (lane.kernels or {}).items()},
@@ -328,7 +330,8 @@ class _Loader:
                 for name, value in row["names"].items()
             }
             packed = tuple((index, layout) for index, layout in row["packed"])
-            bodies.append(Body(tuple(row["parameters"]), tuple(row["lines"]), names, packed))
+            text = tuple(row["parameters"]), tuple(row["lines"])
+            bodies.append(Body(*text, names, packed, tuple(row["steps"]), self.steps(row)))
         program = Program(self.config, lanes, entry["notes"], self.store)
         program.start(bodies)
         self.count(program, plan)
@@ -368,6 +371,16 @@ class _Loader:
             )
             for key, piece in pieces.items()
         }
+
+    def steps(self, row: Mapping[str, Any]) -> dict[str, PieceSteps]:
+        """What the pieces of a lane do, by name, where the runner can do it."""
+        found = {}
+        for name, value in row["names"].items():
+            if value[0] == "piece" and (steps := self.entry["pieces"][value[1]]["steps"]):
+                kernels_ = self.entry["pieces"][value[1]]["kernels"]
+                paths = (str(self.object(kernels_[each])) for each in steps["kernels"])
+                found[name] = PieceSteps(steps, tuple(paths))
+        return found
 
     def object(self, digest_: str) -> Path:
         path = self.store.object(digest_)

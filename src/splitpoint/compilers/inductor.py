@@ -8,13 +8,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import _torch
+from .. import _torch, _torch_wrapper
 from ..errors import CompileError, SplitpointError, UnknownInductorOption
 from ..graph.assumptions import Assumption, read
 from ..graph.pieces import Piece
+from ..graph.stitch import PieceSteps
 from ..passes.base import Pass
 from ..passes.manager import MatchCount, PassManager
 from ..ranges import PlannedRange
+from ..runner.pieces import NoStep
+from ..runner.pieces import piece_steps as steps_of
 from .wrapper import NotPlain, Wrapper, read_wrapper
 
 log = logging.getLogger("splitpoint")
@@ -31,6 +34,8 @@ class Compiled:
     matches: tuple[MatchCount, ...]
     bare: Bare | None = None
     """What `call` is made of, where that is known."""
+    steps: PieceSteps | None = None
+    """What `call` does, where the runner in C++ can do it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Bare:
     call: Callable[..., Sequence[Any]]
     wrapper: Wrapper
     kernels: Mapping[str, Callable[..., Any]]
+    steps: Mapping[str, Any] | None
+    """The same for the runner in C++, where it can do it."""
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -102,24 +109,40 @@ def compile_piece(
         ) from error
     found = _torch.assumptions(shapes.env, shapes.symbols, shapes.bounds)
     inputs_before = int(piece.takes_size)
-    bare = _bare(graph, {index + inputs_before for index in trusted}, piece.fingerprint)
+    bare = _bare(graph, {index + inputs_before for index in trusted}, piece)
     call = graph.call if bare is None else bare.call
-    return Compiled(call, read(found), tuple(manager.matches(_torch.take_notes())), bare)
+    steps = bare and piece_steps(bare.steps, bare.kernels)
+    return Compiled(call, read(found), tuple(manager.matches(_torch.take_notes())), bare, steps)
 
 
-def _bare(graph: _torch.InductorGraph, trusted: Collection[int], piece: str) -> Bare | None:
+def piece_steps(
+    steps: Mapping[str, Any] | None, kernels: Mapping[str, Callable[..., Any]]
+) -> PieceSteps | None:
+    """The steps of a piece with the libraries of its kernels."""
+    if steps is None:
+        return None
+    libraries = (str(_torch_wrapper.kernel_library(kernels[name])) for name in steps["kernels"])
+    return PieceSteps(steps, tuple(libraries))
+
+
+def _bare(graph: _torch.InductorGraph, trusted: Collection[int], piece: Piece) -> Bare | None:
     """The graph without AOTAutograd's run-time wrapper, which costs 10 to 20 us a call, where
     that has nothing to do."""
     if graph.wrapped:
-        log.debug("piece %s keeps its wrapper for: %s", piece, graph.wrapped)
+        log.debug("piece %s keeps its wrapper for: %s", piece.fingerprint, graph.wrapped)
         return None
     try:
         wrapper = read_wrapper(graph.source, trusted, graph.mutated)
         call = wrapper.bind(graph.names)
     except (NotPlain, LookupError, SyntaxError) as error:
-        log.debug("piece %s keeps its wrapper: its code has %s", piece, error)
+        log.debug("piece %s keeps its wrapper: its code has %s", piece.fingerprint, error)
         return None
-    return Bare(call, wrapper, {name: graph.names[name] for name in wrapper.kernels})
+    steps = None
+    try:
+        steps = steps_of(wrapper, piece.takes_size)
+    except NoStep as why:
+        log.debug("piece %s runs in Python: it has %s", piece.fingerprint, why)
+    return Bare(call, wrapper, {name: graph.names[name] for name in wrapper.kernels}, steps)
 
 
 def _own_error(error: BaseException | None) -> SplitpointError | None:

@@ -75,6 +75,7 @@ class PieceCompiler:
                 {
                     "assumptions": [[a.code, a.origin] for a in compiled.assumptions],
                     "matches": [m.kept() for m in compiled.matches],
+                    "steps": compiled.bare.steps,
                 },
             )
         return Result(compiled, digest if kept else None, False)
@@ -121,4 +122,5 @@ def read_artifact(found: artifact.Artifact, fingerprint: str, range_: Range) -> 
     """A kept piece as the compiler would have returned it."""
     assumptions = tuple(Assumption(code, origin) for code, origin in found.entry["assumptions"])
     matches = tuple(MatchCount.from_kept(m, fingerprint, range_) for m in found.entry["matches"])
-    return inductor.Compiled(found.call, assumptions, matches)
+    steps = inductor.piece_steps(found.entry["steps"], found.kernels)
+    return inductor.Compiled(found.call, assumptions, matches, steps=steps)

@@ -6,12 +6,13 @@ import functools
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .. import _torch
 from .capture import Argument, Bound, GraphOutput, Held, SizeInput
 from .pieces import CallOp, CallPiece, Name, Size, Split
+from .postfix import NotPostfix, size_postfix
 
 Stitched = Callable[..., Any]
 """Called with the size, then the call's tensor arguments; returns the callable's result."""
@@ -25,6 +26,17 @@ class CompiledPiece:
     """Takes the size if the piece does, then the tensors of `sources`."""
     sources: Sequence[tuple[int, str]]
     """For each tensor: which of the piece's inputs it is, in which layout."""
+    steps: PieceSteps | None = None
+
+
+@dataclass(frozen=True)
+class PieceSteps:
+    """What a compiled piece does, for the runner in C++."""
+
+    data: Mapping[str, Any]
+    """What `runner.pieces.piece_steps` returned."""
+    libraries: tuple[str, ...]
+    """The path of each kernel's shared library."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,26 @@ class Body:
     constants; tensors of the module come by `rebind`."""
     packed: tuple[tuple[int, str], ...]
     """The (`Bound.index`, layout) of the packed weights it reads, in the order in which it does."""
+    steps: tuple[Any, ...] = ()
+    """For each line what it does, as JSON: ["piece", name, inputs, outputs], ["op", name,
+    arguments, keyword arguments, output] or ["free", names]; None for what only Python can do.
+    In arguments {"t": name} is a tensor, {"e": text} an integer in postfix, {"k": name} a
+    constant."""
+    pieces: Mapping[str, PieceSteps] = field(default_factory=dict)
+    """What the pieces do, by name, where the runner can do it."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """Lines that call the runner instead of those of a `Body`."""
+
+    lines: tuple[str, ...]
+    programs: Mapping[str, Any]
+    """The runner's programs by the names that the lines give them."""
+    bound: tuple[tuple[Any, tuple[str, ...]], ...]
+    """Each program with the names of the tensors of the module that it reads."""
+    interposed: Callable[[], bool]
+    """Whether something wants to see each operator that Python calls."""
 
 
 def stitch(
@@ -79,7 +111,12 @@ def stitch(
     return _Writer(split, inputs, compiled, argument_count).body(result)
 
 
-def assemble(body: Body, guard: Guard | None, packed: Packed | None = None) -> Stitched:
+def assemble(
+    body: Body,
+    guard: Guard | None,
+    packed: Packed | None = None,
+    native: Native | None = None,
+) -> Stitched:
     """Make the function. `rebind` must follow before it is called.
 
     Args:
@@ -87,6 +124,7 @@ def assemble(body: Body, guard: Guard | None, packed: Packed | None = None) -> S
         guard: what to check of the module at each call, if anything.
         packed: how to keep packed weights up to date, where there are any and the guard does
             not see that they are.
+        native: how to do the same with the runner in C++.
     """
     names = dict(body.names)
     first: list[str] = []
@@ -105,12 +143,34 @@ def assemble(body: Body, guard: Guard | None, packed: Packed | None = None) -> S
         first.append(f"if not ({conditions}): {constant(guard.refresh)}()")
     if body.packed and packed is not None:
         first.append(f"if not {constant(packed.fresh)}(): {constant(packed.repack)}()")
-    lines = "\n    ".join([*first, *body.lines])
-    source = f"def stitched({', '.join(body.parameters)}):\n    {lines}\n"
+    if native is None:
+        return _define("stitched", body.parameters, [*first, *body.lines], names)
+
+    def plain(*args: Any) -> Any:
+        if "plain" not in names:
+            _define("plain", body.parameters, body.lines, names)
+        return names["plain"](*args)
+
+    names |= native.programs
+    names[_BOUND] = native.bound
+    aside = f"if {constant(native.interposed)}(): "
+    first.append(f"{aside}return {constant(plain)}({', '.join(body.parameters)})")
+    return _define("stitched", body.parameters, [*first, *native.lines], names)
+
+
+def _define(
+    name: str, parameters: Sequence[str], lines: Sequence[str], names: dict[str, Any]
+) -> Stitched:
+    """Define a function among `names`, which are its globals."""
+    body = "\n    ".join(lines)
+    source = f"def {name}({', '.join(parameters)}):\n    {body}\n"
     exec(_code(source), names)
-    function: Stitched = names["stitched"]
+    function: Stitched = names[name]
     function.__doc__ = source
     return function
+
+
+_BOUND = "_bound"
 
 
 @functools.lru_cache(maxsize=64)  # ranges often come to the same text
@@ -132,7 +192,10 @@ def rebind(
     for index, fact in enumerate(held or ()):
         names[f"h{index}"] = fact.holder
         names[f"o{index}"] = fact.value
-    stitched.__globals__.update(names)
+    known = stitched.__globals__
+    known.update(names)
+    for program, tensors in known.get(_BOUND, ()):
+        program.bind([known[name] for name in tensors])
 
 
 _LEAF = _torch.tree_flatten(0)[1]
@@ -157,6 +220,7 @@ class _Writer:
             elif isinstance(source, Bound):
                 self.names[name] = f"w{source.index}"
         self.lines: list[str] = []
+        self.steps: list[Any] = []
         self.bound = {
             name: source.index
             for name, source in zip(split.inputs, inputs, strict=True)
@@ -175,12 +239,23 @@ class _Writer:
             unused = [name for name in made if name not in last]
             locals_ = [self.names[name] for name in done + unused if name not in kept]
             if dead := [local for local in locals_ if local.startswith("v")]:
-                self.lines.append(f"del {', '.join(dead)}")
+                self.add(f"del {', '.join(dead)}", ["free", dead])
         if result is None:
-            self.lines.append(f"return {self.code(tuple(self.split.outputs))}")
+            self.add(f"return {self.code(tuple(self.split.outputs))}", None)
         else:
-            self.lines.append(f"return {self.write_result(iter(result[0]), result[1])}")
-        return Body(tuple(self.parameters), tuple(self.lines), self.namespace, tuple(self.packed))
+            self.add(f"return {self.write_result(iter(result[0]), result[1])}", None)
+        return Body(
+            tuple(self.parameters),
+            tuple(self.lines),
+            self.namespace,
+            tuple(self.packed),
+            tuple(self.steps),
+            {f"p_{name}": made.steps for name, made in self.compiled.items() if made.steps},
+        )
+
+    def add(self, line: str, step: list[Any] | None) -> None:
+        self.lines.append(line)
+        self.steps.append(step)
 
     def write_result(self, leaves: Iterator[Any], spec: Any) -> str:
         """Source that nests the leaves of the result as the callable returned them."""
@@ -204,18 +279,44 @@ class _Writer:
     def write(self, step: CallPiece | CallOp) -> None:
         if isinstance(step, CallPiece):
             compiled = self.compiled[step.fingerprint]
-            args = ["size"] if self.split.pieces[step.fingerprint].takes_size else []
-            args += [self.input(step.inputs[index], layout) for index, layout in compiled.sources]
+            tensors = [self.input(step.inputs[index], layout) for index, layout in compiled.sources]
+            sizes = ["size"] if self.split.pieces[step.fingerprint].takes_size else []
             call = f"p_{step.fingerprint}"
             self.namespace[call] = compiled.call
             targets = [self.new(name) for name in step.outputs]
             left = f"({', '.join(targets)},) = " if targets else ""
-            self.lines.append(f"{left}{call}({', '.join(args)})")
+            line = f"{left}{call}({', '.join(sizes + tensors)})"
+            self.add(line, ["piece", call, tensors, targets])
         else:
             args = [self.code(value) for value in step.args]
             args += [f"{name}={self.code(value)}" for name, value in step.kwargs.items()]
             call = self.constant(step.target)
-            self.lines.append(f"{self.new(step.output)} = {call}({', '.join(args)})")
+            made = self.step(call, step)
+            output = self.new(step.output)
+            self.add(
+                f"{output} = {call}({', '.join(args)})", None if made is None else [*made, output]
+            )
+
+    def step(self, call: str, step: CallOp) -> list[Any] | None:
+        try:
+            kwargs = {name: self.kept(value) for name, value in step.kwargs.items()}
+            return ["op", call, [self.kept(value) for value in step.args], kwargs]
+        except NotPostfix:
+            return None
+
+    def kept(self, value: Any) -> Any:
+        """A value of a step as JSON."""
+        if isinstance(value, Name):
+            return {"t": self.names[value.name]}
+        if isinstance(value, Size):
+            return {"e": size_postfix(value.code)}
+        if type(value) in (tuple, list):
+            return [self.kept(each) for each in value]
+        if type(value) is dict or isinstance(value, slice):
+            raise NotPostfix(f"a {type(value).__name__}")
+        if value is None or type(value) in (bool, int, str):
+            return value
+        return {"k": self.constant(value)}
 
     def input(self, name: str, layout: str) -> str:
         if layout == "plain":

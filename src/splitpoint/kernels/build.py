@@ -92,7 +92,10 @@ def library() -> Path:
     units = [
         *kernel_units(),
         Unit("glue", SOURCES / "linear.cpp", torch_headers),
-        Unit("watch", SOURCES / "watch.cpp", (*torch_headers, *_python_headers())),
+        *(
+            Unit(name, SOURCES / f"{name}.cpp", (*torch_headers, *_python_headers()))
+            for name in ("watch", "runner")
+        ),
     ]
     return built("splitpoint", units, [SOURCES])
 
@@ -141,7 +144,8 @@ def built(name: str, units: Sequence[Unit], folders: Sequence[Path]) -> Path:
 
 
 def _python_headers() -> Iterator[str]:
-    """Flags for the watch: without Python's headers it is built to say that it cannot."""
+    """Flags for what reads Python's objects: without Python's headers it is built to say that
+    it cannot (the watch), or is left out (the runner)."""
     folder = Path(sysconfig.get_paths()["include"])
     if (folder / "Python.h").exists():
         yield from ("-DSPLITPOINT_PYTHON", "-isystem", str(folder))
@@ -191,6 +195,7 @@ def _build(compiler: str, units: Sequence[Unit], path: Path) -> None:
             list(pool.map(compile_unit, units, objects))
         whole = folder / path.name
         libraries = ["-L", str(_torch.library_folder()), "-ltorch_cpu", "-lc10"]
+        libraries += ["-Wl,--as-needed", "-ltorch_python"]  # the runner alone needs that one
         _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(whole)])
         # On disk before it has its name: after a power cut a library that is there is whole.
         with whole.open("rb") as file:

@@ -26,6 +26,7 @@ class Artifact:
 
     call: Callable[..., Sequence[Any]]
     """Takes the size if the piece does, then its tensors; returns its outputs."""
+    kernels: Mapping[str, Callable[..., Any]]
     entry: Mapping[str, Any]
     """What was kept with it."""
 
@@ -79,7 +80,7 @@ def load(store: Store, key: str, loaded: dict[str, Callable[..., Any]]) -> Artif
                 loaded[digest] = _torch_wrapper.load_kernel(path, f"splitpoint_{digest[:16]}")
             kernels[name] = loaded[digest]
         wrapper = Wrapper(entry["source"], tuple(kernels), entry["operators"])
-        return Artifact(wrapper.bind(kernels), entry)
+        return Artifact(wrapper.bind(kernels), kernels, entry)
     except (ImportError, LookupError, OSError, TypeError, AttributeError, SyntaxError) as error:
         log.warning("store: piece %s cannot be used here: %s", key[:16], error)
         return None

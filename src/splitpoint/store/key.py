@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Counts up when what is stored changes its meaning."""
 
-_OWN_CODE = ("_torch*.py", "graph/*.py", "compilers/*.py", "passes/*.py", "store/*.py", "kernels/*")
+_OWN_CODE = (
+    *("_torch*.py", "graph/*.py", "compilers/*.py", "passes/*.py", "store/*.py", "kernels/*"),
+    "runner/*.py",
+)
 """The files of this package that decide what is stored, beside its version."""
 
 _NO_EFFECT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_MAX_JOBS")

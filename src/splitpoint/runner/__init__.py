@@ -1,0 +1,1 @@
+"""Runs the straight-line code of a range in C++ instead of Python."""
