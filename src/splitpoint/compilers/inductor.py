@@ -111,7 +111,7 @@ def compile_piece(
     inputs_before = int(piece.takes_size)
     bare = _bare(graph, {index + inputs_before for index in trusted}, piece)
     call = graph.call if bare is None else bare.call
-    steps = bare and piece_steps(bare.steps, bare.kernels)
+    steps = None if bare is None else piece_steps(bare.steps, bare.kernels)
     return Compiled(call, read(found), tuple(manager.matches(_torch.take_notes())), bare, steps)
 
 

@@ -35,7 +35,7 @@ def native(body: Body) -> Native | None:
     bound: list[tuple[Any, tuple[str, ...]]] = []
     at = 0
     while at < len(body.lines):
-        if not known[at]:
+        if not known[at] or body.steps[at][0] == "free":
             lines.append(body.lines[at])
             at += 1
             continue
@@ -85,9 +85,11 @@ class _Part:
         self.ids = {name: index for index, name in enumerate(made)}
         for index, name in enumerate([*self.bound, *self.inputs]):
             self.ids[name] = -1 - index
-        freed = {name for step in steps if step[0] == "free" for name in step[1]}
+        freed = [name for step in steps if step[0] == "free" for name in step[1]]
         self.outputs = [name for name in made if name in later and name not in freed]
-        self.freed = [name for name in self.inputs if name in freed]
+        self.freed = [name for name in freed if name not in made]
+        self.given: set[str] = set()
+        """Values that the piece just added frees itself."""
 
     def lines(self, name: str) -> list[str]:
         left = f"({', '.join(self.outputs)},) = " if self.outputs else ""
@@ -108,13 +110,13 @@ class _Part:
                 steps.append(["piece", *made, self.of(sorted(taken))])
             elif step[0] == "op":
                 _, target, args, kwargs, output = step
-                self.given = set()
                 name = operator_name(self.body.names[target])
                 named = {key: self.value(each) for key, each in kwargs.items()}
                 made = [[self.ids[output]], [self.value(each) for each in args], named]
                 steps.append(["op", name, *made])
             else:
-                dead = [name for name in step[1] if self.ids[name] >= 0 and name not in self.given]
+                dead = [name for name in step[1] if self.ids.get(name, -1) >= 0]
+                dead = [name for name in dead if name not in self.given]
                 if dead:
                     steps.append(["free", self.of(dead)])
         return pieces, steps, len(self.inputs), len(self.bound), self.of(self.outputs)
@@ -141,7 +143,7 @@ def _read(step: Sequence[Any]) -> list[str]:
         return list(step[2])
     if step[0] == "op":
         return [*_tensors(step[2]), *_tensors(list(step[3].values()))]
-    return list(step[1])
+    return []
 
 
 def _tensors(value: Any) -> list[str]:
