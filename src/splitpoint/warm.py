@@ -365,12 +365,13 @@ class _Loader:
             libraries[each] = _torch_wrapper.load_kernel(
                 self.object(each), f"splitpoint_{each[:16]}"
             )
-        return {
-            key: Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"]).bind(
-                {name: libraries[each] for name, each in piece["kernels"].items()}
-            )
-            for key, piece in pieces.items()
-        }
+        found = {}
+        for key, piece in pieces.items():
+            wrapper = Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"])
+            native = self.config.runner == "native" and piece["steps"]
+            bind = wrapper.bind_when_called if native else wrapper.bind
+            found[key] = bind({name: libraries[each] for name, each in piece["kernels"].items()})
+        return found
 
     def steps(self, row: Mapping[str, Any]) -> dict[str, PieceSteps]:
         """What the pieces of a lane do, by name, where the runner can do it."""

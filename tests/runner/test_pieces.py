@@ -162,7 +162,9 @@ def random_program(chance: random.Random) -> tuple[str, int]:
         return chosen
 
     for _ in range(chance.randint(3, 25)):
-        kind = chance.choice(["kernel", "add", "split", "sort", "view", "rename", "del", "assert"])
+        kind = chance.choice(
+            ["kernel", "add", "split", "sort", "view", "memory", "rename", "del", "assert"]
+        )
         if kind == "kernel":
             name, source = new(), pick()
             lines.append(f"{name} = empty_strided_cpu((s12, 4), (4, 1), torch.float32)")
@@ -198,6 +200,17 @@ def random_program(chance: random.Random) -> tuple[str, int]:
             )
             lines.append(f"{back} = torch.ops.aten.transpose_copy.int({name}, 0, 1)")
             whole.append(back)
+        elif kind == "memory":  # views that only a kernel reads, one of the other
+            rows, row, name = new(), new(), new()
+            lines += [
+                f"{rows} = reinterpret_tensor({chance.choice(whole)}, (s12, 4), (4, 1), 0)",
+                f"{row} = reinterpret_tensor({rows}, (1, 4), (4, 1), 4*s12 + -4)",
+                f"{name} = empty_strided_cpu((s12, 4), (4, 1), torch.float32)",
+                f"cpp_fused_0({rows}, {name}, 4*s12)",
+                f"cpp_fused_0({row}, {name}, 4)",
+                f"del {chance.choice([rows, row])}",
+            ]
+            whole.append(name)
         elif kind == "rename":
             name, old = new(), chance.choice(whole)
             lines += [f"{name} = {old}", f"del {old}"]

@@ -43,12 +43,30 @@ class Wrapper:
         Raises:
             LookupError: when an operator is not registered here.
         """
-        names: dict[str, Any] = dict(_torch_wrapper.helpers())
-        names |= {name: kernels[name] for name in self.kernels}
-        names |= {name: _torch_wrapper.named(what) for name, what in self.operators.items()}
+        names = self._names(kernels)
         exec(_code(self.source), names)
         call: Callable[..., Any] = names["call"]
         return call
+
+    def bind_when_called(self, kernels: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+        """The same, compiled by Python at the first call: for a function that hardly ever runs.
+
+        Raises:
+            LookupError: as `bind`.
+        """
+        names = self._names(kernels)
+
+        def call(*args: Any) -> Any:
+            if "call" not in names:
+                exec(_code(self.source), names)
+            return names["call"](*args)
+
+        return call
+
+    def _names(self, kernels: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+        names: dict[str, Any] = dict(_torch_wrapper.helpers())
+        names |= {name: kernels[name] for name in self.kernels}
+        return names | {name: _torch_wrapper.named(what) for name, what in self.operators.items()}
 
 
 @functools.lru_cache(maxsize=64)  # ranges often come to the same text

@@ -269,10 +269,14 @@ class Program {
         case Kind::kernel: {
           std::array<Word, kMostArguments> words;
           for (int32_t i = 0; i < step.count; ++i) {
-            const int32_t of = words_[step.first + 2 * i + 1];
-            words[i] = words_[step.first + 2 * i]
-                           ? static_cast<Word>(values[of])
-                           : reinterpret_cast<Word>(tensor(of).data_ptr());
+            const int32_t* argument = &words_[step.first + 2 * i];  // a tensor's, or kNone
+            const int64_t value = values[argument[1]];
+            if (argument[0] == kNone) {
+              words[i] = static_cast<Word>(value);
+            } else {
+              const Tensor& of = tensor(argument[0]);
+              words[i] = reinterpret_cast<Word>(of.data_ptr()) + value * of.itemsize();
+            }
           }
           call_kernel(kernels_[step.value], words.data(), step.count);
           break;
@@ -581,9 +585,17 @@ class Program {
       TORCH_CHECK_VALUE(given.size() <= kMostArguments, "a kernel takes ", given.size(),
                         " arguments");
       for (const py::handle each : given) {
-        const bool is_value = py::isinstance<py::str>(each);
-        words_.push_back(is_value);
-        words_.push_back(is_value ? value(each) : slot(each));
+        if (py::isinstance<py::list>(each)) {
+          const auto place = py::reinterpret_borrow<py::list>(each);
+          words_.push_back(slot(place[0]));
+          words_.push_back(value(place[1]));
+        } else if (py::isinstance<py::str>(each)) {
+          words_.push_back(kNone);
+          words_.push_back(value(each));
+        } else {
+          words_.push_back(slot(each));
+          words_.push_back(value(py::str("0")));
+        }
       }
     } else if (kind == "op") {
       const auto resolve = [&](int32_t of) { return slots.at(of); };

@@ -9,7 +9,8 @@ Tensors are numbered *slots*; an integer is text in postfix over the size `s` ("
 
 - ["empty", slot, dtype, sizes, strides] and ["view", slot, of, sizes, strides, offset],
 - ["sizes", slot, sizes, strides, what] and ["align", slot, bytes, what]: assertions,
-- ["kernel", number, arguments]: slots, or text for integers,
+- ["kernel", number, arguments]: slots, text for integers, or [slot, offset] for memory from an
+  element of a tensor on, which a view that only kernels read comes to,
 - ["op", operator, slots of the results (-1: not wanted), arguments, keyword arguments]: in
   arguments {"t": slot}, {"e": integer}, {"c": encoded constant}, and plain JSON for itself,
 - ["free", slots], after the last use, and ["bump", slots]: count up their versions.
@@ -74,6 +75,9 @@ class _Reader:
         self.results: dict[str, dict[int, int]] = {}
         """By name of what an operator returned: the slots of its elements."""
         self.elements = _elements(self.body)
+        self.only_memory = _only_memory(self.body, self.kernels)
+        self.memory: dict[str, tuple[int, str]] = {}
+        """By name of a view that only kernels read: the slot it is of, and its offset."""
         self.steps: list[Step] = []
 
     def read(self) -> dict[str, Json]:
@@ -115,6 +119,8 @@ class _Reader:
             elif target.id in self.results:
                 for slot in self.results.pop(target.id).values():
                     self.drop(slot, dead)
+            elif target.id in self.memory:
+                self.drop(self.memory.pop(target.id)[0], dead)
             elif self.integers.pop(target.id, None) is None:
                 raise NoStep(f"the name {target.id!r} deleted")
         self.free(dead)
@@ -125,6 +131,8 @@ class _Reader:
             self.slots[name] = self.keep(self.slots[value.id])
         elif isinstance(value, ast.Subscript):
             self.slots[name] = self.keep(self.element(value))
+        elif name in self.only_memory and isinstance(value, ast.Call):
+            self.view_of_memory(name, value)
         elif isinstance(value, ast.Call) and self.function(value) not in FUNCTIONS:
             self.make(name, value)
         else:
@@ -151,6 +159,16 @@ class _Reader:
         else:
             raise NoStep(f"a result of {function}")
 
+    def view_of_memory(self, name: str, call: ast.Call) -> None:
+        of = call.args[0]
+        offset = postfix(call.args[3], self.integers) if len(call.args) > 3 else "0"
+        if isinstance(of, ast.Name) and of.id in self.memory:
+            slot, before = self.memory[of.id]
+            offset = f"{before} {offset} +"
+        else:
+            slot = self.named(of)
+        self.memory[name] = self.keep(slot), offset
+
     def call(self, call: ast.Call) -> None:
         function = self.function(call)
         if function in self.kernels:
@@ -176,10 +194,12 @@ class _Reader:
     # --- calls -------------------------------------------------------------------------
 
     def kernel(self, name: str, call: ast.Call) -> None:
-        made: list[int | str] = []
+        made: list[int | str | list[int | str]] = []
         temporary: list[int] = []
         for each in call.args:
-            if self.is_tensor(each):
+            if isinstance(each, ast.Name) and each.id in self.memory:
+                made.append([*self.memory[each.id]])
+            elif self.is_tensor(each):
                 slot, is_new = self.tensor(each)
                 temporary += [slot] if is_new else []
                 made.append(slot)
@@ -345,3 +365,42 @@ def _elements(body: Sequence[ast.stmt]) -> dict[str, set[int]]:
         if reads[name] != inside[name]:
             raise NoStep(f"{name}, which is read as a whole and by element")
     return found
+
+
+def _only_memory(body: Sequence[ast.stmt], kernels: Sequence[str]) -> set[str]:
+    """Names of views of named tensors that kernels read and nothing else does, but for further
+    views of that kind."""
+    views = {
+        statement.targets[0].id: statement.value
+        for statement in body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.targets[0], ast.Name)
+        and isinstance(statement.value, ast.Call)
+        and ast.unparse(statement.value.func) == "reinterpret_tensor"
+        and isinstance(statement.value.args[0], ast.Name)
+        and not statement.value.keywords
+    }
+    assigned = [
+        node.id
+        for statement in body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
+    found = {name for name in views if assigned.count(name) == 1}
+    while True:
+        allowed = {id(views[name].args[0]) for name in found}
+        for statement in body:
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Call) and ast.unparse(value.func) in kernels:
+                allowed |= {id(each) for each in value.args}
+        other = {
+            node.id
+            for statement in body
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name)
+            and isinstance(node.ctx, ast.Load)
+            and id(node) not in allowed
+        }
+        if not found & other:
+            return found
+        found -= other
