@@ -300,6 +300,7 @@ FOUND = {
         ["64->silu(64)*64 +residual"],
     ),
     "view between": (_view_between, ["64->64+64"]),
+    "masked": (lambda m, x: m.a(x).cos() + m.b(x) * ((x > 0) & (x < 1) | (x > 2)), ["64->64+64"]),
     "written between": (_written_between, ["64->64", "64->64"]),
     "addmm": (lambda m, x: torch.addmm(m.shift, x, m.turned), ["64->96"]),
     "scaled addmm": (lambda m, x: torch.addmm(m.shift, x, m.turned, beta=2), []),

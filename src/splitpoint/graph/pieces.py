@@ -342,8 +342,11 @@ def writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
+    if node.target in _IN_PLACE or "out" in node.kwargs:
+        return True
+    # `operator` writes its in-place functions iand, and has and_, not_, is_ for Python's keywords.
     name = getattr(node.target, "__name__", "")
-    return name.endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs
+    return name.endswith("_") and getattr(operator, name, None) is not node.target
 
 
 _IN_PLACE = {
