@@ -68,7 +68,8 @@ class Case:
         )
 
     def exceeded(self, y: Tensor) -> float:
-        return exceeded(y, self.query, self.key, self.value, self.mask, self.causal, self.scale)
+        given = (self.query, self.key, self.value, self.mask, self.causal)
+        return exceeded(y, *given, scale=self.scale)
 
 
 def laid_out(values: Tensor, order: tuple[int, ...], gap: int) -> Tensor:

@@ -64,14 +64,19 @@ def bounds(
     return error + ROUNDOFF[query.dtype] * (exact.abs() + error)
 
 
-def exceeded(y: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: object) -> float:
-    """The worst error of an output as a multiple of its bound; infinite where it is no number.
-    `rest` is the mask, whether it is causal, and the scale."""
-    mask, is_causal, scale = rest
-    assert mask is None or isinstance(mask, Tensor)
-    assert scale is None or isinstance(scale, float)
-    exact = reference(query, key, value, mask, bool(is_causal), scale=scale)
-    most = bounds(query, key, value, mask, bool(is_causal), scale=scale)
+def exceeded(
+    y: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> float:
+    """The worst error of an output as a multiple of its bound; infinite where it is no number."""
+    exact = reference(query, key, value, attn_mask, is_causal, scale=scale)
+    most = bounds(query, key, value, attn_mask, is_causal, scale=scale)
     assert y.shape == exact.shape, f"{tuple(y.shape)} is not {tuple(exact.shape)}"
     assert y.dtype == query.dtype, f"{y.dtype} is not {query.dtype}"
     share = ((y.double() - exact).abs() / most).nan_to_num(nan=torch.inf)
