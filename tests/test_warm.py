@@ -155,6 +155,9 @@ MISSES = {
     "threads": "torch.set_num_threads(2)",
     "inductor options": "config |= dict(inductor_options={'epilogue_fusion': False})",
     "passes": "config |= dict(passes=())",
+    "kernels of linear layers": "config |= dict(linear='auto')",
+    "kernels of attention": "config |= dict(attention='torch')",
+    "kernels of attention by range": "config |= dict(attention={'1-4': 'rowwise'})",
 }
 
 
@@ -214,6 +217,51 @@ def test_processes_that_start_at_once_compile_each_artifact_once(place: Path) ->
     assert all(answer["compilations"] + answer["loads"] == 3 for answer in answers)
     assert all(answer["wrong"] < 1e-5 for answer in answers)
     assert Store(place / "kept").verify() == []
+
+
+ATTENTION = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from splitpoint import Config, compile
+from splitpoint.passes.attention import VARIANTS
+class Model(torch.nn.Module):
+    def forward(self, x):
+        q, k, v = ((x * i).view(-1, 2, 8).transpose(0, 1)[None] for i in (1.0, 2.0, 3.0))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).exp()
+module = Model()
+attention = "auto" if sys.argv[2] == "auto" else {"1-8": sys.argv[2]}
+config = Config(max_size=8, split_points=[4], attention=attention, cache_dir=sys.argv[1])
+compiled = compile(module, config)
+x = torch.randn(5, 16)
+right = torch.allclose(compiled(x), module(x), atol=1e-5)
+program = compiled._program
+print(json.dumps([right, compiled.stats().compilations, compiled.stats().loads,
+    program.attention_tuner.budget.spent_s > 0, [dict(e.attention) for e in compiled.plan.entries],
+    "splitpoint.attention" in str([lane.body.names for lane in program.lanes])]))
+"""
+
+
+def test_a_warm_start_takes_the_kernels_of_attention_without_measuring(tmp_path: Path) -> None:
+    def start(name: str) -> list[Any]:
+        done = subprocess.run(
+            [sys.executable, "-c", ATTENTION, str(tmp_path), name],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer: list[Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    own = [dict.fromkeys(["2 heads of 8, size x size, causal"], "rowwise")] * 2
+    assert start("rowwise") == [True, 4, 0, False, own, True]
+    assert start("rowwise") == [True, 0, 4, False, own, True]
+    # Another choice is another program over the same pieces, which are there.
+    right, compilations, loads, measured, chosen, _ = start("auto")
+    assert (right, compilations, loads, measured) == (True, 0, 4, True)
+    assert start("auto")[:5] == [True, 0, 4, False, chosen]
 
 
 # --- in one process --------------------------------------------------------------------

@@ -43,6 +43,9 @@ Runner = Literal["native", "python"]
 LINEAR_VARIANTS = ("auto", "inductor", "gemv", "packed", "onednn")
 """What `Config.linear` may name for a range."""
 
+ATTENTION_VARIANTS = ("auto", "torch", "rowwise")
+"""What `Config.attention` may name for a range."""
+
 ATTENTION_OPS = ("aten::scaled_dot_product_attention", "flex_attention")
 """The splitting ops that apply unless others are named."""
 
@@ -87,9 +90,14 @@ class Config:
     Inductor's when a range is compiled, "inductor" leaves them all as they are, and a mapping
     such as {"1-8": "packed", "9-64": "inductor"} names one (`splitpoint.passes.linear.VARIANTS`)
     for the ranges inside each; others are measured."""
+    attention: str | Mapping[str, str] = "auto"
+    """Kernels of scaled dot-product attention on CPU, where it is a splitting op, by range:
+    "auto" measures this package's against torch's own when a range is compiled, "torch" leaves it
+    as it is, and a mapping such as {"1-8": "rowwise", "9-64": "torch"} names one
+    (`splitpoint.passes.attention.VARIANTS`) for the ranges inside each; others are measured."""
     linear_budget_s: float = 10.0
-    """Seconds that measuring for `linear="auto"` may take in all; layers not measured by then
-    stay with Inductor."""
+    """Seconds that measuring for `linear="auto"` and `attention="auto"` may take in all; what is
+    not measured by then stays with Inductor and torch."""
     max_packed_bytes: int | None = None
     """Most bytes that copies of weights in other layouts may take; None for no limit. Layers
     over it keep the module's own weight."""
@@ -141,7 +149,8 @@ class Config:
             ("runner", Runner),
         ):
             _choice(name, getattr(self, name), get_args(kind))
-        self._set("linear", _linear(self.linear))
+        for name, variants in (("linear", LINEAR_VARIANTS), ("attention", ATTENTION_VARIANTS)):
+            self._set(name, _by_range(name, getattr(self, name), variants))
         for name in ("linear_budget_s", "max_packed_bytes"):
             value = getattr(self, name)
             if value is None and name == "max_packed_bytes":
@@ -181,13 +190,11 @@ class Config:
 
     def linear_for(self, range_: Range) -> str:
         """The kernel named for a range's linear layers, or "auto"."""
-        if isinstance(self.linear, str):
-            return self.linear
-        for key, variant in self.linear.items():
-            given = Range.parse(key)
-            if given.start <= range_.start and range_.end <= given.end:
-                return variant
-        return "auto"
+        return _named_for(self.linear, range_)
+
+    def attention_for(self, range_: Range) -> str:
+        """The kernel named for a range's attention, or "auto"."""
+        return _named_for(self.attention, range_)
 
     def planned(
         self, range_: Range, only: tuple[tuple[int, int], ...] = (), note: str = ""
@@ -211,8 +218,9 @@ class Config:
         """
         data: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["passes"] = [_pass_to_json(p) for p in self.passes]
-        if not isinstance(self.linear, str):
-            data["linear"] = dict(self.linear)
+        for name in ("linear", "attention"):
+            if not isinstance(data[name], str):
+                data[name] = dict(data[name])
         data["inductor_options"] = {
             k: dict(v) if isinstance(v, Mapping) else v for k, v in self.inductor_options.items()
         }
@@ -318,25 +326,37 @@ def _passes(values: object) -> tuple[Pass, ...]:
     return tuple(values)
 
 
-def _linear(value: object) -> str | Mapping[str, str]:
-    # Which variants there are is known where they are defined; here they are only named.
+def _by_range(name: str, value: object, variants: tuple[str, ...]) -> str | Mapping[str, str]:
+    # Which variants there are is known where they are defined; here they are only named: "auto",
+    # what leaves all as it is, and this package's own.
+    automatic, unchanged, *own = variants
     if isinstance(value, str):
-        _choice("linear", value, ("auto", "inductor"))
+        _choice(name, value, (automatic, unchanged))
         return value
     if not isinstance(value, Mapping) or not all(
         isinstance(k, str) and isinstance(v, str) for k, v in value.items()
     ):
         raise InvalidField(
-            f"linear must be 'auto', 'inductor' or a dict such as {{'1-8': 'packed'}}, got "
-            f"{value!r}"
+            f"{name} must be {automatic!r}, {unchanged!r} or a dict such as "
+            f"{{'1-8': {own[-1]!r}}}, got {value!r}"
         )
     for key, variant in value.items():
         try:
             Range.parse(key)
         except InvalidRange as error:
-            raise InvalidField(f"linear: {error}") from error
-        _choice(f"linear[{key!r}]", variant, LINEAR_VARIANTS)
+            raise InvalidField(f"{name}: {error}") from error
+        _choice(f"{name}[{key!r}]", variant, variants)
     return MappingProxyType(dict(value))
+
+
+def _named_for(given: str | Mapping[str, str], range_: Range) -> str:
+    if isinstance(given, str):
+        return given
+    for key, variant in given.items():
+        outer = Range.parse(key)
+        if outer.start <= range_.start and range_.end <= outer.end:
+            return variant
+    return "auto"
 
 
 def _is_range(key: str) -> bool:

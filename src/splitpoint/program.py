@@ -32,13 +32,16 @@ from .graph.stitch import (
 )
 from .module_watch import ModuleWatch, watch
 from .packing import PackedWeights
-from .passes import linear
+from .passes import attention, linear
+from .passes.attention import AttentionShape
 from .passes.linear_sites import LinearShape, Site, find
 from .passes.manager import MatchCount
 from .ranges import NOT_SERVED, Plan, PlannedRange, Range
 from .runner.native import native
 from .store.store import Store
+from .tuning.attention import AttentionTuner
 from .tuning.linear import LinearTuner
+from .tuning.measure import Budget
 
 log = logging.getLogger("splitpoint")
 
@@ -130,6 +133,8 @@ class Lane:
     run: Stitched | None = None
     kernels: dict[LinearShape, str] | None = None
     """The kernel of each shape of linear layer; None while it is not chosen."""
+    attention: dict[AttentionShape, str] | None = None
+    """The kernel of each shape of attention; None while it is not chosen."""
     packed: tuple[tuple[int, str], ...] = ()
     """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
     body: Body | None = None
@@ -172,7 +177,9 @@ class Program:
         self.notes = tuple(notes)
         self.counts = Counts()
         self.weights = PackedWeights()
-        self.tuner = LinearTuner(torch.get_num_threads(), config.linear_budget_s)
+        budget = Budget(config.linear_budget_s)
+        self.tuner = LinearTuner(torch.get_num_threads(), budget)
+        self.attention_tuner = AttentionTuner(torch.get_num_threads(), budget)
         self._reserved: dict[tuple[int, str], int] = {}
         """Bytes of the packed copies that lanes need, by the weight's id and layout."""
         self._warned = False
@@ -225,7 +232,7 @@ class Program:
     def compile_all(self) -> None:
         """Compile every lane not compiled yet, with a progress bar on a terminal."""
         todo = [index for index, lane in enumerate(self.lanes, 1) if lane and lane.run is None]
-        self._choose_linear([lane for lane in self.lanes if lane and lane.run is None])
+        self._choose([lane for lane in self.lanes if lane and lane.run is None])
         for index in tqdm(todo, desc="compiling ranges", unit="range", disable=None):
             self.compile(index)
 
@@ -241,7 +248,7 @@ class Program:
             if lane is None or lane.run is not None:
                 return  # another thread was first
             try:
-                self._choose_linear([lane])
+                self._choose([lane])
                 compiled = {
                     fingerprint: self._compile_piece(piece, lane)
                     for fingerprint, piece in lane.graph.split.pieces.items()
@@ -254,7 +261,8 @@ class Program:
                 return
             lane.planned = replace(lane.planned, collectives=self._collectives(lane))
             graph = lane.graph
-            body = stitch(graph.split, graph.inputs, compiled, graph.argument_count, graph.result)
+            split = attention.rewrite(graph.split, lane.attention or {})
+            body = stitch(split, graph.inputs, compiled, graph.argument_count, graph.result)
             self._run(index, body)
 
     def start(self, bodies: Sequence[Body]) -> None:
@@ -271,6 +279,33 @@ class Program:
         assert lane is not None
         lane.run = self._stitch(lane, body, proven)
         self.runners[index] = lane.run
+
+    def _choose(self, lanes: Sequence[Lane]) -> None:
+        """Choose the kernels of each lane."""
+        # Attention first: it takes a fraction of a second, and linear layers may take all there is.
+        self._choose_attention(lanes)
+        self._choose_linear(lanes)
+
+    def _choose_attention(self, lanes: Sequence[Lane]) -> None:
+        """Choose a kernel for each shape of attention in each lane, and note it in the plan."""
+        for lane in lanes:
+            named = self.config.attention_for(lane.planned.range)
+            if named == "torch" or self.config.backend == "eager" or lane.attention is not None:
+                continue
+            lane.attention = {}
+            shapes = dict.fromkeys(shape for _, shape in attention.find(lane.graph.split))
+            if not shapes or not self._kernels_available():
+                continue
+            for shape in shapes:
+                name = named
+                if named == "auto":
+                    name = self.attention_tuner.choose(shape, lane.planned.range)
+                variant = attention.VARIANTS.get(name)
+                fits = variant is not None and variant.fits(shape)
+                lane.attention[shape] = name if fits else "torch"
+            if set(lane.attention.values()) != {"torch"}:
+                summary = {str(shape): name for shape, name in lane.attention.items()}
+                lane.planned = replace(lane.planned, attention=summary)
 
     def _choose_linear(self, lanes: Sequence[Lane]) -> None:
         """Choose a kernel for each shape of linear layer in each lane, and note it in the
@@ -328,7 +363,7 @@ class Program:
             kernels.load()
         except KernelBuildError as error:
             if not self._warned:
-                log.warning("linear layers stay with Inductor: %s", error)
+                log.warning("linear layers stay with Inductor, attention with torch: %s", error)
                 self._warned = True
             return False
         return True

@@ -98,6 +98,8 @@ class PlannedRange:
     """Why the range is there, when it does not come from the configuration."""
     collectives: tuple[str, ...] = ()
     """What each kind of all-reduce + norm was given, and why; known after compiling."""
+    attention: Mapping[str, str] = field(default_factory=dict)
+    """Kernel of each shape of attention, for those that are not torch's own."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,7 @@ class Plan:
                         "passes": list(entry.passes),
                         "options": dict(entry.options),
                         "linear": dict(entry.linear),
+                        "attention": dict(entry.attention),
                         "collectives": list(entry.collectives),
                         "only": [list(run) for run in entry.only],
                         "note": entry.note,
@@ -219,6 +222,7 @@ class Plan:
                     tuple((int(first), int(last)) for first, last in row["only"]),
                     row["note"],
                     tuple(row["collectives"]),
+                    dict(row["attention"]),
                 )
                 for row in data["ranges"]
             )
@@ -227,7 +231,19 @@ class Plan:
             raise InvalidJSON(f"this is not the JSON of a plan: {error!r}") from error
 
     def __str__(self) -> str:
-        rows = [("range", "sizes", "hint", "linear", "passes", "collectives", "options", "note")]
+        rows = [
+            (
+                "range",
+                "sizes",
+                "hint",
+                "linear",
+                "attention",
+                "passes",
+                "collectives",
+                "options",
+                "note",
+            )
+        ]
         served = Counter(self.table)
         for index, entry in enumerate(self.entries):
             rows.append(
@@ -236,6 +252,7 @@ class Plan:
                     f"{served[index + 1]}",
                     "static" if entry.range.is_single_size else f"{entry.hint}",
                     _summary(entry.linear),
+                    _summary(entry.attention),
                     ", ".join(entry.passes),
                     "; ".join(entry.collectives),
                     ", ".join(f"{name}={value}" for name, value in entry.options.items()),
@@ -245,10 +262,10 @@ class Plan:
         return "\n".join([*align(rows, right={1, 2}), *self.notes])
 
 
-def _summary(linear: Mapping[str, str]) -> str:
+def _summary(chosen: Mapping[str, str]) -> str:
     """`packed`, where all layers have the same kernel, or `packed 4, gemv 1` by shapes."""
-    counts = Counter(linear.values())
-    if len(counts) == 1 and "inductor" not in counts:
+    counts = Counter(chosen.values())
+    if len(counts) == 1 and not counts.keys() & {"inductor", "torch"}:
         return next(iter(counts))
     return ", ".join(f"{name} {count}" for name, count in counts.most_common())
 

@@ -75,7 +75,8 @@ def model_fields(
                 sort_keys=True,
             ),
             "passes": json.dumps([each.uuid() for each in config.passes]),
-            "linear": str(config.linear if isinstance(config.linear, str) else [*_linear(config)]),
+            "linear": _by_range(config.linear),
+            "attention": _by_range(config.attention),
             "max_packed_bytes": str(config.max_packed_bytes),
         }
     except (Unprovable, TypeError, PassError) as why:
@@ -87,9 +88,9 @@ def _options(config: Config) -> list[tuple[str, Any]]:
     return sorted(config.inductor_options.items())
 
 
-def _linear(config: Config) -> list[tuple[str, str]]:
-    assert isinstance(config.linear, Mapping)
-    return list(config.linear.items())  # in order: the first that fits counts
+def _by_range(given: str | Mapping[str, str]) -> str:
+    # A mapping in order: the first that fits counts.
+    return given if isinstance(given, str) else str(list(given.items()))
 
 
 def _parameters(signature: Signature) -> list[list[str]]:

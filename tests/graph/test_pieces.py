@@ -1,5 +1,7 @@
 """Splitting and fingerprints, on graphs as Dynamo captures them."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import splitpoint
 from splitpoint import Config, errors
 from splitpoint.graph.capture import capture
-from splitpoint.graph.pieces import CallOp, CallPiece, split
+from splitpoint.graph.pieces import CallOp, CallPiece, split, writes
 from splitpoint.graph.signature import Signature
 
 LIBRARY = torch.library.Library("splitpoint_test_pieces", "DEF")
@@ -224,6 +226,28 @@ def test_an_update_in_place_across_a_splitting_op():
         return x + c + OPS.pair(x)[1]
 
     check(f, lambda n: (torch.randn(n, 8),), config("splitpoint_test_pieces::pair"))
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda x: x > 0, False),
+        (lambda x: (x > 0) & (x < 1) | ~(x > 2), False),  # operator.and_, operator.or_
+        (lambda x: x.relu_(), True),
+        (lambda x: torch.relu_(x), True),
+        (lambda x: torch.ops.aten.relu_(x), True),
+        (lambda x: operator.iadd(x, 1), True),
+        (lambda x: torch.sin(x, out=x), True),
+        (lambda x: operator.iand(x > 0, x < 1), True),
+    ],
+)
+def test_which_graphs_write_into_memory(call, expected):
+    def f(x):
+        call(y := x + 1)
+        return y
+
+    (piece,) = pieces_of(f, [], torch.randn(5, 4)).pieces.values()
+    assert any(map(writes, piece.graph_module.graph.nodes)) == expected
 
 
 def test_results_of_a_splitting_op_are_returned():

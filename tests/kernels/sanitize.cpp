@@ -4,57 +4,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <vector>
 
-#include "linear_types.h"
+#include "sanitize.h"
 
 using namespace splitpoint;
 
 namespace {
-
-uint32_t state = 12345;
-float uniform() {
-  state = state * 1664525u + 1013904223u;
-  return static_cast<float>(state >> 8) / (1 << 23) - 1.0f;
-}
-
-Bf16 to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return {static_cast<uint16_t>(bits >> 16)};
-}
-float to_float(Bf16 value) {
-  const uint32_t bits = uint32_t{value.bits} << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-int64_t size_of(DType type) { return type == DType::f32 ? 4 : type == DType::bf16 ? 2 : 1; }
-
-// `count` values in an allocation of exactly their bytes.
-struct Buffer {
-  DType type;
-  int64_t count;
-  std::unique_ptr<char[]> bytes;
-
-  Buffer(DType type, int64_t count)
-      : type(type), count(count), bytes(new char[count * size_of(type)]) {
-    for (int64_t i = 0; i < count; ++i) {
-      const float value = uniform();
-      if (type == DType::f32) reinterpret_cast<float*>(bytes.get())[i] = value;
-      if (type == DType::bf16) reinterpret_cast<Bf16*>(bytes.get())[i] = to_bf16(value);
-      if (type == DType::i8) bytes[i] = static_cast<char>(static_cast<int>(value * 127));
-    }
-  }
-  double at(int64_t i) const {
-    if (type == DType::f32) return reinterpret_cast<const float*>(bytes.get())[i];
-    if (type == DType::bf16) return to_float(reinterpret_cast<const Bf16*>(bytes.get())[i]);
-    return static_cast<signed char>(bytes[i]);
-  }
-};
 
 struct Shape {
   int64_t t, n, k;
@@ -180,6 +136,7 @@ int main() {
         }
       }
     }
+    runs += check_attention(*table);
     std::printf("%s\n", table->name);
   }
   std::printf("%ld runs\n", runs);

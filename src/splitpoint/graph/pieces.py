@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,29 @@ class Size:
     def code(self) -> str:
         """Python over `size`."""
         return _torch.python_code(self.expr)
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """What is known of a tensor without a ShapeEnv."""
+
+    shape: tuple[Any, ...]
+    """Expressions over `_torch.size_symbol()`, as the strides."""
+    strides: tuple[Any, ...]
+    dtype: torch.dtype
+    device: str
+
+    def shape_at(self, size: int) -> tuple[int, ...]:
+        """The shape at a size."""
+        return _at(self.shape, size)
+
+    def strides_at(self, size: int) -> tuple[int, ...]:
+        """The strides at a size."""
+        return _at(self.strides, size)
+
+
+def _at(expressions: Sequence[sympy.Basic], size: int) -> tuple[int, ...]:
+    return tuple(int(eval(Size(e).code, {"size": size, "math": math})) for e in expressions)
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,8 @@ class CallOp:
     """May hold `Name`, `Size`, and containers of them."""
     kwargs: dict[str, Any]
     output: str
+    tensors: Mapping[str, TensorKind] = field(default_factory=dict)
+    """What is known of the tensors among the arguments and of the output, by name."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +261,23 @@ class _Splitter:
         return value
 
     def call_op(self, node: fx.Node) -> CallOp:
-        return CallOp(node.target, self.refer(node.args), self.refer(node.kwargs), node.name)
+        kinds = {each.name: self.kind(each) for each in (node, *node.all_input_nodes)}
+        tensors = {name: kind for name, kind in kinds.items() if kind is not None}
+        args, kwargs = self.refer(node.args), self.refer(node.kwargs)
+        return CallOp(node.target, args, kwargs, node.name, tensors)
+
+    def kind(self, node: fx.Node) -> TensorKind | None:
+        value = node.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return None
+
+        def described(dims: Sequence[Any]) -> tuple[Any, ...]:
+            found = [_torch.expression(dim) for dim in dims]
+            return tuple(_torch.in_terms_of_size(d, self.symbols) for d in found if d is not None)
+
+        return TensorKind(
+            described(value.shape), described(value.stride()), value.dtype, value.device.type
+        )
 
     def call_piece(self, segment: _Segment) -> CallPiece | None:
         members = set(segment.nodes)
@@ -342,8 +384,11 @@ def writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is not None:
         return bool(schema.is_mutable)
+    if node.target in _IN_PLACE or "out" in node.kwargs:
+        return True
+    # `operator` writes its in-place functions iand, and has and_, not_, is_ for Python's keywords.
     name = getattr(node.target, "__name__", "")
-    return name.endswith("_") or node.target in _IN_PLACE or "out" in node.kwargs
+    return name.endswith("_") and getattr(operator, name, None) is not node.target
 
 
 _IN_PLACE = {

@@ -74,7 +74,7 @@ def kernel_units() -> list[Unit]:
     return [
         Unit(
             each.name,
-            SOURCES / "linear_isa.cpp",
+            SOURCES / "isa.cpp",
             (*each.flags, f"-DSPLITPOINT_ISA={each.name}", f"-DSPLITPOINT_TABLE={each.table}"),
         )
         for each in INSTRUCTION_SETS
@@ -83,7 +83,7 @@ def kernel_units() -> list[Unit]:
 
 
 def library() -> Path:
-    """The path of the linear layers' shared library, built first if this machine has none.
+    """The path of the library of this folder's operators, built first if this machine has none.
 
     Raises:
         KernelBuildError: as `built`.
@@ -92,6 +92,7 @@ def library() -> Path:
     units = [
         *kernel_units(),
         Unit("glue", SOURCES / "linear.cpp", torch_headers),
+        Unit("attention", SOURCES / "attention.cpp", torch_headers),
         *(
             Unit(name, SOURCES / f"{name}.cpp", (*torch_headers, *_python_headers()))
             for name in ("watch", "runner")

@@ -15,6 +15,7 @@ def register_fakes() -> None:
     torch.library.register_fake("splitpoint::pack_weight", _pack_weight)
     torch.library.register_fake("splitpoint::linear_packed", _linear_packed)
     torch.library.register_fake("splitpoint::linear_gemv", _linear_gemv)
+    torch.library.register_fake("splitpoint::attention", _attention)
 
 
 def _pack_weight(weight: Tensor) -> Tensor:
@@ -46,3 +47,20 @@ def _linear_gemv(
 ) -> list[Tensor]:
     each = weights[:1] if gated else weights
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in each]
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    rows_outside: bool = False,
+) -> Tensor:
+    batch, heads, rows, _ = query.shape
+    if rows_outside:
+        return query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
+    return query.new_empty(batch, heads, rows, value.shape[3])

@@ -2,7 +2,6 @@
 // Compiled without instruction set flags; which kernels run is decided at load().
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "linear_types.h"
+#include "glue.h"
 
 namespace splitpoint {
 namespace {
@@ -82,22 +81,6 @@ std::string instruction_set(std::string_view name) {
 
 // --- threads ---------------------------------------------------------------------------
 
-// torch's own intra-op threads, through its C interface: linking OpenMP here could bring a
-// second runtime, with threads of its own, into the process.
-template <class F>
-void parallel(int64_t count, int64_t grain, const F& run) {
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const F*>(context))(begin, end);
-  };
-  void* context = const_cast<void*>(static_cast<const void*>(&run));
-  TORCH_CHECK(torch_parallel_for(0, count, grain, call, context) == 0,
-              "splitpoint: a thread of a linear layer failed");
-}
-
-// What a thread must have to do before a second one is worth waking, which takes some
-// microseconds: as many bytes as memory delivers, or multiplications as a core does, meanwhile.
-constexpr double kBytesWorthAThread = 200e3;
-constexpr double kProductsWorthAThread = 1e6;
 constexpr int64_t kValuesWorthAThread = 65536;  // only copied
 
 // Rows of x that one thread takes at least when rows are split too.
@@ -215,7 +198,7 @@ struct Given {
 };
 
 std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
-  const KernelTable* table = chosen().load(std::memory_order_relaxed);
+  const KernelTable* table = kernels_in_use();
   const bool packed = given.n.has_value();
   const size_t count = given.weights.size();
   TORCH_CHECK_VALUE(x_given.dim() > 0, "x must be [..., k], got no dimension");
@@ -388,7 +371,7 @@ Tensor pack_weight(const Tensor& weight) {
 // Reads a tensor's memory in all threads, for measuring bandwidth; the result is of no use.
 int64_t read_memory(const Tensor& data) {
   TORCH_CHECK_VALUE(data.is_contiguous(), "data must be contiguous");
-  const KernelTable* table = chosen().load();
+  const KernelTable* table = kernels_in_use();
   const auto* from = static_cast<const char*>(data.const_data_ptr());
   std::atomic<uint32_t> total{0};
   parallel(static_cast<int64_t>(data.nbytes()), 1 << 20, [&](int64_t begin, int64_t end) {
@@ -398,6 +381,8 @@ int64_t read_memory(const Tensor& data) {
 }
 
 }  // namespace
+
+const KernelTable* kernels_in_use() { return chosen().load(std::memory_order_relaxed); }
 
 TORCH_LIBRARY(splitpoint, m) {
   m.def("pack_weight(Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});

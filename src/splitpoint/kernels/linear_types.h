@@ -59,12 +59,16 @@ struct PackArgs {
   DType type;
 };
 
+struct AttentionArgs;
+struct AttentionPart;
+
 // The kernels of one instruction set.
 struct KernelTable {
   const char* name;
   bool dots_bf16;         // multiplies bf16 pairs itself; otherwise x must be widened to f32
   void (*packed)(const LinearArgs&, const Part&);
   void (*gemv)(const LinearArgs&, const Part&);
+  void (*attend)(const AttentionArgs&, const AttentionPart&);
   void (*widen)(const Bf16* from, float* to, int64_t count);
   void (*pack)(const PackArgs&, int64_t block0, int64_t block1);
   uint32_t (*read)(const char* from, int64_t bytes);

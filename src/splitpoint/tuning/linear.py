@@ -18,7 +18,7 @@ from ..memory import Streamed
 from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
-from .measure import THREAD_CPU_TIME, clock_for, interleave
+from .measure import Budget, clock_for, interleave
 
 log = logging.getLogger("splitpoint")
 
@@ -50,10 +50,8 @@ class LinearTuner:
     """
 
     threads: int
-    budget_s: float = 10.0
-    """Seconds of the calling thread's CPU time for all measuring, which a busy machine does not
-    use up; when they are spent, layers not measured yet stay with Inductor."""
-    spent_s: float = 0.0
+    budget: Budget = field(default_factory=Budget)
+    """When it is spent, layers not measured yet stay with Inductor."""
     _seconds: dict[tuple[LinearShape, int], dict[str, float]] = field(default_factory=dict)
     _weights: Weights | None = None
 
@@ -91,18 +89,17 @@ class LinearTuner:
         shape = shape.of_any_rows
         known = self._seconds.setdefault((shape, rows), {})
         if not set(names) <= known.keys():
-            start = THREAD_CPU_TIME.read()
-            if self.spent_s >= self.budget_s:
+            if self.budget.is_spent:
                 return None
-            if self._weights is None or self._weights.shape != shape:
-                self._weights = Weights(shape)
-            calls = self._weights.calls(rows, names)
-            timings = interleave(
-                calls, clock=clock_for(self.threads), budget_s=0.008, warm_up=1, repeats=5
-            )
-            known |= dict.fromkeys(names, math.inf)
-            known |= {name: timing.median_s for name, timing in timings.items()}
-            self.spent_s += THREAD_CPU_TIME.read() - start
+            with self.budget.spending():
+                if self._weights is None or self._weights.shape != shape:
+                    self._weights = Weights(shape)
+                calls = self._weights.calls(rows, names)
+                timings = interleave(
+                    calls, clock=clock_for(self.threads), budget_s=0.008, warm_up=1, repeats=5
+                )
+                known |= dict.fromkeys(names, math.inf)
+                known |= {name: timing.median_s for name, timing in timings.items()}
         return known
 
 

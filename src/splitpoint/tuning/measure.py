@@ -37,6 +37,29 @@ def clock_for(threads: int) -> Clock:
     return THREAD_CPU_TIME if threads == 1 else WALL_TIME
 
 
+@dataclass
+class Budget:
+    """Seconds of the calling thread's CPU time for all that is measured, which a busy machine does
+    not use up."""
+
+    seconds: float = 10.0
+    spent_s: float = 0.0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing more may be measured."""
+        return self.spent_s >= self.seconds
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Count what is done inside."""
+        start = THREAD_CPU_TIME.read()
+        try:
+            yield
+        finally:
+            self.spent_s += THREAD_CPU_TIME.read() - start
+
+
 @dataclass(frozen=True)
 class Timing:
     """What one callable took, in seconds per call."""

@@ -1,0 +1,121 @@
+"""Choose the kernel of attention for a range by measuring, right results first."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..graph.pieces import TensorKind
+from ..kernels.attention import exceeded
+from ..passes.attention import VARIANTS, AttentionShape, products
+from ..ranges import Range
+from .measure import Budget, clock_for, interleave
+
+log = logging.getLogger("splitpoint")
+
+TORCH = "torch"
+
+MOST_PRODUCTS = 1.5e8
+"""A probe takes no more multiplications than this, unless the range starts there: larger ones take
+long to check, and what wins at it wins above it."""
+
+
+@dataclass
+class AttentionTuner:
+    """Measures variants for the shapes it is asked about, and remembers."""
+
+    threads: int
+    budget: Budget = field(default_factory=Budget)
+    """When it is spent, attention that is not measured yet stays with torch."""
+    _seconds: dict[tuple[AttentionShape, int], dict[str, float]] = field(default_factory=dict)
+
+    def choose(self, shape: AttentionShape, range_: Range) -> str:
+        """The fastest variant for attention in a range: the least mean, over the range's first,
+        middle and last size, of the time relative to the best variant there."""
+        admitted = [n for n, v in VARIANTS.items() if v.fits(shape) and v.promises(range_)]
+        names = [TORCH, *admitted]
+        losses = dict.fromkeys(names, 0.0)
+        for size in probes(shape, range_) if admitted else ():
+            seconds = self.seconds(shape, size, names)
+            if seconds is None:
+                log.info("no time left to measure %s for %s: it stays with torch", shape, range_)
+                return TORCH
+            best = min(seconds.values())
+            for name in names:
+                losses[name] += seconds[name] / best
+        return min(names, key=losses.__getitem__)
+
+    def seconds(
+        self, shape: AttentionShape, size: int, names: Sequence[str]
+    ) -> dict[str, float] | None:
+        """Median seconds a call of each variant at a size, infinite for one that is wrong; None
+        when the budget is spent."""
+        known = self._seconds.get((shape, size), {})
+        if not set(names) <= known.keys():
+            if self.budget.is_spent:
+                return None
+            with self.budget.spending():
+                calls = _calls(shape, size, names)
+                timings = interleave(
+                    calls, clock=clock_for(self.threads), budget_s=0.008, warm_up=1, repeats=5
+                )
+            known = dict.fromkeys(names, math.inf)
+            known |= {name: timing.median_s for name, timing in timings.items()}
+            self._seconds[shape, size] = known
+        return {name: known[name] for name in names}
+
+
+def probes(shape: AttentionShape, range_: Range) -> list[int]:
+    """The sizes that attention is measured at: the first, the (geometric) middle and the last, as
+    far as they are not too large to be measured in a moment."""
+    end = range_.end
+    while end > range_.start and products(shape, end) > MOST_PRODUCTS:
+        end = max(range_.start, end // 2)
+    return sorted({range_.start, round(math.sqrt(range_.start * end)), end})
+
+
+def _calls(
+    shape: AttentionShape, size: int, names: Sequence[str]
+) -> dict[str, Callable[[], object]]:
+    """A call of each variant that is right, over random tensors that lie as they will."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        _tensor(kind, size, generator) for kind in (shape.query, shape.key, shape.value)
+    )
+    mask = None if shape.mask is None else _tensor(shape.mask, size, generator)
+    tensors = (query, key, value, mask)
+    calls: dict[str, Callable[[], object]] = {}
+    for name in names:
+        if name == TORCH:
+            shared = shape.query.shape[1] != shape.key.shape[1]
+            options = {"is_causal": shape.causal, "scale": shape.scale, "enable_gqa": shared}
+            calls[name] = _call(F.scaled_dot_product_attention, tensors, options)
+            continue
+        target, options = VARIANTS[name].call(shape)
+        made: Tensor = target(*tensors, **options)
+        worst = exceeded(made, query, key, value, mask, shape.causal, scale=shape.scale)
+        if worst > 1:
+            log.warning("attention variant %r is wrong for %s and is not used", name, shape)
+            continue
+        calls[name] = _call(target, tensors, options)
+    return calls
+
+
+def _call(
+    target: Callable[..., object], args: Sequence[object], options: dict[str, object]
+) -> Callable[[], object]:
+    return lambda: target(*args, **options)
+
+
+def _tensor(kind: TensorKind, size: int, generator: torch.Generator) -> Tensor:
+    shape, strides = kind.shape_at(size), kind.strides_at(size)
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    values = torch.randn(max(span, 1), generator=generator)
+    held = values > -0.5 if kind.dtype == torch.bool else values.to(kind.dtype)
+    return held.as_strided(shape, strides)
