@@ -28,6 +28,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from ._torch_guards import GuardScope, expressions
+from ._torch_isa import quick_isa_checks
 
 if TYPE_CHECKING:
     import sympy
@@ -725,6 +726,7 @@ def inductor_compile(
         compiler_config.patch(cache_key_tag=graph_pass_uuid),  # type: ignore[attr-defined]
         # What it would keep holds no metadata of the graph, only the finished callable.
         functorch_config.patch(enable_autograd_cache=False),
+        quick_isa_checks(),
     ):
         artifact = inductor.standalone_compile(
             graph_module,
