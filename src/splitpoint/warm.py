@@ -161,6 +161,11 @@ def save(
     cannot be kept."""
     try:
         entry = _entry(store, program, regions, roots)
+        # What was read for the entry is to be what was compiled.
+        with torch.no_grad():  # as it was at capture
+            unchanged = all(captured.check() for captured in regions.captures)
+        if not unchanged:
+            raise NotKept("a module that changed since it was captured")
     except (NotKept, NotPortable, Unprovable) as why:
         log.info("store: the program is not kept: it has %s", why)
         return False
@@ -441,7 +446,11 @@ def start_or(
         if is_held and (found := load(store, key, config, roots, describer)) is not None:
             return found
         with rare_collection():
-            made = cold()
-            if not config.lazy:
-                save(store, key, fields, *made, roots)
-    return made
+            program, regions = cold()
+
+        def keep(program: Program) -> None:
+            save(store, key, fields, program, regions, roots)
+
+        program.when_compiled = keep  # with `lazy` or `background` that may be later
+        program.report_compiled()
+    return program, regions
