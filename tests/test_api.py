@@ -600,6 +600,19 @@ def test_lazy_compiles_a_range_at_its_first_call():
     assert compiled.stats().compilations == 3
 
 
+@pytest.mark.parametrize("guards", ["every_call", "first_call"])
+def test_a_range_compiled_late_uses_the_tensors_that_the_module_holds_then(guards):
+    module = Block().eval()
+    config = Config(max_size=64, split_points=[8], lazy=True, module_guards=guards)
+    compiled = splitpoint.compile(module, config)
+    same(compiled, module, [5], rows(16))
+    for name, parameter in list(module.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        fresh = torch.nn.Parameter(torch.randn_like(parameter))
+        setattr(module.get_submodule(owner), last, fresh)
+    same(compiled, module, [20, 5], rows(16))
+
+
 def test_threads_that_call_at_once_compile_once():
     module = Block().eval()
     compiled = splitpoint.compile(module, Config(max_size=64, split_points=[8], lazy=True))

@@ -28,6 +28,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from ._torch_guards import GuardScope, expressions
+from ._torch_isa import quick_isa_checks
 
 if TYPE_CHECKING:
     import sympy
@@ -345,6 +346,14 @@ def _quiet(name: str) -> Iterator[None]:
         logger.disabled = before
 
 
+def compile_lock() -> contextlib.AbstractContextManager[bool]:
+    """The lock that Dynamo holds while it compiles: its settings, and Inductor's, are those of
+    the whole process."""
+    from torch._dynamo.convert_frame import compile_lock as lock
+
+    return lock
+
+
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Let Dynamo treat a dimension as symbolic, without an error where it cannot."""
     from torch._dynamo import maybe_mark_dynamic
@@ -421,6 +430,7 @@ def dynamo_capture(
     from torch._guards import TracingContext, tracing
 
     with (
+        compile_lock(),
         torch.inference_mode(False),
         torch.no_grad(),
         fx_config.patch(backed_size_oblivious=True, use_duck_shape=False),  # type: ignore[attr-defined]
@@ -719,12 +729,14 @@ def inductor_compile(
         return graph
 
     with (
+        compile_lock(),
         torch.inference_mode(False),
         torch.no_grad(),
         fx_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         compiler_config.patch(cache_key_tag=graph_pass_uuid),  # type: ignore[attr-defined]
         # What it would keep holds no metadata of the graph, only the finished callable.
         functorch_config.patch(enable_autograd_cache=False),
+        quick_isa_checks(),
     ):
         artifact = inductor.standalone_compile(
             graph_module,

@@ -56,7 +56,10 @@ class Stats:
     packed_bytes: int = 0
     """Memory of weights in other layouts, beside the module's own."""
     eager_calls: int = 0
-    """Calls that ran the model itself: size 0, and sizes out of plan if allowed."""
+    """Calls that ran the model itself: size 0, sizes out of plan if allowed, and those of ranges
+    that are compiled in the background (which `dispatches` counts too)."""
+    failed: dict[Range, str] = field(default_factory=dict)
+    """Ranges that could not be compiled in the background, and why; the model serves them."""
     matches: tuple[MatchCount, ...] = ()
     """What the passes matched, by (pass, piece, range)."""
     occurrences: dict[str, int] = field(default_factory=dict)
@@ -89,9 +92,10 @@ class Stats:
         by_pass: dict[str, int] = {}
         for count in self.matches:
             by_pass[count.name] = by_pass.get(count.name, 0) + (count.matches or 0)
+        failed = [f"{range_} is not compiled: {why}" for range_, why in self.failed.items()]
         passes = [f"pass {name} matched {matches} times" for name, matches in by_pass.items()]
         notes = dict.fromkeys(f"{c.name}: {note}" for c in self.matches for note in c.notes)
-        return "\n".join([heading, *table, *passes, *notes])
+        return "\n".join([heading, *table, *failed, *passes, *notes])
 
 
 class CompiledModel:
@@ -167,6 +171,7 @@ class CompiledModel:
             dispatches=self._program.dispatches(),
             packed_bytes=self._program.weights.nbytes,
             eager_calls=counts.eager_calls + self._early_eager_calls,
+            failed=self._program.failed(),
             matches=tuple(counts.matches),
             occurrences=dict(
                 Counter(
@@ -178,8 +183,25 @@ class CompiledModel:
             ),
         )
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is compiled in the background any more (`Config.background`); False
+        when that takes longer.
+
+        Raises:
+            BackgroundError: when some of it failed, each time.
+        """
+        program = self._program
+        return program is None or program.wait(timeout_s)
+
+    def close(self) -> None:
+        """Compile nothing more in the background, and wait until the piece that is compiled now
+        is done. Calls go on being served by what is there. A program that ends does the same."""
+        if self._program is not None:
+            self._program.background.close()
+
     def reset(self) -> None:
         """Forget what was captured and compiled; the next call starts anew."""
+        self.close()
         with self._lock:
             self.__dict__.update(
                 _program=None, _regions=None, _early_eager_calls=0, _call=self._first_call
@@ -261,7 +283,7 @@ class CompiledModel:
         ]
         lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
         notes = [*Plan.from_config(config).notes, *(f"refused: {r}" for r in regions.refusals)]
-        program = Program(config, lanes, notes, store)
+        program = Program(config, lanes, notes, store, _stand_in(self.module, signature))
         if not config.lazy:
             program.compile_all()
         return program, regions
@@ -367,6 +389,11 @@ def dynamo_backend(
             inputs has the size itself.
     """
     config = Config.from_dict(options or {})
+    if config.background:
+        raise ConfigError(
+            "background=True is not for torch.compile, which refuses to run its functions while "
+            "another thread traces: call splitpoint.compile(module, Config(...)) instead"
+        )
     _check_options(config)
     # Parameters may arrive with requires_grad; inputs of the pieces never do.
     values = [
@@ -413,6 +440,16 @@ def dynamo_backend(
         calls[index] += 1
         with torch.no_grad():
             return runners[index](size, *args)
+
+    return run
+
+
+def _stand_in(module: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
+    """The module itself, called as a stitched function is."""
+
+    def run(size: int, *tensors: Any) -> Any:
+        args, kwargs = signature.with_tensors(size, tensors)
+        return module(*args, **kwargs)
 
     return run
 

@@ -103,6 +103,10 @@ class Config:
     over it keep the module's own weight."""
     lazy: bool = False
     """Compile a range when its first call comes, instead of all ranges at the first call."""
+    background: bool = False
+    """Compile in a thread while calls are served: a size whose range is not compiled yet by the
+    compiled graph of a range that holds it too, or by the model itself. The first call captures
+    and starts compiling all ranges or, with `lazy`, each when its first call comes."""
     hint: Hint = "end"
     """The size inside each range that the compiler tunes for."""
     module_guards: ModuleGuards = "every_call"
@@ -157,8 +161,9 @@ class Config:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
                 raise InvalidField(f"{name} must be a number of 0 or more, got {value!r}")
-        if not isinstance(self.lazy, bool):
-            raise InvalidField(f"lazy must be True or False, got {self.lazy!r}")
+        for name in ("lazy", "background"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidField(f"{name} must be True or False, got {value!r}")
         if self.cache_dir is not None:
             if not isinstance(self.cache_dir, (str, os.PathLike)):
                 raise InvalidField(f"cache_dir must be a path or None, got {self.cache_dir!r}")

@@ -161,6 +161,10 @@ class CompileError(SplitpointError, RuntimeError):
     """The compiler failed on a piece."""
 
 
+class BackgroundError(CompileError):
+    """Compiling in the background failed; the cause says how."""
+
+
 class PassError(CompileError):
     """A pass raised, returned something unexpected, or left a broken graph."""
 

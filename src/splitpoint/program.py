@@ -13,9 +13,11 @@ import torch
 from tqdm import tqdm
 
 from . import kernels
+from .background import Background
 from .compilers.stored import PieceCompiler
 from .config import Config
-from .errors import GuardError, KernelBuildError, StateChanged
+from .errors import BackgroundError, GuardError, KernelBuildError, StateChanged
+from .garbage import rare_collection
 from .graph.assumptions import Assumption, runs, valid
 from .graph.capture import Argument, Bound, Held, SizeInput
 from .graph.pieces import CallPiece, Piece, Split
@@ -138,7 +140,9 @@ class Lane:
     packed: tuple[tuple[int, str], ...] = ()
     """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
     body: Body | None = None
-    """What `run` does."""
+    """What `run` does; there before it where another thread compiled it."""
+    assumptions: tuple[Assumption, ...] = ()
+    """What `run` needs of the size, beyond the bounds of the range."""
     artifacts: dict[str, str | None] = field(default_factory=dict)
     """By piece: the key of its artifact in the store; None where it could not be kept."""
 
@@ -171,8 +175,16 @@ class Program:
         lanes: Sequence[Lane],
         notes: Sequence[str] = (),
         store: Store | None = None,
+        stand_in: Callable[..., Any] | None = None,
+        when_compiled: Callable[[Program], None] = lambda _: None,
     ) -> None:
+        """`stand_in` takes what a stitched function takes and runs the model itself, for
+        `config.background`; without one, calls wait for what they need. `when_compiled` is
+        called, in whatever thread it is, when the last lane was compiled after a call."""
         self.config = config
+        self.stand_in = stand_in
+        self.when_compiled = when_compiled
+        self.background = Background(self._compile_in_background)
         self.compiler = PieceCompiler(store, config.passes)
         self.notes = tuple(notes)
         self.counts = Counts()
@@ -191,6 +203,9 @@ class Program:
         self.calls = [0]
         """Calls by table entry."""
         self._lock = threading.RLock()
+        """Held while functions are made and bound."""
+        self._compiling = threading.RLock()
+        """Held while one thread compiles; before `_lock` where both are."""
         for lane in lanes:
             self._add(lane)
 
@@ -211,6 +226,15 @@ class Program:
         ]
         return dict(sorted(pairs))
 
+    def failed(self) -> dict[Range, str]:
+        """Ranges that could not be compiled in the background, and why."""
+        lanes = {index: self.lanes[index - 1] for index in self.background.errors}
+        return {
+            lane.planned.range: str(self.background.errors[index])
+            for index, lane in lanes.items()
+            if lane is not None
+        }
+
     def _add(self, lane: Lane) -> int:
         self.lanes.append(lane)
         index = len(self.lanes)
@@ -221,17 +245,61 @@ class Program:
         return index
 
     def _compile_when_called(self, index: int) -> Stitched:
+        if self.config.background and self.stand_in is not None:
+            return self._serve_meanwhile(index, self.stand_in)
+
         def run(size: int, *args: Any) -> Any:
             self.compile(index)
+            self.report_compiled()
             return self.runners[self.table[size]](size, *args)
 
         return run
 
+    def _serve_meanwhile(self, index: int, stand_in: Callable[..., Any]) -> Stitched:
+        """What serves a lane while it is compiled. The function that was compiled takes its place
+        here, between two calls, and not in the thread that compiled it: the module cannot change
+        while it is bound."""
+
+        def run(size: int, *args: Any) -> Any:
+            if (now := self.table[size]) != index:  # it was split
+                return self.runners[now](size, *args)
+            lane = self.lanes[index - 1]
+            if lane is not None and lane.body is not None:
+                self._finish(index)
+                return self.runners[index](size, *args)
+            self.background.want(index, soon=True)
+            covering = self._covering(lane, size)
+            if covering is None:
+                self.counts.eager_calls += 1
+                covering = stand_in
+            return covering(size, *args)
+
+        return run
+
+    def _covering(self, lane: Lane | None, size: int) -> Stitched | None:
+        """A function compiled for another range of the same graph, that is right at a size."""
+        for other in self.lanes:
+            if (
+                lane is not None
+                and other is not None
+                and other.run is not None
+                and other.graph is lane.graph
+                and other.planned.range.start <= size <= other.planned.range.end
+                and valid(other.assumptions, [size])
+            ):
+                return other.run
+        return None
+
     # --- compiling ---------------------------------------------------------------------
 
     def compile_all(self) -> None:
-        """Compile every lane not compiled yet, with a progress bar on a terminal."""
+        """Compile every lane not compiled yet, with a progress bar on a terminal; in the
+        background if so configured."""
         todo = [index for index, lane in enumerate(self.lanes, 1) if lane and lane.run is None]
+        if self.config.background and self.stand_in is not None:
+            for index in todo:
+                self.background.want(index)
+            return
         self._choose([lane for lane in self.lanes if lane and lane.run is None])
         for index in tqdm(todo, desc="compiling ranges", unit="range", disable=None):
             self.compile(index)
@@ -243,27 +311,83 @@ class Program:
             GuardError: when it would have to be split and the configuration forbids it.
             CompileError: when the compiler fails.
         """
+        with self._compiling:
+            for made in self._prepare(index):
+                self._finish(made)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for what is compiled in the background; False when that takes longer.
+
+        Raises:
+            BackgroundError: when some of it failed, each time.
+        """
+        if not self.background.wait(timeout_s):
+            return False
+        for index, error in self.background.errors.items():
+            lane = self.lanes[index - 1]
+            what = lane.planned.range if lane else "a range"
+            raise BackgroundError(
+                f"compiling {what} in the background failed, so its sizes are served by the model "
+                f"itself: {error}"
+            ) from error
+        for index, lane in enumerate(self.lanes, 1):
+            if lane is not None and lane.body is not None:
+                self._finish(index)
+        return True
+
+    def _compile_in_background(self, index: int) -> None:
+        with rare_collection(), self._compiling:
+            for made in self._prepare(index, self.background.check_stop):
+                lane = self.lanes[made - 1]
+                assert lane is not None
+                assert lane.body is not None
+                for weight, layout in lane.body.packed:
+                    self.background.check_stop()
+                    with self._lock:
+                        self.weights.get(lane.graph.bound[weight], layout)
+        self.report_compiled()
+
+    def report_compiled(self) -> None:
+        """Call `when_compiled` if all lanes are."""
+        if all(lane is None or lane.body is not None for lane in self.lanes):
+            self.when_compiled(self)
+
+    def _prepare(self, index: int, check_stop: Callable[[], None] = lambda: None) -> list[int]:
+        """Compile what a lane runs; the table entries of the lanes that have it, several where
+        it was split."""
+        lane = self.lanes[index - 1]
+        if lane is None:
+            return []  # split before
+        if lane.body is not None:
+            return [index]  # another thread was first
+        compiled: dict[str, CompiledPiece] = {}
+        assumptions: list[Assumption] = []
+        try:
+            self._choose([lane])
+            for fingerprint, piece in lane.graph.split.pieces.items():
+                check_stop()
+                compiled[fingerprint], assumed = self._compile_piece(piece, lane)
+                assumptions += assumed
+        except TooWide as narrowed:
+            parts = self._parts(lane, narrowed)
+            with self._lock:
+                self.lanes[index - 1] = None
+                added = [self._add(part) for part in parts]
+            return [made for part in added for made in self._prepare(part, check_stop)]
+        lane.planned = replace(lane.planned, collectives=self._collectives(lane))
+        lane.assumptions = tuple(assumptions)
+        graph = lane.graph
+        split = attention.rewrite(graph.split, lane.attention or {})
+        lane.body = stitch(split, graph.inputs, compiled, graph.argument_count, graph.result)
+        return [index]
+
+    def _finish(self, index: int) -> None:
+        """Let a lane that was prepared run."""
         with self._lock:
             lane = self.lanes[index - 1]
-            if lane is None or lane.run is not None:
-                return  # another thread was first
-            try:
-                self._choose([lane])
-                compiled = {
-                    fingerprint: self._compile_piece(piece, lane)
-                    for fingerprint, piece in lane.graph.split.pieces.items()
-                }
-            except TooWide as narrowed:
-                parts = self._parts(lane, narrowed)
-                self.lanes[index - 1] = None
-                for added in [self._add(part) for part in parts]:
-                    self.compile(added)
-                return
-            lane.planned = replace(lane.planned, collectives=self._collectives(lane))
-            graph = lane.graph
-            split = attention.rewrite(graph.split, lane.attention or {})
-            body = stitch(split, graph.inputs, compiled, graph.argument_count, graph.result)
-            self._run(index, body)
+            if lane is not None and lane.run is None:
+                assert lane.body is not None
+                self._run(index, lane.body)
 
     def start(self, bodies: Sequence[Body]) -> None:
         """Let the lanes, in order, run functions that were made before, for a module that was
@@ -368,13 +492,15 @@ class Program:
             return False
         return True
 
-    def _compile_piece(self, piece: Piece, lane: Lane) -> CompiledPiece:
+    def _compile_piece(
+        self, piece: Piece, lane: Lane
+    ) -> tuple[CompiledPiece, tuple[Assumption, ...]]:
         if self.config.backend == "eager":
             from .compilers import eager
 
             lane.artifacts[piece.fingerprint] = None
 
-            return CompiledPiece(eager.compile_piece(piece), linear.unchanged(piece).sources)
+            return CompiledPiece(eager.compile_piece(piece), linear.unchanged(piece).sources), ()
         bound = lane.graph.bound_of[piece.fingerprint]
         prepared = linear.rewrite(piece, bound, lane.kernels or {})
         # Guards see a change of what the module holds; what else comes may be anything.
@@ -392,7 +518,8 @@ class Program:
             raise TooWide(
                 right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))]
             )
-        return CompiledPiece(compiled.call, prepared.sources, compiled.steps)
+        callable_ = CompiledPiece(compiled.call, prepared.sources, compiled.steps)
+        return callable_, compiled.assumptions
 
     def _collectives(self, lane: Lane) -> tuple[str, ...]:
         """What the passes chose in the lane's pieces, each kind once."""
@@ -436,8 +563,8 @@ class Program:
     def _stitch(self, lane: Lane, body: Body, proven: bool) -> Stitched:
         graph = lane.graph
         guard = None
-        if not proven:
-            self._check(graph)
+        if not proven:  # the module may hold other tensors than at capture
+            self.refresh(graph)
         if self.config.module_guards == "every_call":
             guard = self._guard(graph)
         lane.body = body

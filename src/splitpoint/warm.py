@@ -8,13 +8,11 @@ against the module as it is, and loads the libraries; what cannot be proven is a
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from ._torch_guards import NotPortable
 from .compilers.wrapper import Wrapper
 from .config import Config
 from .errors import KernelBuildError, PassError
+from .garbage import no_collection, rare_collection
 from .graph.assumptions import runs
 from .graph.capture import held
 from .graph.facts import Checker, Describer, Facts, Roots, Unprovable, collect
@@ -163,6 +162,11 @@ def save(
     cannot be kept."""
     try:
         entry = _entry(store, program, regions, roots)
+        # What was read for the entry is to be what was compiled.
+        with torch.no_grad():  # as it was at capture
+            unchanged = all(captured.check() for captured in regions.captures)
+        if not unchanged:
+            raise NotKept("a module that changed since it was captured")
     except (NotKept, NotPortable, Unprovable) as why:
         log.info("store: the program is not kept: it has %s", why)
         return False
@@ -268,21 +272,8 @@ def load(
     store: Store, key: str, config: Config, roots: Roots, describer: Describer
 ) -> tuple[Program, Regions] | None:
     """The program of a key, ready to run, or None when the store has none that fits."""
-    with _no_collection():
+    with no_collection():
         return _load(store, key, config, roots, describer)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nothing made inside is garbage, but making it would set off a collection of all that the
-    process holds, which takes longer than everything else here."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _load(
@@ -461,14 +452,20 @@ def start_or(
     if store is not None and config.backend == "inductor":
         fields = model_fields(config, signature, roots, describer)
     if store is None or fields is None:
-        return cold()
+        with rare_collection():
+            return cold()
     key = digest(fields)
     if (found := load(store, key, config, roots, describer)) is not None:
         return found
     with store.lock(key) as is_held:
         if is_held and (found := load(store, key, config, roots, describer)) is not None:
             return found
-        made = cold()
-        if not config.lazy:
-            save(store, key, fields, *made, roots)
-    return made
+        with rare_collection():
+            program, regions = cold()
+
+        def keep(program: Program) -> None:
+            save(store, key, fields, program, regions, roots)
+
+        program.when_compiled = keep  # with `lazy` or `background` that may be later
+        program.report_compiled()
+    return program, regions

@@ -7,7 +7,7 @@ capture, and writes the Python source of the checks that every later call runs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -192,6 +192,20 @@ class Signature:
                 values.append(size if isinstance(leaf, SizeLeaf) else leaf.value)
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         return _torch.tree_unflatten(values, self.spec), tensors
+
+    def with_tensors(
+        self, size: int, tensors: Sequence[torch.Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of a call, from its size and the tensors among them
+        in order."""
+        left = iter(tensors)
+        values: list[Any] = []
+        for leaf in self.leaves:
+            if isinstance(leaf, TensorLeaf):
+                values.append(next(left))
+            else:
+                values.append(size if isinstance(leaf, SizeLeaf) else leaf.value)
+        return self.call_arguments(_torch.tree_unflatten(values, self.spec))
 
     # --- the checks of a call ----------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,15 +81,31 @@ def _activated_error(activation: str, before: Tensor, error: Tensor) -> Tensor:
     return error
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What outputs should be, in float64, and how far each may be off."""
+
+    exact: list[Tensor]
+    allowed: list[Tensor]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(x: Tensor, weights: Sequence[Tensor], **rest: Any) -> Expected:
+        """For inputs and weights; `rest` is as for `linear`."""
+        return Expected(linear(x, weights, **rest), bounds(x, weights, **rest), x.dtype)
+
+    def exceeded(self, ys: Sequence[Tensor]) -> float:
+        """The worst error of outputs as a multiple of its bound; infinite where one is no
+        number."""
+        worst = 0.0
+        for y, value, most in zip(ys, self.exact, self.allowed, strict=True):
+            assert y.shape == value.shape, f"{tuple(y.shape)} is not {tuple(value.shape)}"
+            assert y.dtype == self.dtype, f"{y.dtype} is not {self.dtype}"
+            share = ((y.double() - value).abs() / most).nan_to_num(nan=torch.inf)
+            worst = max(worst, float(share.amax())) if share.numel() else worst
+        return worst
+
+
 def exceeded(ys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], **rest: Any) -> float:
-    """The worst error of outputs as a multiple of its bound; infinite where one is no number.
-    `rest` is as for `linear`."""
-    exact = linear(x, weights, **rest)
-    allowed = bounds(x, weights, **rest)
-    worst = 0.0
-    for y, value, most in zip(ys, exact, allowed, strict=True):
-        assert y.shape == value.shape, f"{tuple(y.shape)} is not {tuple(value.shape)}"
-        assert y.dtype == x.dtype, f"{y.dtype} is not {x.dtype}"
-        share = ((y.double() - value).abs() / most).nan_to_num(nan=torch.inf)
-        worst = max(worst, float(share.amax())) if share.numel() else worst
-    return worst
+    """`Expected.exceeded` for outputs that are looked at once."""
+    return Expected.of(x, weights, **rest).exceeded(ys)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.bounds import exceeded
+from ..kernels.bounds import Expected
 from ..kernels.layout import quantize
 from ..memory import Streamed
 from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
@@ -136,10 +136,11 @@ class Weights:
         residual = None
         if self.shape.residual:
             residual = torch.randn(rows, self.shape.columns[0]).to(self.shape.dtype)
+        checks: dict[bool, _Check] = {}
         return {
             name: self._cycling(name, x, residual)
             for name in names
-            if name == INDUCTOR or self._is_right(name, x, residual)
+            if name == INDUCTOR or self._is_right(name, x, residual, checks)
         }
 
     def _layers(self, weights: list[Tensor], residual: Tensor | None) -> Layers:
@@ -156,14 +157,28 @@ class Weights:
         following = itertools.cycle([self._layers(each, residual) for each in self.copies(name)])
         return lambda: run(x, next(following))
 
-    def _is_right(self, name: str, x: Tensor, residual: Tensor | None) -> bool:
+    def _is_right(
+        self, name: str, x: Tensor, residual: Tensor | None, checks: dict[bool, _Check]
+    ) -> bool:
         """Compare a variant with float64: sums in fp32 in any order, then the dtype's own
-        rounding. One that is wrong is never chosen, however fast."""
+        rounding. One that is wrong is never chosen, however fast. What is to come out is kept in
+        `checks` for the next variant of these inputs."""
         shape = self.shape
-        if not VARIANTS[name].fuses:  # the rest is plain torch
+        fuses = VARIANTS[name].fuses
+        if not fuses:  # the rest is plain torch
             shape, residual = _only_products(shape), None
         layers = replace(self._layers(self.copies(name)[0], residual), shape=shape)
+        if fuses not in checks:
+            checks[fuses] = self._check(shape, x, residual)
+        check = checks[fuses]
         made = VARIANTS[name].run(x, layers)
+        columns = zip(made, check.columns, strict=False)
+        worst = check.expected.exceeded([y[:, picked] for y, picked in columns])
+        if worst > 1:
+            log.warning("linear variant %r is wrong for %s and is not used", name, self.shape)
+        return worst <= 1
+
+    def _check(self, shape: LinearShape, x: Tensor, residual: Tensor | None) -> _Check:
         # Columns at random and the last ones, where a block may be cut: all of them in
         # float64 would take longer than everything else here.
         picked = [
@@ -171,20 +186,24 @@ class Weights:
         ]
         if shape.gated:
             picked[1] = picked[0]
-        pairs = zip(self.matrices, picked, strict=True)
-        worst = exceeded(
-            [y[:, columns] for y, columns in zip(made, picked, strict=False)],
+        expected = Expected.of(
             x,
-            [matrix[columns] for matrix, columns in pairs],
+            [matrix[columns] for matrix, columns in zip(self.matrices, picked, strict=True)],
             scales=[s[columns] for s, columns in zip(self.scales, picked, strict=False)],
             biases=[b[columns] for b, columns in zip(self.biases, picked, strict=False)],
             residual=None if residual is None else residual[:, picked[0]],
             activation=shape.activation,
             gated=shape.gated,
         )
-        if worst > 1:
-            log.warning("linear variant %r is wrong for %s and is not used", name, self.shape)
-        return worst <= 1
+        return _Check(picked, expected)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """What some columns of each output are to be."""
+
+    columns: list[Tensor]
+    expected: Expected
 
 
 def _layout(name: str, shape: LinearShape) -> str:
