@@ -1,6 +1,8 @@
 """What a watch over a module tree sees, and that guards it does not cover are kept."""
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -35,6 +37,10 @@ def tensors_of(model):
     return [*model.parameters(), *model.buffers()]
 
 
+def _turned(model):
+    return model.layers[0].weight.data.t()
+
+
 CHANGES = {
     "attribute": lambda m: setattr(m, "factor", 3.0),
     "new attribute": lambda m: setattr(m.layers[1], "note", 1),
@@ -45,6 +51,10 @@ CHANGES = {
     "submodule": lambda m: m.layers.__setitem__(1, torch.nn.Linear(4, 4)),
     "data": lambda m: setattr(m.scale, "data", torch.zeros(4)),
     "dtype": lambda m: m.to(torch.float64),
+    "view of the same memory": lambda m: setattr(m.scale, "data", m.scale.data[:2]),
+    "strides of the same memory": lambda m: setattr(m.layers[0].weight, "data", _turned(m)),
+    "dict": lambda m: setattr(m, "__dict__", dict(vars(m))),
+    "class": lambda m: setattr(m.layers[0], "__class__", type("Other", (torch.nn.Linear,), {})),
 }
 
 
@@ -53,7 +63,7 @@ CHANGES = {
 def test_changes_are_seen_until_renewed(name):
     model = Model()
     seen = watch(model, tensors_of(model))
-    check = seen.check()
+    check = seen.check
     assert check()
     assert check()
     CHANGES[name](model)
@@ -68,24 +78,36 @@ def test_in_place_updates_count_for_the_tensors_asked_for():
     seen = watch(model, tensors_of(model))
     with torch.no_grad():
         model.scale.add_(1)
-    assert seen.check()()
+    assert seen.check()
     seen.renew(tensors_of(model), {id(model.scale)})
     with torch.no_grad():
         model.layers[0].weight.add_(1)
-    assert seen.check()()
+    assert seen.check()
     with torch.no_grad():
         model.scale.add_(1)
-    assert not seen.check()()
+    assert not seen.check()
 
 
 @needs_tags
-def test_a_watch_does_not_outlive_its_owner():
+def test_what_is_replaced_gives_its_memory_back():
+    """Not at the next call, but at once: only a tensor's header is kept."""
     model = Model()
     seen = watch(model, tensors_of(model))
-    handle, check = seen._handle, seen.check()
-    del seen
-    with pytest.raises(ValueError, match=f"no watch has the handle {handle}"):
-        check()
+    before = weakref.ref(model.scale.untyped_storage())
+    model.scale.data = torch.zeros(4)
+    gc.collect()
+    assert before() is None
+    assert not seen.check()
+
+
+@needs_tags
+def test_a_watch_in_the_module_that_it_watches_is_collected():
+    model = Model()
+    model.seen = watch(model, tensors_of(model))
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_nothing_to_watch():

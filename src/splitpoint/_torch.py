@@ -27,7 +27,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
-from ._torch_guards import GuardScope, expressions
+from ._torch_guards import GuardScope, NotPortable, expressions
 from ._torch_isa import quick_isa_checks
 
 if TYPE_CHECKING:
@@ -309,9 +309,9 @@ class DynamoCapture:
     """What the callable returns for given graph outputs."""
     check: Callable[[], bool]
     """Whether everything that was guarded still is as it was."""
-    check_rest: Callable[[torch.nn.Module, Collection[int]], Callable[[], bool]]
+    check_rest: Callable[[torch.nn.Module, Collection[int], Sees], Callable[[], bool]]
     """`check` without what a watch over a module tree, and over the tensors with these ids,
-    sees anyway."""
+    sees anyway, and without the expressions (`_torch_guards.expressions`) that are seen."""
     explain: Callable[[], str]
     """Which guard no longer holds."""
     read: Callable[[Collection[int]], dict[str, None]]
@@ -325,6 +325,10 @@ class DynamoCapture:
     """What tracing took for granted, given what the symbols mean."""
     side_effects: tuple[str, ...]
     """Sources of the Python objects the callable changes, as Dynamo names them."""
+
+
+Sees = Callable[[str, GuardScope], bool]
+"""Whether changes of an expression's value are seen elsewhere."""
 
 
 class DynamoFailure(Exception):
@@ -398,6 +402,15 @@ def _not_covered(
         )
 
     return [not covered(entry) for entry in entries]
+
+
+def _seen(entry: Any, scope: GuardScope, tensors: Collection[int], sees: Sees) -> str | None:
+    """The expression of a guard if what it depends on is seen elsewhere."""
+    try:
+        found = expressions([entry], scope, tensors)
+    except NotPortable:
+        return None
+    return next((code for code in found if sees(code, scope)), None)
 
 
 def _plain_name(name: str) -> str:
@@ -491,6 +504,7 @@ def dynamo_capture(
         with (
             torch.inference_mode(False),
             torch.no_grad(),
+            dynamo_config.patch(skip_nnmodule_hook_guards=False),
             tracing(context),
             get_metrics_context(),
             dynamo_timed("splitpoint_build_guards", log_pt2_compile_event=True),
@@ -515,12 +529,37 @@ def dynamo_capture(
 
     collected: list[Any] = []
 
-    def check_rest(module: torch.nn.Module, tensors: Collection[int]) -> Callable[[], bool]:
+    code = traced.__code__
+    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    own = parameters[0] if isinstance(owner, torch.nn.Module) and parameters else None
+    scope = GuardScope(
+        owner if isinstance(owner, torch.nn.Module) else None,
+        own,
+        frozenset({*parameters, *(name[3:-2] for name in variadic)} - {own}),
+        dict(cells),
+        captured.f_globals,
+    )
+    kept: list[tuple[list[str], Callable[[], bool]]] = []
+    """What was seen elsewhere when guards were last built, and the check of the others."""
+
+    def check_rest(
+        module: torch.nn.Module, tensors: Collection[int], sees: Sees
+    ) -> Callable[[], bool]:
+        if kept and all(sees(code, scope) for code in kept[0][0]):
+            return kept[0][1]
+        seen: list[str] = []
+
         def keep(entries: Sequence[Any]) -> Sequence[bool]:
             collected[:] = entries
-            return _not_covered(entries, module, tensors)
+            rest = _not_covered(entries, module, tensors)
+            for index, entry in enumerate(entries):
+                if rest[index] and (code := _seen(entry, scope, tensors, sees)) is not None:
+                    seen.append(code)
+                    rest[index] = False
+            return rest
 
-        return checker(build(keep))
+        kept[:] = [(seen, checker(build(keep)))]
+        return kept[0][1]
 
     def read(bound: Collection[int]) -> dict[str, None]:
         def keep(entries: Sequence[Any]) -> Sequence[bool]:
@@ -529,17 +568,6 @@ def dynamo_capture(
 
         if not collected:
             build(keep)
-        code = traced.__code__
-        parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        variadic_names = {name[3:-2] for name in variadic}
-        own = parameters[0] if owner is not None and parameters else None
-        scope = GuardScope(
-            owner if isinstance(owner, torch.nn.Module) else None,
-            own if isinstance(owner, torch.nn.Module) else None,
-            frozenset({*parameters, *variadic_names} - {own}),
-            {name: cell.cell_contents for name, cell in cells},
-            captured.f_globals,
-        )
         return expressions(collected, scope, bound)
 
     own_args = args if owner is None else (owner, *args)

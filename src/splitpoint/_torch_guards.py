@@ -31,8 +31,8 @@ class GuardScope:
     """The parameter that is the module."""
     arguments: frozenset[str]
     """The other parameters: what a call passes."""
-    closure: Mapping[str, Any]
-    globals: Mapping[str, Any]
+    closure: Mapping[str, types.CellType]
+    globals: dict[str, Any]
 
 
 _OF_THE_CALL = frozenset(

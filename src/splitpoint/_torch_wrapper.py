@@ -143,6 +143,11 @@ def memory_of(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def address_of(tensor: torch.Tensor) -> int:
+    """Where a tensor's `TensorImpl` is."""
+    return int(tensor._cdata)
+
+
 def quick_state() -> tuple[Any, ...]:
     """What of torch's state is compared at every call."""
     return (

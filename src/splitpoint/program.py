@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from .graph.stitch import (
     rebind,
     stitch,
 )
-from .module_watch import ModuleWatch, watch
+from .module_watch import CheckRest, ModuleWatch, Rest, watch
 from .packing import PackedWeights
 from .passes import attention, linear
 from .passes.attention import AttentionShape
@@ -63,15 +63,13 @@ class Graph:
     fetch: Callable[[], list[Any]] = list
     held: Callable[[list[Any]], tuple[Held, ...] | None] = lambda _: ()
     check: Callable[[], bool] = lambda: True
-    check_rest: Callable[[torch.nn.Module, Collection[int]], Callable[[], bool]] | None = None
+    check_rest: CheckRest | None = None
     owner: torch.nn.Module | None = None
     explain: Callable[[], str] = str
-    watch_hooks: bool = False
-    """Whether `check_rest` leaves the modules' hooks to the watch."""
     bound: list[Any] = field(default_factory=list)
     facts: tuple[Held, ...] | None = ()
-    rest: Callable[[], bool] = lambda: True
-    """What of `check` the watch does not see."""
+    rest: Rest | None = None
+    """What of `check` the watch does not see, where there is one."""
     watch: ModuleWatch | None = None
     """Sees at each call what `facts` and most of `check` would say, where there are the means."""
     piece_count: int = 0
@@ -584,14 +582,19 @@ class Program:
             self.refresh(graph)
 
         if graph.watch is None and graph.facts is not None and graph.check_rest is not None:
-            graph.watch = watch(graph.owner, graph.bound, graph.watch_hooks)
+            graph.watch = watch(graph.owner, graph.bound)
             if graph.watch is not None:
                 assert graph.owner is not None
                 with torch.no_grad():
-                    graph.rest = graph.check_rest(graph.owner, set(map(id, graph.bound)))
-        if graph.watch is None:
+                    graph.rest = Rest(
+                        graph.check,
+                        graph.check_rest,
+                        graph.owner,
+                        lambda: set(map(id, graph.bound)),
+                    )
+        if graph.watch is None or graph.rest is None:
             return Guard((graph.check,), refresh, graph.facts)
-        return Guard((graph.watch.check(), graph.rest), refresh, ())
+        return Guard((graph.watch.check, graph.rest), refresh, ())
 
     def _rebind(self, run: Stitched, lane: Lane) -> None:
         bound = lane.graph.bound
@@ -622,6 +625,8 @@ class Program:
     def _renew_watch(self, graph: Graph) -> None:
         if graph.watch is not None:
             graph.watch.renew(graph.bound, self.weights.packed_ids())
+        if graph.rest is not None:
+            graph.rest.renew()
 
     def repack(self) -> None:
         """Bring packed copies of weights that were updated in place up to date."""

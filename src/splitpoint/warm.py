@@ -29,6 +29,7 @@ from .graph.assumptions import runs
 from .graph.capture import held
 from .graph.facts import Checker, Describer, Facts, Roots, Unprovable, collect
 from .graph.pieces import Split
+from .graph.reads import Reads
 from .graph.regions import Regions
 from .graph.signature import ConstantLeaf, Signature, SizeLeaf, TensorLeaf
 from .graph.stitch import Body, PieceSteps
@@ -402,8 +403,9 @@ class _Loader:
                 and checker.holds()
             )
 
-        def rest() -> bool:
-            return _torch_wrapper.quick_state() == state and checker.rest()
+        def check_rest(_: Any, tensors: Any, reads: Reads | None) -> Callable[[], bool]:
+            rest = checker.rest(reads)
+            return lambda: _torch_wrapper.quick_state() == state and rest()
 
         def explain() -> str:
             return checker.explain()
@@ -416,10 +418,9 @@ class _Loader:
             fetch,
             lambda tensors: held(owner, tensors),
             check,
-            lambda module, tensors: rest,
+            check_rest,
             owner,
             explain,
-            watch_hooks=True,
             piece_count=data["pieces"],
             unique=tuple(data["unique"]),
         )

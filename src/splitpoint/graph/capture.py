@@ -11,8 +11,11 @@ import torch
 from torch import fx
 
 from .. import _torch
+from .._torch_guards import GuardScope
 from ..errors import CaptureError, SideEffect, UnsupportedGraph
 from .assumptions import Assumption, read
+from .facts import names_of
+from .reads import Cells, Reads
 from .signature import Signature, SizeLeaf, TensorLeaf
 
 log = logging.getLogger("splitpoint")
@@ -76,8 +79,9 @@ class Capture:
     """The bound tensors as the module holds them now."""
     check: Callable[[], bool]
     """Whether all else that was guarded is as it was."""
-    check_rest: Callable[[torch.nn.Module, Collection[int]], Callable[[], bool]]
-    """`check` without what a watch over the module and these tensors' ids sees anyway."""
+    check_rest: Callable[[torch.nn.Module, Collection[int], Reads | None], Callable[[], bool]]
+    """`check` without what a watch over the module and these tensors' ids sees anyway, and
+    without what `Reads` comes to see."""
     owner: torch.nn.Module | None
     """The module whose tree may hold bound tensors."""
     explain: Callable[[], str]
@@ -160,13 +164,26 @@ def capture(
         symbols,
         fetch,
         dynamo.check,
-        dynamo.check_rest,
+        lambda module, tensors, reads: dynamo.check_rest(module, tensors, _seen_by(reads)),
         owner,
         dynamo.explain,
         dynamo.read,
         dynamo.traced_code,
         lambda tensors: held(owner, tensors),
     )
+
+
+def _seen_by(reads: Reads | None) -> _torch.Sees:
+    names: dict[str, Any] = {}
+
+    def sees(code: str, scope: GuardScope) -> bool:
+        if reads is None:
+            return False
+        if not names:
+            names.update(names_of(scope.owner, Cells(scope.closure), scope.globals))
+        return reads.sees(code, names)
+
+    return sees
 
 
 def _symbols(

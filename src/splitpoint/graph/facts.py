@@ -30,6 +30,7 @@ from ..store.code import (
     functions_of,
     nested,
 )
+from .reads import Cells, Reads
 
 _CHAIN = re.compile(r"\bself((?:\._modules\['[^']*'\])+)")
 _STEP = re.compile(r"\['([^']*)'\]")
@@ -38,7 +39,6 @@ _WATCHED = re.compile(
     r"(type\()?m(\.\w+)?\)?"
     r"|'\w+' in vars\(m\)"
     r"|hasattr\(m, '\w+'\)"
-    r"|len\(m\._\w+_hooks(_with_kwargs)?\)"
     r"|tuple\(m\._(modules|parameters|buffers)\)"
     r"|m\.\w+ is (m|self)(\._modules\['[^']*'\])*\.\w+"
 )
@@ -170,21 +170,27 @@ class Roots:
 
     def names(self) -> dict[str, Any]:
         """The namespace of expressions."""
-        plain = next(functions_of(self.function), None)
-        cells = {}
         outer = getattr(self.function, "__func__", self.function)
-        if isinstance(outer, types.FunctionType):
-            for name, cell in zip(outer.__code__.co_freevars, outer.__closure__ or (), strict=True):
-                cells[name] = cell.cell_contents
-        scope = getattr(outer, "__globals__", None) or (plain.__globals__ if plain else {})
-        return {
-            "self": self.owner,
-            "F": cells,
-            "G": scope,
-            "M": _Modules(),
-            "C": _Objects(),
-            "B": vars(builtins),
-        }
+        scope = getattr(outer, "__globals__", None)
+        if scope is None:
+            plain = next(functions_of(self.function), None)
+            scope = plain.__globals__ if plain else {}
+        return names_of(self.owner, Cells.of(outer), scope)
+
+
+def names_of(
+    owner: torch.nn.Module | None, cells: Cells, scope: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the names in expressions mean: `self`, `F` (the closure), `G` (globals), `M` (modules),
+    `C` (objects by "module:name") and `B` (builtins)."""
+    return {
+        "self": owner,
+        "F": cells,
+        "G": scope,
+        "M": _Modules(),
+        "C": _Objects(),
+        "B": vars(builtins),
+    }
 
 
 class _Modules(dict[str, Any]):
@@ -283,8 +289,7 @@ class Checker:
         self.facts = facts
         self.roots = roots
         self._values: list[tuple[str, Callable[[Any], tuple[Any, ...]], tuple[Any, ...]]] = []
-        self._parts: list[tuple[Callable[[Any], tuple[Any, ...]], Any, tuple[Any, ...]]] = []
-        """What of single modules a watch does not see: function, module, values."""
+        self._code: dict[int, tuple[types.FunctionType, Code]] = {}
         self._loose: Callable[[], tuple[Any, ...]] = tuple
         self._loose_now: tuple[Any, ...] = ()
 
@@ -297,11 +302,6 @@ class Checker:
         proven: dict[int, list[tuple[Any, ...]]] = {}
         try:
             functions = [_function(kind.codes, "m", names) for kind in self.facts.kinds]
-            unwatched = [
-                [code for code in kind.codes if not _WATCHED.fullmatch(code)]
-                for kind in self.facts.kinds
-            ]
-            rest = [_function(codes, "m", names) for codes in unwatched]
             self._loose = _function(self.facts.loose.codes, "", names)
         except (ImportError, AttributeError, KeyError) as error:
             return [f"{type(error).__name__}: {error}"]
@@ -321,22 +321,55 @@ class Checker:
                     continue
                 proven.setdefault(index, []).append(values)
             self._values.append((path, functions[index], values))
-            if unwatched[index]:
-                self._parts.append((rest[index], module, rest[index](module)))
+            self._note_code(values)
         try:
             self._loose_now = self._loose()
         except _GONE as error:
             return [*broken, f"{type(error).__name__}: {error}"]
+        self._note_code(self._loose_now)
         return broken + _differences(self.facts.loose, self._loose_now, describer)
 
-    def rest(self) -> bool:
-        """Whether what a watch over the module tree does not see is as it was."""
-        try:
-            return _same(self._loose(), self._loose_now) and all(
-                _same(function(module), values) for function, module, values in self._parts
-            )
-        except _GONE:
-            return False
+    def _note_code(self, values: Sequence[Any]) -> None:
+        for value in values:
+            if isinstance(value, types.FunctionType):
+                self._code[id(value)] = (value, value.__code__)
+
+    def _has_its_code(self) -> bool:
+        """Whether no function was given other code."""
+        return all(function.__code__ is code for function, code in self._code.values())
+
+    def rest(self, reads: Reads | None) -> Callable[[], bool]:
+        """A function that tells whether what a watch over the module tree does not see is as it
+        is now, without what `reads` comes to see."""
+        names = self.roots.names()
+        unwatched = [
+            [code for code in kind.codes if not _WATCHED.fullmatch(code)]
+            for kind in self.facts.kinds
+        ]
+        parts: dict[tuple[str, ...], list[Any]] = {}
+        for path, index in self.facts.modules:
+            module = _submodule(self.roots.owner, path)
+            inner = {**names, "m": module}
+            left = [c for c in unwatched[index] if reads is None or not reads.sees(c, inner)]
+            if left:
+                parts.setdefault(tuple(left), []).append(module)
+        loose = [c for c in self.facts.loose.codes if reads is None or not reads.sees(c, names)]
+        ways = [(_function(codes, "m", names), modules) for codes, modules in parts.items()]
+        checks = [(way, module, way(module)) for way, modules in ways for module in modules]
+        read_loose = _function(loose, "", names)
+        loose_now = read_loose()
+
+        def holds() -> bool:
+            try:
+                return (
+                    _same(read_loose(), loose_now)
+                    and all(_same(function(module), values) for function, module, values in checks)
+                    and (reads is not None or self._has_its_code())
+                )
+            except _GONE:
+                return False
+
+        return holds
 
     def holds(self) -> bool:
         """Whether all facts still hold."""
@@ -344,9 +377,9 @@ class Checker:
             for path, function, values in self._values:
                 if not _same(function(_submodule(self.roots.owner, path)), values):
                     return False
+            return _same(self._loose(), self._loose_now) and self._has_its_code()
         except _GONE:
             return False
-        return self.rest()
 
     def explain(self) -> str:
         """Which facts no longer hold."""

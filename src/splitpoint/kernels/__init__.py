@@ -7,8 +7,13 @@ holds the same operators in float64.
 
 from __future__ import annotations
 
+import functools
+import importlib.machinery
+import importlib.util
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +53,31 @@ def load_from(path: Path) -> None:
 def loaded_library() -> Path | None:
     """The library whose operators are registered, if any is."""
     return _loaded[0] if _loaded else None
+
+
+def watch_type() -> Callable[[], Any] | None:
+    """The type of `watch.cpp`, whose objects tell whether dicts, objects and tensors are as they
+    were; None where the library was built without Python's headers.
+
+    Raises:
+        KernelBuildError: as `load`.
+    """
+    load()
+    return _watch_type(_loaded[0])
+
+
+@functools.cache
+def _watch_type(path: Path) -> Callable[[], Any] | None:
+    loader = importlib.machinery.ExtensionFileLoader("splitpoint_watch", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+    except ImportError:
+        return None
+    loader.exec_module(module)
+    kind: Callable[[], Any] = module.Watch
+    return kind
 
 
 def _load(path: Path) -> None:
