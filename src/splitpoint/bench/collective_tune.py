@@ -6,18 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..collectives.policy import (
-    ALGORITHMS,
-    QUANTS,
-    Algorithm,
-    Contradiction,
-    Key,
-    Measurement,
-    Policy,
-    Quant,
-    build,
-    contradictions,
-)
+from ..collectives.measured import Contradiction, Measurement, build, contradictions
+from ..collectives.policy import ALGORITHMS, QUANTS, Algorithm, Key, Policy, Quant
 from ..collectives.tables import read_table, table_json
 from ..ranges import align
 from .collective import NATIVE, ONE_SHOT, STANDARD, TWO_SHOT
