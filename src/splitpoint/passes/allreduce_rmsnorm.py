@@ -16,7 +16,8 @@ from ..collectives.policy import Policy
 from ..errors import InvalidField
 from .base import Found
 from .collective import Choice, CollectivePass, shape_of, substitute
-from .rmsnorm_pattern import Match, value
+from .match import Match
+from .nodes import value
 
 Algorithm = Literal["policy", "auto", "one_shot", "two_shot", "reference"]
 
