@@ -904,6 +904,26 @@ def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     return node
 
 
+def size_at(given: Any, size: int) -> int:
+    """What a dimension that depends on the size of a range is at one size."""
+    if not isinstance(given, torch.SymInt):
+        return int(given)
+    expression = given.node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, size)))
+
+
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Let operators compute where a fake tensor mode is on."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def is_random(target: Any) -> bool:
+    """Whether an operator gives something else at each call."""
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
 def sort_graph(graph: fx.Graph) -> None:
     """Put nodes after what they use, changing the order as little as that takes."""
     from torch._inductor.pattern_matcher import stable_topological_sort

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import COMPILE_SIZES, MAX_SIZE, SPLIT_POINTS, make_parser
@@ -178,7 +179,7 @@ def bench_collective(args: argparse.Namespace) -> None:
     from .bench.picture import check_outputs
 
     check_outputs(png=args.png, json=args.json)
-    report = _measure_collectives(args)
+    report = _measure_collectives(args, args.policy)
     print(report)
     if args.json:
         args.json.write_text(report.to_json() + "\n")
@@ -329,8 +330,9 @@ VERBS = {
 # --- what their arguments mean ---------------------------------------------------------
 
 
-def _measure_collectives(args: argparse.Namespace) -> CollectiveReport:
+def _measure_collectives(args: argparse.Namespace, policy: Path | None = None) -> CollectiveReport:
     from .bench.collective_report import DTYPES, run
+    from .run import read_policy
 
     return run(
         ranks=args.ranks,
@@ -342,6 +344,7 @@ def _measure_collectives(args: argparse.Namespace) -> CollectiveReport:
         threads=args.threads,
         budget_s=args.seconds,
         say=_say,
+        policy=read_policy(policy),
     )
 
 

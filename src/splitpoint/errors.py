@@ -7,6 +7,8 @@ caller would expect (`ValueError`, `TypeError`, ...), so that existing handlers 
 
 from __future__ import annotations
 
+from torch.distributed import DistBackendError
+
 
 class SplitpointError(Exception):
     """Base of every error raised on purpose by this package."""
@@ -194,6 +196,11 @@ class RankFailed(SplitpointError, RuntimeError):
 
 class InvalidCollective(SplitpointError, ValueError):
     """An argument of a collective operator has no meaning for it."""
+
+
+class CollectiveFailed(SplitpointError, DistBackendError):
+    """A collective cannot be finished: a rank died, stalled, or made another call. The message
+    names the group, the rank and the call. Also a `torch.distributed.DistBackendError`."""
 
 
 class WorkspaceError(SplitpointError, RuntimeError):

@@ -10,10 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from splitpoint.bench import collective
-from splitpoint.bench.collective import FUSED, IN_PLACE, STANDARD, Row, Setting
+from splitpoint.bench import collective, vllm_shm
+from splitpoint.bench.collective import (
+    FUSED,
+    IN_PLACE,
+    ONE_SHOT,
+    STANDARD,
+    TWO_SHOT,
+    VLLM,
+    Row,
+    Setting,
+)
 from splitpoint.bench.collective_report import CollectiveReport, run, save_pictures
 from splitpoint.collectives.launch import run_ranks
+from splitpoint.collectives.policy import seed_policy
 from splitpoint.errors import OutputMismatch, RankFailed
 
 SETTING = Setting(2, 64, 3, torch.float32, True, "none")
@@ -41,6 +51,7 @@ def test_every_variant_is_verified_and_timed(tmp_path: Path) -> None:
     )
     assert set(FUSED) < plain
     assert {name for name in plain if not name.endswith(IN_PLACE)} == quantised
+    assert (VLLM + IN_PLACE in plain) is (vllm_shm.unavailable() is None)
     rows = json.loads(report.to_json())["rows"]
     assert len(rows) == len(plain) + len(quantised)
     assert all(row["ms"] > 0 and row["bursts"] >= 5 for row in rows)
@@ -62,6 +73,7 @@ def test_tables_are_laid_out_as_public_ones_are() -> None:
     report = CollectiveReport(
         {"threads": 1, "cores": 2, "torch": "2", "cpu": "a CPU", "cpu_capability": "AVX"},
         tuple(rows),
+        seed_policy(),
     )
     text = str(report)
     assert "### Configuration: seq_len=32, dtype=bfloat16, with residual\n" in text
@@ -71,6 +83,16 @@ def test_tables_are_laid_out_as_public_ones_are() -> None:
     assert "| Fused one-shot               |    0.0200 |   20.00x |\n" in text
     summary = text.split("### Fused against the rest")[1]
     assert "20.0x |            1.50x |" in summary
+    assert "| one_shot |       0.0 % |" in summary
+    assert "within 5 % of the best variant in 1 of 1 configurations" in summary
+
+
+def test_a_policy_that_chooses_the_slower_one_is_told_how_far_it_is_behind() -> None:
+    setting = Setting(2, 1024, 32, torch.bfloat16, True, "none")
+    times = {STANDARD: 4e-4, ONE_SHOT: 3e-5, ONE_SHOT + IN_PLACE: 2.4e-5, TWO_SHOT: 2e-5}
+    rows = tuple(Row(setting, name, seconds, 0.1, 9, 4) for name, seconds in times.items())
+    algorithm, behind = CollectiveReport({}, rows, seed_policy()).choice(setting)
+    assert (algorithm, behind) == ("one_shot", pytest.approx(0.2))
 
 
 def spoilt() -> None:

@@ -19,7 +19,7 @@ def report(times):
         for tokens, by_name in times.items()
         for name, t in by_name.items()
     ]
-    return CollectiveReport(ENVIRONMENT, tuple(rows))
+    return CollectiveReport(ENVIRONMENT, tuple(rows), Policy())
 
 
 def test_what_was_measured_becomes_a_policy():

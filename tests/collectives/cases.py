@@ -32,6 +32,8 @@ class Case:
     want_norm: bool = True
     want_residual: bool = True
     in_place: bool = False
+    both: bool = False
+    """By the form that returns the norm and the sum."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ def call(case: Case, given: Inputs) -> reference.Fused:
             torch.empty(0, dtype=torch.uint8),
             torch.empty(0),
         )
+    if case.both:
+        norm, kept = ops.allreduce_rmsnorm(
+            mine, residual, given.weight, name, case.eps, case.weight_bias, case.algorithm
+        )
+        return reference.Fused(norm, kept, torch.empty(0, dtype=torch.uint8), torch.empty(0))
     return reference.Fused(
         *ops.allreduce_rmsnorm(
             mine,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,6 +114,10 @@ def opcheck() -> None:
         )
     for residual_given in (residual, None):
         torch.library.opcheck(
+            packets.allreduce_rmsnorm.both,
+            (x, residual_given, weight, name(), 1e-6, 1.0, "one_shot"),
+        )
+        torch.library.opcheck(
             packets.allreduce_rmsnorm_.default,
             (x.clone(), None if residual_given is None else residual.clone(), weight),
             settings,
@@ -156,6 +161,9 @@ def unattached() -> None:
         )
         for each, wanted in zip(got, expected, strict=True):
             assert torch.equal(each.view(torch.uint8), wanted.view(torch.uint8))
+        if quant == "none":
+            for each, wanted in zip(call(replace(case, both=True), given), expected, strict=True):
+                assert torch.equal(each.view(torch.uint8), wanted.view(torch.uint8))
     check_gathers()
 
 

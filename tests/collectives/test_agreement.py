@@ -4,7 +4,8 @@ import torch.distributed as dist
 from splitpoint import errors
 from splitpoint.collectives import agreement
 from splitpoint.collectives.launch import run_ranks
-from splitpoint.collectives.policy import Key, Measurement, build
+from splitpoint.collectives.measured import Measurement, build
+from splitpoint.collectives.policy import Key
 
 pytestmark = pytest.mark.processes
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from splitpoint import errors
+from splitpoint.collectives import policy
 from tests.collectives import calls
 from tests.collectives.calls import Ended, Step
 from tests.collectives.ranks import Ranks, detach
@@ -31,10 +33,15 @@ def test_a_rank_that_died_before_the_call_is_named(fresh: Fresh) -> None:
     ranks.start(calls.make, [[REDUCED]] * 3, ranks=[0, 2])
     for rank in (0, 2):
         ended: Ended = ranks.result(rank)
-        assert ended.error.startswith("DistBackendError")
+        assert ended.error.startswith("CollectiveFailed: group ")
         assert f"rank 1 (process {ranks.processes[1].pid}) died" in ended.error
         assert "call 2, all_reduce of 64 float32" in ended.error
         assert ended.seconds < 1
+
+
+def test_a_failed_collective_is_an_error_of_this_package_and_of_torch() -> None:
+    assert issubclass(errors.CollectiveFailed, errors.SplitpointError)
+    assert issubclass(errors.CollectiveFailed, torch.distributed.DistBackendError)
 
 
 def test_a_rank_that_dies_while_others_wait_is_named(fresh: Fresh) -> None:
@@ -127,7 +134,10 @@ def test_ranks_that_disagree_all_get_an_error(
         (("fused", {"residual": torch.ones(4, 64).half()}), "TypeError: residual must be"),
         (("fused", {"quant": "int8"}), "ValueError: quant must be"),
         (("fused", {"quant": "fp8_static"}), "ValueError: quant_scale goes with"),
-        (("fused", {"algorithm": "ring"}), "ValueError: algorithm must be"),
+        *(
+            (("fused", {"algorithm": text}), "ValueError: algorithm must be")
+            for text in ("ring", "one_shot:512", "one_shot,two_shot", "one_shot:x,two_shot", "")
+        ),
         (("fused", {"hidden": 1 << 17}), "max_bytes of at least 262144"),
         (("scattered", {"rows": 3}), "ValueError: reduce_scatter splits dimension 0 evenly"),
     ],
@@ -139,6 +149,27 @@ def test_arguments_refused_by_all_ranks_leave_the_group_as_it_was(
     for each in ranks.run(calls.make, [[step]] * 2):
         assert said in each.error
     assert [each.error for each in ranks.run(calls.make, [[FUSED, REDUCED]] * 2)] == ["", ""]
+
+
+SEED = "one_shot:1048576,two_shot"
+"""What "auto" is for two ranks without quantisation."""
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [("one_shot:512,two_shot", 4), ("one_shot:512,two_shot", 5), ("two_shot:1,one_shot", 1)]
+    + [("two_shot:128,one_shot:256,two_shot", rows) for rows in (1, 2, 3)]
+    + [("auto", rows) for rows in (1, 8192, 8193)],
+)
+def test_intervals_of_bytes_choose_as_they_do_in_python(
+    attached: Callable[[int], Ranks], text: str, rows: int
+) -> None:
+    # Ranks that take different algorithms are an error, so the other one names what it must be.
+    same = policy.chosen(SEED if text == "auto" else text, rows * 64 * 2)
+    steps: list[list[Step]] = [
+        [("fused", {"rows": rows, "algorithm": algorithm})] for algorithm in (text, same)
+    ]
+    assert [each.error for each in attached(2).run(calls.make, steps)] == ["", ""]
 
 
 def test_a_rank_that_detached_is_named(fresh: Fresh) -> None:

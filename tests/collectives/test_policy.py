@@ -8,16 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitpoint import Range, errors
+from splitpoint.collectives.measured import Measurement, build, contradictions
 from splitpoint.collectives.policy import (
     ALGORITHMS,
     FUSED,
     Entry,
     Interval,
     Key,
-    Measurement,
     Policy,
-    build,
-    contradictions,
+    chosen,
     largest_size,
     seed_policy,
 )
@@ -110,7 +109,7 @@ def test_seeds_for_nvidia(device, ranks, fused_mib, one_shot_mib):
     assert seed_policy().split_points(key, 2, 2**20) == (int(fused_mib * MIB) // 8192,)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("ranks", range(2, 9))
 def test_on_cpu_the_seed_is_fused_at_every_size(ranks):
     for quant in ("none", "fp8_static", "fp8_token", "nvfp4"):
         key = Key("cpu", ranks, "bfloat16", True, quant, 576)
@@ -172,7 +171,7 @@ def test_a_range_over_two_graphs_takes_that_of_its_largest_size_and_says_where_t
     assert not both.fused
     assert "split point at 128" in both.why
     cpu = seed_policy().decide(KEY, 2, Range(1, 8192))
-    assert (cpu.fused, cpu.algorithm) == (True, "auto")
+    assert (cpu.fused, cpu.algorithm) == (True, "one_shot:1048576,two_shot")
     assert "split point" not in cpu.why
 
 
@@ -197,13 +196,15 @@ def test_ranges_and_split_points_agree_with_the_bytes_of_each_size(
     row = hidden * itemsize
     range_ = Range(start, start + length)
     sizes = range(start, start + length + 1)
-    chosen = [policy.choose(key, size * row)[0] for size in sizes]
+    served = [policy.choose(key, size * row)[0] for size in sizes]
     decision = policy.decide(key, itemsize, range_)
-    runs = [a for i, a in enumerate(chosen) if i == 0 or chosen[i - 1] != a]
+    runs = [a for i, a in enumerate(served) if i == 0 or served[i - 1] != a]
     # An interval that lies between two sizes serves none of them.
     assert decision.algorithms == tuple(runs)
+    if set(runs) <= FUSED:
+        assert [chosen(decision.algorithm, size * row) for size in sizes] == served
     points = set(policy.split_points(key, itemsize, range_.end))
-    for size, (a, b) in zip(sizes, pairwise(chosen), strict=False):
+    for size, (a, b) in zip(sizes, pairwise(served), strict=False):
         assert size in points or (a in FUSED) == (b in FUSED)
     assert all(largest_size(p * row + row - 1, hidden, itemsize) == p for p in points)
 

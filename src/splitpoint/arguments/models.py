@@ -11,6 +11,7 @@ from .shared import (
     Verb,
     config_arguments,
     layers_argument,
+    policy_argument,
     positive,
     run_arguments,
     store_argument,
@@ -108,12 +109,7 @@ examples:
         default="auto",
         help="what serves them: shared memory, gloo, or the first that can (default: %(default)s)",
     )
-    parser.add_argument(
-        "--policy",
-        type=Path,
-        metavar="FILE",
-        help="what 'splitpoint tune collective' wrote (default: seeds)",
-    )
+    policy_argument(parser)
     layers_argument(parser)
     run_arguments(parser)
     config_arguments(parser)

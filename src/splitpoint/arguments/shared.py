@@ -113,6 +113,16 @@ says is as splitpoint.Config has it.""",
 # --- their types -----------------------------------------------------------------------
 
 
+def policy_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--policy`."""
+    parser.add_argument(
+        "--policy",
+        type=Path,
+        metavar="FILE",
+        help="what 'splitpoint tune collective' wrote (default: seeds)",
+    )
+
+
 def store_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--cache-dir`."""
     parser.add_argument(

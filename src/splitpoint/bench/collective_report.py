@@ -12,8 +12,20 @@ from typing import Any
 import torch
 
 from ..collectives.launch import run_ranks
-from . import collective
-from .collective import FUSED, IN_PLACE, ONE_SHOT, STANDARD, TWO_SHOT, UNFUSED, Row, Setting
+from ..collectives.policy import QUANTS, Algorithm, Key, Policy, Quant, seed_policy
+from . import collective, vllm_shm
+from .collective import (
+    FUSED,
+    IN_PLACE,
+    NATIVE,
+    ONE_SHOT,
+    STANDARD,
+    TWO_SHOT,
+    UNFUSED,
+    VLLM,
+    Row,
+    Setting,
+)
 from .environment import environment
 from .picture import plots
 
@@ -24,6 +36,19 @@ Group = tuple[int, int, torch.dtype, bool, str]
 
 TIMEOUT_S = 120.0
 
+VARIANTS: dict[str, Algorithm] = {
+    STANDARD: "standard",
+    NATIVE: "native",
+    ONE_SHOT: "one_shot",
+    TWO_SHOT: "two_shot",
+}
+"""Algorithms of a policy by the names that variants have here; others are not in a policy."""
+
+QUANT: dict[str, Quant] = {quant: quant for quant in QUANTS}
+
+NEAR = 0.05
+"""A choice that takes so much longer than the best, relatively, is as good."""
+
 
 @dataclass(frozen=True)
 class CollectiveReport:
@@ -31,6 +56,8 @@ class CollectiveReport:
 
     environment: dict[str, Any]
     rows: tuple[Row, ...]
+    policy: Policy
+    """Whose choices are compared with the best."""
 
     @property
     def settings(self) -> list[Setting]:
@@ -46,17 +73,20 @@ class CollectiveReport:
         """Seconds a call, by variant."""
         return {row.variant: row.median_s for row in self.rows if row.setting == setting}
 
+    def choice(self, setting: Setting) -> tuple[str, float]:
+        """The policy's algorithm for a setting, and how much longer it takes than the best
+        variant, relatively; each in its fastest form (functional or in place)."""
+        times = self.times(setting)
+        algorithm = self.policy.choose(key_of(setting), setting.bytes)[0]
+        name = next(name for name, a in VARIANTS.items() if a == algorithm)
+        own = min(time for variant, time in times.items() if variant in (name, name + IN_PLACE))
+        return algorithm, own / min(times.values()) - 1
+
     def to_json(self) -> str:
-        """`{"environment": {...}, "rows": [...]}`, times in milliseconds."""
+        """`{"environment": {...}, "rows": [...], "choices": [...]}`, times in milliseconds."""
         rows = [
-            {
-                "ranks": row.setting.ranks,
-                "hidden": row.setting.hidden,
-                "tokens": row.setting.tokens,
-                "bytes": row.setting.bytes,
-                "dtype": str(row.setting.dtype).removeprefix("torch."),
-                "residual": row.setting.residual,
-                "quant": row.setting.quant,
+            _named(row.setting)
+            | {
                 "variant": row.variant,
                 "ms": row.median_s * 1e3,
                 "spread": row.spread,
@@ -66,7 +96,14 @@ class CollectiveReport:
             }
             for row in self.rows
         ]
-        return json.dumps({"environment": self.environment, "rows": rows}, indent=2)
+        choices = [
+            _named(setting) | {"algorithm": algorithm, "behind": behind}
+            for setting in self.settings
+            for algorithm, behind in [self.choice(setting)]
+        ]
+        return json.dumps(
+            {"environment": self.environment, "rows": rows, "choices": choices}, indent=2
+        )
 
     def __str__(self) -> str:
         env = self.environment
@@ -78,11 +115,14 @@ class CollectiveReport:
         ]
         for setting in self.settings:
             lines += [*_configuration(setting, self.times(setting)), ""]
-        lines += ["### Fused against the rest", "", *_summary(self), ""]
+        lines += ["### Fused against the rest", "", *_summary(self), "", _distance(self), ""]
+        if env.get("vllm"):
+            lines += [f"Without vLLM: {env['vllm']}.", ""]
         lines += [
             "Medians of what the slowest rank took, variants in turns, inputs in the caches; every",
             "variant was compared with float64 first. Standard and Native Compiled reduce by gloo.",
-            "In place, the norm overwrites the input and the sum the residual.",
+            "In place, the norm overwrites the input and the sum the residual. Policy: which",
+            "algorithm it chooses; behind best: how much longer that takes than the fastest.",
         ]
         return "\n".join(lines)
 
@@ -98,8 +138,10 @@ def run(
     threads: int,
     budget_s: float,
     say: Callable[[str], None],
+    policy: Policy | None = None,
 ) -> CollectiveReport:
     """Start as many processes as each of `ranks` says, one after the other, and measure there.
+    Compare with what `policy`, completed by the seeds, would choose.
 
     Raises:
         OutputMismatch: when a variant is wrong.
@@ -118,8 +160,15 @@ def run(
         answers = run_ranks(count, threads, collective.measure, settings, budget_s, TIMEOUT_S)
         rows += collective.same_on_all(answers)
     return CollectiveReport(
-        environment() | {"threads": threads, "budget_s": budget_s, "eps": collective.EPS},
+        environment()
+        | {
+            "threads": threads,
+            "budget_s": budget_s,
+            "eps": collective.EPS,
+            "vllm": vllm_shm.unavailable(),
+        },
         tuple(rows),
+        (policy or Policy()).over(seed_policy()),
     )
 
 
@@ -166,6 +215,30 @@ def save_pictures(report: CollectiveReport, path: Path) -> list[Path]:
 _IN_PLACE = tuple(name for name in FUSED if name.endswith(IN_PLACE))
 
 
+def key_of(setting: Setting) -> Key:
+    """What a policy knows a setting by, besides its bytes."""
+    return Key(
+        "cpu",
+        setting.ranks,
+        str(setting.dtype).removeprefix("torch."),
+        setting.residual,
+        QUANT[setting.quant],
+        setting.hidden,
+    )
+
+
+def _named(setting: Setting) -> dict[str, Any]:
+    return {
+        "ranks": setting.ranks,
+        "hidden": setting.hidden,
+        "tokens": setting.tokens,
+        "bytes": setting.bytes,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "residual": setting.residual,
+        "quant": setting.quant,
+    }
+
+
 def _group(setting: Setting) -> Group:
     return (setting.ranks, setting.hidden, setting.dtype, setting.residual, setting.quant)
 
@@ -208,11 +281,15 @@ def _summary(report: CollectiveReport) -> list[str]:
             "Time (ms)",
             "over Standard",
             "over unfused shm",
+            "over vLLM",
+            "Policy",
+            "behind best",
         )
     ]
     for setting in report.settings:
         times = report.times(setting)
         best = min((name for name in FUSED if name in times), key=times.__getitem__)
+        algorithm, behind = report.choice(setting)
         cells.append(
             (
                 str(setting.ranks),
@@ -225,9 +302,24 @@ def _summary(report: CollectiveReport) -> list[str]:
                 f"{times[best] * 1e3:.4f}",
                 f"{times[STANDARD] / times[best]:.1f}x",
                 f"{min(_those(times, UNFUSED)) / times[best]:.2f}x",
+                f"{theirs / times[best]:.2f}x" if (theirs := times.get(VLLM + IN_PLACE)) else "-",
+                algorithm,
+                f"{100 * behind:.1f} %",
             )
         )
-    return _markdown(cells, right={0, 1, 2, 3, 7, 8, 9})
+    return _markdown(cells, right={0, 1, 2, 3, 7, 8, 9, 10, 12})
+
+
+def _distance(report: CollectiveReport) -> str:
+    """In how many settings the policy's choice is as good as the best, and where it is worst."""
+    behind = {setting: report.choice(setting)[1] for setting in report.settings}
+    near = sum(each <= NEAR for each in behind.values())
+    worst = max(behind, key=behind.__getitem__)
+    return (
+        f"The policy's choice is within {100 * NEAR:.0f} % of the best variant in {near} of "
+        f"{len(behind)} configurations; at worst {100 * behind[worst]:.1f} % behind, at "
+        f"{worst.tokens} x {worst.hidden}, {worst.ranks} ranks" + _quantised(worst.quant) + "."
+    )
 
 
 def _bytes(count: int) -> str:

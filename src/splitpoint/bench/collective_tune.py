@@ -6,33 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..collectives.policy import (
-    ALGORITHMS,
-    QUANTS,
-    Algorithm,
-    Contradiction,
-    Key,
-    Measurement,
-    Policy,
-    Quant,
-    build,
-    contradictions,
-)
+from ..collectives.measured import Contradiction, Measurement, build, contradictions
+from ..collectives.policy import ALGORITHMS, Policy
 from ..collectives.tables import read_table, table_json
 from ..ranges import align
-from .collective import NATIVE, ONE_SHOT, STANDARD, TWO_SHOT
-from .collective_report import CollectiveReport
-
-VARIANTS: dict[str, Algorithm] = {
-    STANDARD: "standard",
-    NATIVE: "native",
-    ONE_SHOT: "one_shot",
-    TWO_SHOT: "two_shot",
-}
-"""Algorithms by the names that `bench collective` has for them; others are not in a policy."""
-
-
-QUANT: dict[str, Quant] = {quant: quant for quant in QUANTS}
+from .collective_report import VARIANTS, CollectiveReport, key_of
 
 
 @dataclass(frozen=True)
@@ -82,16 +60,8 @@ def from_report(report: CollectiveReport) -> Tuned:
     for setting in report.settings:
         times = report.times(setting)
         given = {a: times[name] for name, a in VARIANTS.items() if name in times}
-        key = Key(
-            "cpu",
-            setting.ranks,
-            str(setting.dtype).removeprefix("torch."),
-            setting.residual,
-            QUANT[setting.quant],
-            setting.hidden,
-        )
         seconds = tuple((a, given[a]) for a in ALGORITHMS if a in given)
-        rows.append(Measurement(key, setting.bytes, seconds))
+        rows.append(Measurement(key_of(setting), setting.bytes, seconds))
     env = report.environment
     return _tuned(
         rows,

@@ -4,18 +4,19 @@ all-reduce + RMSNorm fused and not."""
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import CompiledModel, Config, compile
+from .. import CompiledModel, Config, _torch_distributed, compile
 from ..collectives import workspace
 from ..collectives.launch import run_ranks
 from ..collectives.policy import Policy
@@ -25,7 +26,7 @@ from ..passes.allreduce_rmsnorm import AllReduceRMSNorm
 from ..passes.base import Pass
 from ..passes.shared_memory import SharedMemoryAllReduce
 from ..ranges import align
-from ..tensor_parallel import TensorParallelLlama, load
+from ..tensor_parallel import Norm, TensorParallelLlama, load
 from .environment import environment
 
 GLOO, UNFUSED, FUSED = "gloo", "shm unfused", "shm fused"
@@ -35,6 +36,22 @@ LEAST_IDS = 100
 MORE_THAN_ALONE, FLOOR = 3.0, 1e-4
 """How much further from one rank in fp32 logits may be than those of one rank in the same dtype,
 and what is allowed in any case; relative to the largest logit. Sums over ranks round elsewhere."""
+CHAIN = 8
+"""All-reduces with their norms that follow each other in the graph that predictions are made of."""
+CHAIN_S = 0.3
+"""Seconds that each way of the chain is given at each size."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Milliseconds of a forward pass that fusing saves over norms apart, both in shared memory."""
+
+    ms: float
+    """The median of the differences between neighbouring turns."""
+    error_ms: float
+    """The standard error of that median."""
+    predicted_ms: float
+    """The model's norms times what one saves in a graph of nothing else, in the same run."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +66,40 @@ class ParallelReport:
     """By range: all-reduces that are fused, equal pieces counted each."""
     norms: int
     """All-reduces of the model that a norm follows: two a layer."""
+    saved: dict[int, Saved]
+    """By size."""
     difference: dict[int, float]
     """By size: the largest difference of the fused model's logits to those of one rank in fp32,
     relative to the largest."""
 
     def to_json(self) -> str:
         """All of it as JSON text."""
-        return json.dumps(self.__dict__, indent=2)
+        return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
         heading = ("tokens", *(f"{name} ms" for name in (GLOO, UNFUSED, FUSED)))
-        rows = [(*heading, "gloo / fused", "unfused / fused", "us saved a norm", "logits differ")]
+        rows = [
+            (
+                *heading,
+                "gloo / fused",
+                "unfused / fused",
+                "ms saved",
+                "+-",
+                "predicted",
+                "logits differ",
+            )
+        ]
         for size, ms in self.ms.items():
-            saved = 1e3 * (ms[UNFUSED] - ms[FUSED]) / self.norms
+            saved = self.saved[size]
             rows.append(
                 (
                     str(size),
                     *(f"{ms[name]:.2f}" for name in (GLOO, UNFUSED, FUSED)),
                     f"{ms[GLOO] / ms[FUSED]:.2f}x",
-                    f"{ms[UNFUSED] / ms[FUSED]:.2f}x",
-                    f"{saved:.1f}",
+                    f"{ms[UNFUSED] / ms[FUSED]:.3f}x",
+                    f"{saved.ms:.3f}",
+                    f"{saved.error_ms:.3f}",
+                    f"{saved.predicted_ms:.3f}",
                     f"{self.difference[size]:.1e}",
                 )
             )
@@ -83,7 +114,10 @@ class ParallelReport:
                 *align(rows, right=set(range(len(rows[0])))),
                 "",
                 "Medians of the slowest rank, the three in turns. Unfused: all-reduce in shared",
-                "memory, then the norm as Inductor makes it. Logits: fused, to one rank in fp32.",
+                "memory, then the norm as Inductor makes it. Saved: unfused less fused, the median",
+                "of the differences turn by turn, and its standard error. Predicted: what one norm",
+                f"saves in a graph of {CHAIN} all-reduces with their norms and nothing else, times",
+                f"{self.norms}. Logits: fused, to one rank in fp32.",
             ]
         )
 
@@ -114,9 +148,9 @@ def run(
     )
     if any(answer[0] != answers[0][0] for answer in answers):
         raise RankFailed("the ranks disagree on what was measured")
-    ms, fused, norms, difference = answers[0]
+    ms, fused, norms, saved, difference = answers[0]
     known = environment() | {"ranks": ranks, "threads": threads, "dtype": dtype}
-    return ParallelReport(known, model, ms, fused, norms, difference)
+    return ParallelReport(known, model, ms, fused, norms, saved, difference)
 
 
 def measure(job: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -138,15 +172,72 @@ def measure(job: tuple[Any, ...]) -> tuple[Any, ...]:
         for compiled in (unfused, fused):
             _first_calls(compiled, sizes)
         difference = _check(ways, name, dtype, sizes, layers)
-        ms = {size: _time(ways, size, budget_s) for size in sizes}
         counts = fused.stats().matched("AllReduceRMSNorm")
         matched = {str(range_): count for range_, count in counts.items()}
-        return ms, matched, 2 * len(model.layers), difference
+        norms = 2 * len(model.layers)
+        chains = _chains(model, config, policy, _torch_distributed.group_name(group))
+        ms, saved = {}, {}
+        for size in sizes:
+            samples = _samples(
+                {way: _of(compiled, _inputs(size)) for way, compiled in ways.items()}, budget_s
+            )
+            ms[size] = {way: 1e3 * statistics.median(each) for way, each in samples.items()}
+            given = _chain_inputs(size, model)
+            for chain in chains.values():
+                chain(*given)
+            apart = _samples({way: _of(chain, given) for way, chain in chains.items()}, CHAIN_S)
+            saved[size] = _saved(samples, apart, norms)
+        return ms, matched, norms, saved, difference
 
 
-def _compiled(
-    model: TensorParallelLlama, config: Config, passes: tuple[Pass, ...]
-) -> CompiledModel:
+class _Chain(nn.Module):
+    """All-reduces with residual and norm, one after the other: [tokens, hidden] twice to the
+    same."""
+
+    def __init__(self, norm: Norm, group: str) -> None:
+        super().__init__()
+        self.norm = norm
+        self.group = group
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(CHAIN):
+            residual = residual + _torch_distributed.all_reduce(x, self.group)
+            x = self.norm(residual)
+        return x, residual
+
+
+def _chains(
+    model: TensorParallelLlama, config: Config, policy: Policy, group: str
+) -> dict[str, CompiledModel]:
+    """What ends the model's layers, without the layers, unfused and fused."""
+    chain = _Chain(model.norm, group)
+    lazy = replace(config, lazy=True)
+    return {
+        UNFUSED: _compiled(chain, lazy, (SharedMemoryAllReduce(),)),
+        FUSED: _compiled(chain, lazy, (AllReduceRMSNorm(policy), SharedMemoryAllReduce())),
+    }
+
+
+def _chain_inputs(size: int, model: TensorParallelLlama) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    weight = model.norm.weight
+    shape = (size, weight.shape[0])
+    x, residual = (torch.randn(shape, generator=generator).to(weight.dtype) for _ in range(2))
+    return x, residual
+
+
+def _saved(
+    samples: Mapping[str, Sequence[float]], chain: Mapping[str, Sequence[float]], norms: int
+) -> Saved:
+    differences = [1e3 * (a - b) for a, b in zip(samples[UNFUSED], samples[FUSED], strict=True)]
+    low, median, high = statistics.quantiles(differences, n=4, method="inclusive")
+    # Of a median, from the quartiles, as if the differences were normal.
+    error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(differences))
+    one = statistics.median(a - b for a, b in zip(chain[UNFUSED], chain[FUSED], strict=True))
+    return Saved(median, error, 1e3 * one / CHAIN * norms)
+
+
+def _compiled(model: nn.Module, config: Config, passes: tuple[Pass, ...]) -> CompiledModel:
     return compile(model, replace(config, passes=(*config.passes, *passes)))
 
 
@@ -183,22 +274,36 @@ def _check(
     return worst
 
 
-def _time(ways: dict[str, CompiledModel], size: int, budget_s: float) -> dict[str, float]:
-    inputs = _inputs(size)
-    samples: dict[str, list[float]] = {way: [] for way in ways}
-    longest = _slowest([_seconds(ways[GLOO], inputs)])[0]
-    rounds = max(5, int(budget_s / longest))
+def _of(call: Callable[..., Any], inputs: tuple[Tensor, Tensor]) -> Callable[[], Any]:
+    return lambda: call(*inputs)
+
+
+def _samples(calls: Mapping[str, Callable[[], Any]], budget_s: float) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, turn by turn. `budget_s` is what each call is given in all;
+    gloo, which is slower, takes fewer turns, spread over the whole."""
+    names = list(calls)
+    single = dict(zip(names, _slowest([_seconds(calls[name]) for name in names]), strict=True))
+    fastest = min(single.values())
+    rounds = max(5, int(budget_s / fastest))
+    # The others are compared turn by turn.
+    every = {name: max(1, round(single[name] / fastest)) if name == GLOO else 1 for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        names = list(ways)
-        for way in names[turn % 3 :] + names[: turn % 3]:
-            samples[way].append(_seconds(ways[way], inputs))
-    return {way: 1e3 * statistics.median(_slowest(each)) for way, each in samples.items()}
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            if turn % every[name] == 0 or len(samples[name]) < min(5, turn + 1):
+                samples[name].append(_seconds(calls[name]))
+    return {name: _slowest(each) for name, each in samples.items()}
 
 
-def _seconds(call: Callable[..., Any], inputs: tuple[Tensor, Tensor]) -> float:
-    dist.barrier()
+def _seconds(call: Callable[[], Any]) -> float:
+    meeting, group = torch.zeros(1), dist.group.WORLD
+    assert group is not None
+    for _ in range(2):
+        # By gloo the ranks would leave one after the other.
+        torch.ops.splitpoint.all_reduce(meeting, group=_torch_distributed.group_name(group))
     start = time.perf_counter()
-    call(*inputs)
+    call()
     return time.perf_counter() - start
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import RanksDisagree, SplitpointError
-from .policy import Measurement
+from .measured import Measurement
 
 
 def vote(group: dist.ProcessGroup, problem: str | None, error: type[SplitpointError]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _torch_distributed
 from ..errors import WorkspaceError
 from . import agreement, ops, reference
+from .policy import chosen
 
 PATTERNS = {
     # (quant, whether the norm is returned too): name in flashinfer.comm.AllReduceFusionPattern
@@ -195,7 +196,7 @@ def fusion_call(
         "rms_gamma": weight.contiguous(),
         "rms_eps": eps,
         "weight_bias": weight_bias,
-        "use_oneshot": ONE_SHOT[algorithm],
+        "use_oneshot": ONE_SHOT[chosen(algorithm, input.nbytes)],
         "fp32_acc": True,
     }
     if quant in ("fp8_static", "fp8_token"):
@@ -289,6 +290,29 @@ def allreduce_rmsnorm(
     )
 
 
+def allreduce_rmsnorm_both(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    group: str,
+    eps: float,
+    weight_bias: float,
+    algorithm: str,
+) -> tuple[Tensor, Tensor]:
+    """`allreduce_rmsnorm` without quantisation: the norm and the sum."""
+    fused = allreduce_rmsnorm(
+        input,
+        residual,
+        weight,
+        None,
+        group=group,
+        eps=eps,
+        weight_bias=weight_bias,
+        algorithm=algorithm,
+    )
+    return fused.norm, fused.residual
+
+
 # --- registration ----------------------------------------------------------------------
 
 _lock = threading.Lock()
@@ -305,4 +329,7 @@ def _register() -> torch.library.Library:
     ops.register()
     library = torch.library.Library("splitpoint", "IMPL")  # type: ignore[no-untyped-call]
     library.impl("allreduce_rmsnorm", allreduce_rmsnorm, "CUDA")  # type: ignore[no-untyped-call]
+    library.impl(  # type: ignore[no-untyped-call]
+        "allreduce_rmsnorm.both", allreduce_rmsnorm_both, "CUDA"
+    )
     return library

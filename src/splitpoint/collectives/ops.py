@@ -3,24 +3,27 @@
 | operator | returns |
 | --- | --- |
 | `allreduce_rmsnorm` | (norm, residual, quantised, scales), see `reference.finish` |
+| `allreduce_rmsnorm.both` | (norm, residual): the form of most layers, cheaper to call |
 | `allreduce_rmsnorm_` | nothing: the norm lies in `input`, the sum in `residual` |
 | `all_reduce` | the sum, in `input`'s dtype |
 | `reduce_scatter` | this rank's share of the sum, dimension 0 split evenly |
 | `all_gather` | the ranks' inputs, joined along dimension 0 |
 
-All but the second are functional. `group` is a process group by the name that functional
+All but the third are functional. `group` is a process group by the name that functional
 collectives give it. `input` is [..., hidden], bfloat16, float16 or float32; `residual` has its
 shape and its dtype or float32, and the sum is returned in the residual's dtype (the input's
 when there is none); `weight` is [hidden] of any of these dtypes, and `weight_bias` is added to
 it (Gemma's 1 + w). What was not asked for is an empty tensor of shape (0,).
 
-`algorithm` is "auto", "one_shot" (each rank reads everything and computes everything),
-"two_shot" (each rank computes its share of the rows and gives it to the others) or "reference"
-(the group's own collective, then torch operations). A group without a workspace is served by
+`algorithm` is "one_shot" (each rank reads everything and computes everything), "two_shot" (each
+rank computes its share of the rows and gives it to the others), intervals of the input's bytes
+such as "one_shot:16384,two_shot" (`policy.spelled`; up to so many, inclusive, and above), "auto"
+(the seeds of `policy`; on NVIDIA FlashInfer's own choice) or "reference" (the group's own
+collective, then torch operations). A group without a workspace is served by
 the reference whatever the algorithm. Ranks must agree on all arguments but the tensors' values.
 
 Raised by calls: `InvalidCollective`, ValueError or TypeError for arguments without a meaning;
-`torch.distributed.DistError` when a rank died, stalled, or made another call than this one.
+`CollectiveFailed` when a rank died, stalled, or made another call than this one.
 """
 
 from __future__ import annotations
@@ -33,9 +36,8 @@ import torch
 from torch import Tensor
 
 from .. import _torch_distributed
+from ..errors import CollectiveFailed
 from . import reference
-
-ALGORITHMS = ("auto", "one_shot", "two_shot", "reference")
 
 SCHEMAS = {
     "allreduce_rmsnorm": (
@@ -43,6 +45,11 @@ SCHEMAS = {
         'float eps, float weight_bias=0.0, str quant="none", bool want_norm=True, '
         'bool want_residual=True, str algorithm="auto") -> '
         "(Tensor norm, Tensor residual, Tensor quantised, Tensor scales)"
+    ),
+    # From Python, each named argument and each result costs about as much as a small kernel does.
+    "allreduce_rmsnorm.both": (
+        "(Tensor input, Tensor? residual, Tensor weight, str group, float eps, float weight_bias, "
+        "str algorithm) -> (Tensor norm, Tensor residual)"
     ),
     "allreduce_rmsnorm_": (
         "(Tensor(a!) input, Tensor(b!)? residual, Tensor weight, *, str group, float eps, "
@@ -52,7 +59,7 @@ SCHEMAS = {
     "reduce_scatter": "(Tensor input, *, str group) -> Tensor",
     "all_gather": "(Tensor input, *, str group) -> Tensor",
 }
-"""The operators of `torch.ops.splitpoint`."""
+"""The operators of `torch.ops.splitpoint`, by name and overload."""
 
 REFERENCE_NAMESPACE = "splitpoint_reference"
 """Where the same operators always are the reference: C++ finds it here for a group that has no
@@ -80,10 +87,23 @@ def _register() -> tuple[torch.library.Library, ...]:
             )
             # Less specific than CPU, where C++ comes in before it.
             library.impl(  # type: ignore[no-untyped-call]
-                name, getattr(reference, name), "CompositeExplicitAutograd"
+                name, getattr(reference, function_of(name)), "CompositeExplicitAutograd"
             )
             torch.library.register_fake(f"{library.ns}::{name}", _FAKES[name], lib=library)
+    failures = libraries[1]
+    failures.define("failed(str message) -> ()")  # type: ignore[no-untyped-call]
+    failures.impl("failed", _failed, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
     return libraries
+
+
+def _failed(message: str) -> None:
+    """What C++ calls to raise an error of this package's."""
+    raise CollectiveFailed(message)
+
+
+def function_of(operator: str) -> str:
+    """The name of the Python function that serves an operator."""
+    return operator.replace(".", "_")
 
 
 # --- what tracing sees -----------------------------------------------------------------
@@ -124,6 +144,19 @@ def _allreduce_rmsnorm(
     )
 
 
+def _allreduce_rmsnorm_both(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    group: str,
+    eps: float,
+    weight_bias: float,
+    algorithm: str,
+) -> tuple[Tensor, Tensor]:
+    made = _allreduce_rmsnorm(input, residual, weight, None, group=group, eps=eps)
+    return made.norm, made.residual
+
+
 def _allreduce_rmsnorm_(
     input: Tensor,
     residual: Tensor | None,
@@ -153,6 +186,7 @@ def _all_gather(input: Tensor, *, group: str) -> Tensor:
 
 _FAKES: dict[str, Callable[..., object]] = {
     "allreduce_rmsnorm": _allreduce_rmsnorm,
+    "allreduce_rmsnorm.both": _allreduce_rmsnorm_both,
     "allreduce_rmsnorm_": _allreduce_rmsnorm_,
     "all_reduce": _all_reduce,
     "reduce_scatter": _reduce_scatter,

@@ -7,13 +7,13 @@ rank's input, tokens * hidden * itemsize.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import InvalidPolicy
@@ -96,9 +96,15 @@ class Entry:
 class Decision:
     """What serves a range of sizes, and why."""
 
-    algorithms: tuple[Algorithm, ...]
-    """Those of the range's bytes, ascending; neighbours differ."""
+    intervals: tuple[Interval, ...]
+    """Those that serve a size of the range; neighbours differ in their algorithm, and the last
+    one has no end."""
     why: str
+
+    @property
+    def algorithms(self) -> tuple[Algorithm, ...]:
+        """Those of the range's bytes, ascending; neighbours differ."""
+        return tuple(interval.algorithm for interval in self.intervals)
 
     @property
     def fused(self) -> bool:
@@ -108,14 +114,44 @@ class Decision:
 
     @property
     def algorithm(self) -> str:
-        """The operator's `algorithm`: "auto" where both fused ones occur."""
-        fused = {a for a in self.algorithms if a in FUSED}
-        return next(iter(fused)) if len(fused) == 1 else "auto"
+        """What the fused operator is to do, as its `algorithm`: "one_shot", or where the bytes
+        decide, "one_shot:16384,two_shot" (up to so many bytes, inclusive, and above)."""
+        fused = [i for i in self.intervals if i.algorithm in FUSED]
+        return spelled((*fused[:-1], Interval(None, fused[-1].algorithm)))
+
+
+def spelled(intervals: Sequence[Interval]) -> str:
+    """Intervals of fused algorithms as the operators take them."""
+    parts = [i.algorithm if i.end is None else f"{i.algorithm}:{i.end}" for i in _merged(intervals)]
+    return ",".join(parts)
+
+
+def chosen(text: str, nbytes: int) -> str:
+    """The algorithm that a text of `spelled` has for so many bytes; other names as they are."""
+    for part in text.split(","):
+        name, _, end = part.partition(":")
+        if not end or nbytes <= int(end):
+            return name
+    raise AssertionError(f"{text!r} has no last algorithm")
+
+
+def _merged(intervals: Sequence[Interval]) -> tuple[Interval, ...]:
+    """With neighbours of one algorithm as one."""
+    return tuple(
+        interval
+        for interval, after in zip(intervals, [*intervals[1:], None], strict=True)
+        if after is None or after.algorithm != interval.algorithm
+    )
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Entries by key. The most specific entry that fits a key decides, measured before seed."""
+    """Entries by key. The most specific entry that fits a key decides, measured before seed.
+
+    Numbers of ranks are not interpolated: a key whose device or number of ranks no entry has is
+    served by `standard`. There are seeds for 2 to 8 ranks of a CPU, of which those for more than 2
+    are derived (their source says so), and for 2, 4 and 8 on NVIDIA, FlashInfer's own numbers.
+    """
 
     entries: tuple[Entry, ...] = ()
 
@@ -149,22 +185,22 @@ class Policy:
     ) -> Decision:
         """What serves a range of sizes of a known hidden size."""
         assert key.hidden is not None
-        row = key.hidden * itemsize
-        ends = [range_.start * row, range_.end * row]
         entry = self.entry(key)
-        for interval in entry.intervals if entry else ():
-            if interval.end is not None and ends[0] <= interval.end < range_.end * row:
-                size = largest_size(interval.end, key.hidden, itemsize)
-                ends += [s * row for s in (size, size + 1) if s in range_]
-        found = [self.choose(key, nbytes, admitted) for nbytes in sorted(set(ends))]
-        algorithms = [algorithm for algorithm, _ in found]
-        distinct = [a for i, a in enumerate(algorithms) if i == 0 or algorithms[i - 1] != a]
-        why = found[-1][1]
-        if len({a in FUSED for a in distinct}) > 1:
+        kept, first, why = [], range_.start, ""
+        for interval in entry.intervals if entry else (Interval(None, "standard"),):
+            last = range_.end
+            if interval.end is not None:
+                last = min(last, largest_size(interval.end, key.hidden, itemsize))
+            if first <= last:
+                algorithm, why = self.choose(key, last * key.hidden * itemsize, admitted)
+                kept.append(Interval(interval.end if last < range_.end else None, algorithm))
+                first = last + 1
+        intervals = _merged(kept)
+        if len({i.algorithm in FUSED for i in intervals}) > 1:
             points = self.split_points(key, itemsize, range_.end - 1)
             inside = [str(p) for p in points if range_.start <= p]
             why += f"; a split point at {', '.join(inside)} would serve both kinds of graph"
-        return Decision(tuple(distinct), why)
+        return Decision(intervals, why)
 
     def split_points(self, key: Key, itemsize: int, max_size: int) -> tuple[int, ...]:
         """The sizes at which the graph must change: the last size of each run of intervals that
@@ -220,7 +256,7 @@ class Policy:
         for entry in self.entries:
             label, origin = str(entry.key), str(entry.origin)
             for interval in entry.intervals:
-                end = "any" if interval.end is None else _bytes(interval.end)
+                end = "any" if interval.end is None else bytes_text(interval.end)
                 rows.append((label, end, interval.algorithm, origin))
                 label = origin = ""
         return "\n".join(align(rows, right={1}))
@@ -235,7 +271,7 @@ def largest_size(nbytes: int, hidden: int, itemsize: int) -> int:
 @cache
 def seed_policy() -> Policy:
     """The choices that public figures give before anything is measured (`seeds.json`)."""
-    data = json.loads(importlib.resources.files(__package__).joinpath("seeds.json").read_text())
+    data = json.loads((Path(__file__).parent / "seeds.json").read_text())
     return Policy(
         tuple(_entry(row, "seed", data["sources"][row["source"]]) for row in data["entries"])
     )
@@ -267,169 +303,9 @@ def _distance(entry: Entry, key: Key) -> tuple[float, ...] | None:
     )
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """A number of bytes for people."""
     for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count} B"
-
-
-# --- from measurements -----------------------------------------------------------------
-
-TIE = 0.03
-"""Times this near to the fastest, relatively, count as equal to it."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """The time of each algorithm for one key (with its hidden size) and number of bytes."""
-
-    key: Key
-    nbytes: int
-    seconds: tuple[tuple[Algorithm, float], ...]
-    """In the order of `ALGORITHMS`, those that were measured."""
-
-    def __post_init__(self) -> None:
-        bad = [t for _, t in self.seconds if not (math.isfinite(t) and t > 0)]
-        if not self.seconds or bad:
-            raise InvalidPolicy(f"{self.key}, {self.nbytes} bytes: times must be positive: {bad}")
-
-    def slowdown(self, algorithm: Algorithm) -> float:
-        """Its time over the fastest's; infinite if not measured."""
-        times = dict(self.seconds)
-        return times.get(algorithm, math.inf) / min(times.values())
-
-    def fastest(self, tie: float = TIE) -> frozenset[Algorithm]:
-        """The fastest algorithms."""
-        return frozenset(a for a, _ in self.seconds if self.slowdown(a) <= 1 + tie)
-
-
-@dataclass(frozen=True)
-class Contradiction:
-    """Bytes at which no algorithm is fastest for all hidden sizes."""
-
-    key: Key
-    """Without hidden size."""
-    nbytes: int
-    fastest: tuple[tuple[int, tuple[Algorithm, ...]], ...]
-    """By hidden size."""
-    best_common: Algorithm
-    slowdown: float
-    """The worst that the best common choice does, over the fastest; a choice by hidden size
-    too has 1."""
-
-    def __str__(self) -> str:
-        wants = "; ".join(f"hidden {h}: {' or '.join(names)}" for h, names in self.fastest)
-        return (
-            f"{self.key} at {_bytes(self.nbytes)}: {wants}. One choice for all is at best "
-            f"{self.best_common}, up to {100 * (self.slowdown - 1):.0f} % slower than by hidden "
-            f"size"
-        )
-
-
-def contradictions(rows: Iterable[Measurement], tie: float = TIE) -> list[Contradiction]:
-    """Where one byte threshold for all hidden sizes contradicts what was measured."""
-    found = []
-    for key, group in _by_key(rows, by_hidden=False).items():
-        for nbytes, same in _by_bytes(group).items():
-            if not frozenset.intersection(*(row.fastest(tie) for row in same)):
-                costs = {a: max(row.slowdown(a) for row in same) for a in ALGORITHMS}
-                best = min(ALGORITHMS, key=lambda a: costs[a])
-                fastest = tuple(
-                    (row.key.hidden or 0, tuple(a for a in ALGORITHMS if a in row.fastest(tie)))
-                    for row in sorted(same, key=lambda row: row.key.hidden or 0)
-                )
-                found.append(Contradiction(key, nbytes, fastest, best, costs[best]))
-    return found
-
-
-def build(rows: Iterable[Measurement], source: str, tie: float = TIE) -> Policy:
-    """The policy that gives each measurement its fastest algorithm (ties count as either), in
-    the fewest intervals. An entry is for all hidden sizes where that contradicts none of them
-    and needs no more intervals than the hidden sizes apart do.
-
-    Between two measured points the cut is where the lines between their times cross, over the
-    logarithm of bytes.
-
-    Raises:
-        InvalidPolicy: for two measurements of one configuration.
-    """
-    rows = list(rows)
-    entries = []
-    for key, group in _by_key(rows, by_hidden=False).items():
-        apart = {k: _intervals(part, tie) for k, part in _by_key(group, by_hidden=True).items()}
-        common = _intervals(group, tie)
-        most = max(len(intervals or ()) for intervals in apart.values())
-        if len(apart) > 1 and common is not None and len(common) <= most:
-            apart = {key: common}
-        for own, intervals in apart.items():
-            assert intervals is not None
-            entries.append(Entry(own, intervals, "measured", source))
-    return Policy(tuple(entries))
-
-
-def _by_key(rows: Iterable[Measurement], *, by_hidden: bool) -> dict[Key, list[Measurement]]:
-    groups: dict[Key, list[Measurement]] = {}
-    for row in rows:
-        key = row.key if by_hidden else replace(row.key, hidden=None)
-        groups.setdefault(key, []).append(row)
-    if by_hidden:
-        for key, group in groups.items():
-            if len({row.nbytes for row in group}) < len(group):
-                raise InvalidPolicy(f"{key}: one number of bytes was measured twice")
-    return groups
-
-
-def _by_bytes(rows: Iterable[Measurement]) -> dict[int, list[Measurement]]:
-    groups: dict[int, list[Measurement]] = {}
-    for row in sorted(rows, key=lambda row: row.nbytes):
-        groups.setdefault(row.nbytes, []).append(row)
-    return groups
-
-
-def _intervals(rows: Sequence[Measurement], tie: float) -> tuple[Interval, ...] | None:
-    """The fewest intervals that give each row one of its fastest, and among those the ones with
-    the least time; None when rows of equal bytes have none in common."""
-    points = list(_by_bytes(rows).values())
-    # best[a]: (changes, summed slowdown, path) of the cheapest choices that end in a.
-    best: dict[Algorithm, tuple[int, float, tuple[Algorithm, ...]]] = {}
-    for index, same in enumerate(points):
-        step: dict[Algorithm, tuple[int, float, tuple[Algorithm, ...]]] = {}
-        allowed = frozenset.intersection(*(row.fastest(tie) for row in same))
-        for a in (a for a in ALGORITHMS if a in allowed):
-            cost = sum(row.slowdown(a) for row in same)
-            if index == 0:
-                step[a] = (0, cost, (a,))
-            else:
-                step[a] = min(
-                    (changes + (b != a), spent + cost, (*path, a))
-                    for b, (changes, spent, path) in best.items()
-                )
-        if not step:
-            return None
-        best = step
-    path = min(best.values())[2]
-    intervals = []
-    for index, (a, b) in enumerate(pairwise(path)):
-        if a != b:
-            cut = _crossing(points[index], points[index + 1], a, b)
-            intervals.append(Interval(cut, a))
-    return (*intervals, Interval(None, path[-1]))
-
-
-def _crossing(
-    before: Sequence[Measurement], after: Sequence[Measurement], a: Algorithm, b: Algorithm
-) -> int:
-    """The bytes from `before`'s to just under `after`'s at which b becomes faster than a."""
-
-    def lead(rows: Sequence[Measurement]) -> float:
-        """How much slower b is than a, relative to the fastest; the mean over the rows."""
-        return sum(row.slowdown(b) - row.slowdown(a) for row in rows) / len(rows)
-
-    first, last = before[0].nbytes, after[0].nbytes
-    ahead, behind = lead(before), lead(after)
-    share = 0.5
-    if math.isfinite(ahead) and math.isfinite(behind) and ahead > behind:
-        share = min(max(ahead / (ahead - behind), 0.0), 1.0)
-    cut: int = round(first * (last / first) ** share)
-    return min(max(cut, first), last - 1)

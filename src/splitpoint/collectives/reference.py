@@ -66,6 +66,22 @@ def allreduce_rmsnorm(
     )
 
 
+def allreduce_rmsnorm_both(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    group: str,
+    eps: float,
+    weight_bias: float,
+    algorithm: str,
+) -> tuple[Tensor, Tensor]:
+    """`allreduce_rmsnorm` without quantisation: the norm and the sum."""
+    fused = allreduce_rmsnorm(
+        input, residual, weight, None, group=group, eps=eps, weight_bias=weight_bias
+    )
+    return fused.norm, fused.residual
+
+
 def allreduce_rmsnorm_(
     input: Tensor,
     residual: Tensor | None,

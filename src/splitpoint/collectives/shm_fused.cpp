@@ -79,12 +79,12 @@ void run_fused(Workspace& workspace, const Fused& f) {
   Algorithm algorithm{};
   int64_t most = 1;
   workspace.checked([&] {
-    algorithm = algorithm_of(f.algorithm, rows * row_bytes, f.quant, workspace.ranks());
+    algorithm = workspace.algorithm(f.algorithm, rows * row_bytes, f.quant);
     const int64_t slot = workspace.slot_bytes();
     most = fitting(workspace, row_bytes, slot / std::max<int64_t>(1, row_bytes));
     if (algorithm == Algorithm::two_shot) {
       const int64_t shared = results.fitting(slot, workspace.ranks());
-      if (shared < 1 && f.algorithm == "auto") {
+      if (shared < 1 && f.algorithm != "two_shot") {
         algorithm = Algorithm::one_shot;  // which shares no results
       } else {
         const int64_t whole = results.unit_bytes() + 64 * Results::kMost;
@@ -231,6 +231,40 @@ FusedResults allreduce_rmsnorm(const Tensor& input_given,
   return made;
 }
 
+using NormAndSum = std::tuple<Tensor, Tensor>;
+
+NormAndSum allreduce_rmsnorm_both(const Tensor& input_given,
+                                  const std::optional<Tensor>& residual_given,
+                                  const Tensor& weight_given, std::string_view group, double eps,
+                                  double weight_bias, std::string_view algorithm) {
+  const std::shared_ptr<Workspace> workspace = find_workspace(group);
+  if (!workspace || algorithm == "reference") {
+    if (workspace) meet_for_reference(*workspace);
+    static const auto reference =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("splitpoint_reference::allreduce_rmsnorm", "both")
+            .typed<NormAndSum(const Tensor&, const std::optional<Tensor>&, const Tensor&,
+                              std::string_view, double, double, std::string_view)>();
+    return reference.call(input_given, residual_given, weight_given, group, eps, weight_bias,
+                          algorithm);
+  }
+  workspace->checked([&] {
+    check(input_given, present(residual_given), weight_given, nullptr, Quant::none);
+  });
+  const Tensor input = input_given.contiguous();
+  const Tensor residual = contiguous_or_none(residual_given);
+  const Tensor weight = weight_given.contiguous();
+  const Tensor& like = residual.defined() ? residual : input;
+  NormAndSum made{
+      at::cpu::empty(input.sizes(), at::TensorOptions().dtype(input.scalar_type())),
+      at::cpu::empty(input.sizes(), at::TensorOptions().dtype(like.scalar_type()))};
+  run_fused(*workspace, {input, residual.defined() ? &residual : nullptr, weight, nullptr,
+                         Quant::none, eps, weight_bias, algorithm,
+                         std::get<0>(made).mutable_data_ptr(), std::get<1>(made).mutable_data_ptr(),
+                         nullptr, nullptr});
+  return made;
+}
+
 void allreduce_rmsnorm_(const Tensor& input, const std::optional<Tensor>& residual_given,
                         const Tensor& weight_given, std::string_view group, double eps,
                         double weight_bias, std::string_view algorithm) {
@@ -262,6 +296,7 @@ void allreduce_rmsnorm_(const Tensor& input, const std::optional<Tensor>& residu
 // Their schemas are in ops.py, where they are served by the reference before this is loaded.
 TORCH_LIBRARY_IMPL(splitpoint, CPU, m) {
   m.impl("allreduce_rmsnorm", allreduce_rmsnorm);
+  m.impl("allreduce_rmsnorm.both", allreduce_rmsnorm_both);
   m.impl("allreduce_rmsnorm_", allreduce_rmsnorm_);
 }
 

@@ -28,8 +28,8 @@ Tensor all_reduce(const Tensor& input_given, std::string_view group, std::string
   call.rows = count;
   workspace->checked([&] {
     call.element = element_of(input_given, "input");
-    call.algorithm = algorithm_of(name, count * bytes_of(call.element), Quant::none,
-                                  workspace->ranks());
+    call.algorithm =
+        workspace->algorithm(name, count * bytes_of(call.element), Quant::none);
   });
   const Tensor input = input_given.contiguous();
   const Tensor out = at::cpu::empty(input.sizes(), at::TensorOptions().dtype(input.scalar_type()));

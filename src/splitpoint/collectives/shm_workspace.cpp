@@ -2,6 +2,7 @@
 // flags.
 #include "shm_workspace.h"
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
@@ -85,7 +86,14 @@ void initialise(int64_t fd, int64_t ranks, int64_t slot_bytes) {
 
 void attach(const std::string& group, int64_t fd, int64_t rank, const std::vector<int64_t>& pids,
             const std::vector<int64_t>& pidfds, int64_t slot_bytes, double timeout_s,
-            double spin_s, double yield_s) {
+            double spin_s, double yield_s, const std::vector<std::string>& defaults) {
+  Defaults by_quant;
+  TORCH_CHECK_VALUE(defaults.size() == by_quant.size(), "one default for each quantisation, got ",
+                    defaults.size());
+  for (size_t i = 0; i < by_quant.size(); ++i) {
+    algorithm_of(defaults[i], 0);  // which refuses what is none
+    by_quant[i] = defaults[i];
+  }
   Peers peers{};
   peers.rank = static_cast<int>(rank);
   peers.ranks = static_cast<int>(pids.size());
@@ -95,7 +103,8 @@ void attach(const std::string& group, int64_t fd, int64_t rank, const std::vecto
   }
   const auto ns = [](double seconds) { return static_cast<int64_t>(seconds * 1e9); };
   auto made = std::make_shared<Workspace>(group, static_cast<int>(fd), peers, slot_bytes,
-                                          Patience{ns(spin_s), ns(yield_s), ns(timeout_s)});
+                                          Patience{ns(spin_s), ns(yield_s), ns(timeout_s)},
+                                          std::move(by_quant));
   static std::once_flag once;
   std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { ++forks; }); });
   const std::unique_lock<std::shared_mutex> lock(registry_mutex);
@@ -146,6 +155,15 @@ void in_threads(int64_t count, int64_t grain, void (*run)(int64_t, int64_t, void
               "splitpoint: a thread of a collective failed");
 }
 
+// The class of the error is Python's, and so is the operator that raises it.
+void raise_failure(const std::string& message) {
+  static const auto failed = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("splitpoint_reference::failed", "")
+                                 .typed<void(std::string_view)>();
+  failed.call(message);
+  C10_THROW_ERROR(DistBackendError, message);  // should the operator be another one
+}
+
 std::shared_ptr<Workspace> find_workspace(std::string_view group) {
   const std::shared_lock<std::shared_mutex> lock(registry_mutex);
   const auto found = registry().find(group);
@@ -157,7 +175,7 @@ TORCH_LIBRARY_FRAGMENT(splitpoint, m) {
   m.def("shm_initialise(int fd, int ranks, int slot_bytes) -> ()", initialise);
   m.def(
       "shm_attach(str group, int fd, int rank, int[] pids, int[] pidfds, int slot_bytes, "
-      "float timeout_s, float spin_s, float yield_s) -> ()",
+      "float timeout_s, float spin_s, float yield_s, str[] defaults) -> ()",
       attach);
   m.def("shm_detach(str group) -> bool", detach);
   m.def("shm_attached(str group) -> bool", attached);

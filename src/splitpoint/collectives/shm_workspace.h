@@ -7,9 +7,12 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <array>
 #include <atomic>
+#include <charconv>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -26,17 +29,52 @@ const NormTable* kernels();
 // A Parallel in torch's own intra-op threads.
 void in_threads(int64_t count, int64_t grain, void (*run)(int64_t, int64_t, void*), void* context);
 
+// --- algorithms --------------------------------------------------------------------------
+
+// Of "one_shot", "two_shot", or intervals of bytes such as "one_shot:16384,two_shot": up to so many,
+// inclusive, and above.
+inline Algorithm algorithm_of(std::string_view text, int64_t bytes) {
+  std::string_view rest = text;
+  while (true) {
+    const size_t comma = rest.find(',');
+    std::string_view name = rest.substr(0, comma);
+    bool here = true;
+    if (const size_t colon = name.find(':'); colon != std::string_view::npos) {
+      const char* const last = name.data() + name.size();
+      int64_t end = 0;
+      const auto [stopped, error] = std::from_chars(name.data() + colon + 1, last, end);
+      if (error != std::errc() || stopped != last || comma == std::string_view::npos) break;
+      here = bytes <= end;
+      name = name.substr(0, colon);
+    } else if (comma != std::string_view::npos) {
+      break;
+    }
+    if (name != "one_shot" && name != "two_shot") break;
+    if (here) return name == "one_shot" ? Algorithm::one_shot : Algorithm::two_shot;
+    rest = rest.substr(comma + 1);
+  }
+  TORCH_CHECK_VALUE(false, "algorithm must be auto, one_shot, two_shot, reference, or intervals of "
+                    "bytes such as one_shot:16384,two_shot, got ", text);
+}
+
 // --- workspaces ------------------------------------------------------------------------
+
+// What "auto" stands for, by Quant.
+using Defaults = std::array<std::string, 4>;
 
 // How often this process is the child of a fork: it shares the memory with its parent, but is no
 // rank of its own.
 inline std::atomic<uint32_t> forks{0};
 
+// Raises `errors.CollectiveFailed`.
+[[noreturn]] void raise_failure(const std::string& message);
+
 class Workspace {
  public:
   Workspace(const std::string& group, int fd, const Peers& peers, int64_t slot_bytes,
-            const Patience& patience)
-      : bytes_(segment_bytes(peers.ranks, slot_bytes)),
+            const Patience& patience, Defaults defaults)
+      : defaults_(std::move(defaults)),
+        bytes_(segment_bytes(peers.ranks, slot_bytes)),
         memory_(map(fd, bytes_)),
         peers_(peers),
         born_(forks.load()),
@@ -66,15 +104,7 @@ class Workspace {
   // Runs work(channel), one call at a time.
   template <class Work>
   void run(const Work& work) {
-    TORCH_CHECK(born_ == forks.load(std::memory_order_relaxed),
-                "splitpoint: this process was forked after its workspace was attached, and is no "
-                "rank of its group: call collectives in the process that attached it");
-    const std::lock_guard<std::mutex> lock(mutex_);
-    try {
-      work(channel_);
-    } catch (const Failure& failure) {
-      C10_THROW_ERROR(DistBackendError, failure.what());
-    }
+    if (const std::optional<std::string> failure = attempt(work)) raise_failure(*failure);
   }
 
   // Raises an error of the caller's; the other ranks learn that this one does not make the call.
@@ -83,20 +113,22 @@ class Workspace {
     try {
       check();
     } catch (const c10::Error&) {
-      try {
-        run([](Channel& channel) {
-          Call call{};
-          call.operation = Operation::refused;
-          channel.meet(call);
-        });
-      } catch (const c10::DistBackendError&) {
-        // The others report it; here the arguments are what matters.
-      }
+      // Where that fails the others report it; here the arguments are what matters.
+      attempt([](Channel& channel) {
+        Call call{};
+        call.operation = Operation::refused;
+        channel.meet(call);
+      });
       throw;
     }
   }
 
   void leave() { channel_.leave(); }
+
+  // Raises an error of the caller's for a name that is none.
+  Algorithm algorithm(std::string_view name, int64_t bytes, Quant quant) const {
+    return algorithm_of(name == "auto" ? defaults_[static_cast<int>(quant)] : name, bytes);
+  }
 
   int rank() const { return peers_.rank; }
   int ranks() const { return peers_.ranks; }
@@ -108,6 +140,22 @@ class Workspace {
   std::vector<float> weight;  // with its bias added, for the call that runs
 
  private:
+  // Why the work could not be finished, if it could not.
+  template <class Work>
+  std::optional<std::string> attempt(const Work& work) {
+    TORCH_CHECK(born_ == forks.load(std::memory_order_relaxed),
+                "splitpoint: this process was forked after its workspace was attached, and is no "
+                "rank of its group: call collectives in the process that attached it");
+    const std::lock_guard<std::mutex> lock(mutex_);
+    try {
+      work(channel_);
+    } catch (const Failure& failure) {
+      return failure.what();
+    }
+    return std::nullopt;
+  }
+
+  const Defaults defaults_;
   const int64_t bytes_;
   char* const memory_;
   const Peers peers_;
@@ -140,34 +188,6 @@ inline Quant quant_of(std::string_view name) {
   TORCH_CHECK_VALUE(name == "nvfp4", "quant must be none, fp8_static, fp8_token or nvfp4, got ",
                     name);
   return Quant::nvfp4;
-}
-
-// The largest input, in bytes, that one-shot is the faster one for, as `splitpoint bench collective`
-// measured it: with 2 ranks on 2 cores and 4 ranks on 2 cores, hidden 1024, bfloat16. One-shot
-// repeats the norm and the quantisation on every rank, two-shot waits twice.
-struct Crossover {
-  int most_ranks;
-  int64_t plain_bytes, quantised_bytes;
-};
-inline constexpr Crossover kCrossovers[] = {
-    {1, INT64_MAX, INT64_MAX},
-    {2, 512 << 10, 8 << 10},
-    {kMostRanks, 96 << 10, 32 << 10},
-};
-
-inline Algorithm best_algorithm(int64_t bytes, Quant quant, int ranks) {
-  const Crossover* found = kCrossovers;
-  while (found->most_ranks < ranks) ++found;
-  const int64_t most = quant == Quant::none ? found->plain_bytes : found->quantised_bytes;
-  return bytes <= most ? Algorithm::one_shot : Algorithm::two_shot;
-}
-
-inline Algorithm algorithm_of(std::string_view name, int64_t bytes, Quant quant, int ranks) {
-  if (name == "one_shot") return Algorithm::one_shot;
-  if (name == "two_shot") return Algorithm::two_shot;
-  TORCH_CHECK_VALUE(name == "auto",
-                    "algorithm must be auto, one_shot, two_shot or reference, got ", name);
-  return best_algorithm(bytes, quant, ranks);
 }
 
 // How many units go through in one piece.

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..errors import InvalidPolicy
-from .policy import ALGORITHMS, Algorithm, Key, Measurement, Quant
+from .measured import Measurement
+from .policy import ALGORITHMS, Algorithm, Key, Quant
 
 OPERATIONS: dict[str, Algorithm] = {
     "standard": "standard",

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from .. import _torch_distributed
 from ..errors import KernelBuildError, WorkspaceError
 from . import shm
+from .policy import QUANTS, Key, seed_policy, spelled
 
 T = TypeVar("T")
 
@@ -239,11 +240,18 @@ def _attach(
             timeout_s,
             patience.spin_s,
             patience.yield_s,
+            _defaults(len(known)),
         )
     except (OSError, RuntimeError):
         for pidfd in filter(lambda pidfd: pidfd >= 0, pidfds):
             os.close(pidfd)
         raise
+
+
+def _defaults(ranks: int) -> list[str]:
+    """What "auto" stands for by quantisation: the seeds, whose keys ask for no more on a CPU."""
+    entries = (seed_policy().entry(Key("cpu", ranks, quant=quant)) for quant in QUANTS)
+    return [spelled(entry.intervals) if entry else "one_shot" for entry in entries]
 
 
 def _choose_copies(name: str, group: dist.ProcessGroup) -> None:

@@ -4,7 +4,7 @@ policy says that it pays."""
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,7 +16,8 @@ from ..collectives.policy import Policy
 from ..errors import InvalidField
 from .base import Found
 from .collective import Choice, CollectivePass, shape_of, substitute
-from .rmsnorm_pattern import Match, value
+from .match import Match
+from .nodes import value
 
 Algorithm = Literal["policy", "auto", "one_shot", "two_shot", "reference"]
 
@@ -103,20 +104,42 @@ class AllReduceRMSNorm(CollectivePass):
                 )
                 if nodes
             }
-            fused = _torch.call(
+            fused = self._call(graph, found, (x, residual, weight, scale), outputs, algorithm)
+            for index, nodes in outputs.items():
+                substitute(nodes, found, _torch.call(graph, operator.getitem, fused, index))
+
+    @staticmethod
+    def _call(
+        graph: fx.Graph,
+        found: Match,
+        tensors: tuple[fx.Node, fx.Node | None, fx.Node, fx.Node | None],
+        outputs: Collection[int],
+        algorithm: str,
+    ) -> fx.Node:
+        """The operator that gives these of norm, sum, quantised and scales."""
+        operator = torch.ops.splitpoint.allreduce_rmsnorm
+        if set(outputs) == {0, 1}:
+            x, residual, weight, _ = tensors
+            return _torch.call(
                 graph,
-                torch.ops.splitpoint.allreduce_rmsnorm.default,
+                operator.both,
                 x,
                 residual,
                 weight,
-                scale,
-                group=found.group,
-                eps=found.eps,
-                weight_bias=found.weight_bias,
-                quant=found.quant,
-                want_norm=0 in outputs,
-                want_residual=1 in outputs,
-                algorithm=algorithm,
+                found.group,
+                found.eps,
+                found.weight_bias,
+                algorithm,
             )
-            for index, nodes in outputs.items():
-                substitute(nodes, found, _torch.call(graph, operator.getitem, fused, index))
+        return _torch.call(
+            graph,
+            operator.default,
+            *tensors,
+            group=found.group,
+            eps=found.eps,
+            weight_bias=found.weight_bias,
+            quant=found.quant,
+            want_norm=0 in outputs,
+            want_residual=1 in outputs,
+            algorithm=algorithm,
+        )

@@ -16,9 +16,12 @@ from torch import fx
 from .. import _torch, _torch_distributed
 from ..collectives import admission
 from ..collectives.policy import Decision, Key, Policy, seed_policy
-from . import rmsnorm_pattern
+from . import match as match_module
+from . import nodes, quantisation, rmsnorm_pattern
 from .base import Found, Pass, current_range
-from .rmsnorm_pattern import Match, Miss, find_reduces, match, value
+from .match import Match, Miss
+from .nodes import value
+from .rmsnorm_pattern import find_reduces, match
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class CollectivePass(Pass):
     def uuid(self) -> str:
         """A hash of the code, the settings, and what else decides: the seeds, and the groups
         with what serves them."""
-        modules = (rmsnorm_pattern, sys.modules[__name__], sys.modules[type(self).__module__])
+        patterns = (rmsnorm_pattern, quantisation, match_module, nodes)
+        modules = (*patterns, sys.modules[__name__], sys.modules[type(self).__module__])
         state = [
             type(self).__qualname__,
             *map(inspect.getsource, modules),

@@ -20,7 +20,8 @@ from ..errors import InvalidField
 from ..ranges import Range
 from .base import Found
 from .collective import Choice, CollectivePass, substitute
-from .rmsnorm_pattern import CASTS, VIEWS, Match, name_of, value
+from .match import Match
+from .nodes import CASTS, VIEWS, name_of, value
 
 
 class SequenceParallel(CollectivePass):

@@ -10,7 +10,9 @@ from ..collectives import admission, ops
 from ..collectives.policy import FUSED
 from .base import Found
 from .collective import Choice, CollectivePass
-from .rmsnorm_pattern import FLOATS, Match, find_reduces, name_of, value
+from .match import Match
+from .nodes import FLOATS, name_of, value
+from .rmsnorm_pattern import find_reduces
 
 
 class SharedMemoryAllReduce(CollectivePass):
