@@ -7,7 +7,7 @@ caller would expect (`ValueError`, `TypeError`, ...), so that existing handlers 
 
 from __future__ import annotations
 
-from torch.distributed import DistBackendError
+from torch import distributed
 
 
 class SplitpointError(Exception):
@@ -198,7 +198,7 @@ class InvalidCollective(SplitpointError, ValueError):
     """An argument of a collective operator has no meaning for it."""
 
 
-class CollectiveFailed(SplitpointError, DistBackendError):
+class CollectiveFailed(SplitpointError, distributed.DistBackendError):
     """A collective cannot be finished: a rank died, stalled, or made another call. The message
     names the group, the rank and the call. Also a `torch.distributed.DistBackendError`."""
 

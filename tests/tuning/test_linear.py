@@ -28,7 +28,7 @@ def test_a_tie_goes_to_the_layout_that_is_read_already(
     tuner = LinearTuner(threads=1)
     tuner._seconds[SHAPE.of_any_rows, 1] = seconds  # as if they had been measured
     assert tuner.choose(SHAPE, Range(1, 1), layouts) == chosen
-    assert tuner.spent_s == 0
+    assert tuner.budget.spent_s == 0
 
 
 def test_layers_that_differ_in_how_rows_follow_from_the_size_are_measured_once() -> None:
@@ -36,4 +36,4 @@ def test_layers_that_differ_in_how_rows_follow_from_the_size_are_measured_once()
     tuner._seconds[SHAPE, 1] = {"inductor": 3.0, "gemv": 1.0, "packed": 2.0}
     one_row = dataclasses.replace(SHAPE, rows="1")
     assert tuner.choose(one_row, Range(1, 512)) == "gemv"
-    assert tuner.spent_s == 0
+    assert tuner.budget.spent_s == 0
