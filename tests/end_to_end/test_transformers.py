@@ -1,5 +1,7 @@
 """Models from transformers with random weights, against eager, at sizes around the ranges' ends."""
 
+import statistics
+
 import pytest
 import torch
 import transformers as hf
@@ -130,21 +132,24 @@ def test_smollm2_logits_agree_with_eager(dtype):
     exact, _ = load("smollm2", torch.float32)
     exact.load_state_dict(model.state_dict())
     compiled = splitpoint.compile(model, CONFIG, dynamic_dims={"input_ids": 1})
-    errors, eager_errors = [], []
-    for size in SIZES:
+    errors: dict[int, list[float]] = {size: [] for size in SIZES}
+    eager_errors: dict[int, list[float]] = {size: [] for size in SIZES}
+    for size in SIZES * (1 if dtype == torch.float32 else 9):
         ids = torch.randint(0, 49152, (1, size))
         with torch.no_grad():
             reference = exact(input_ids=ids, use_cache=False).logits
             eager = model(input_ids=ids, use_cache=False).logits
         ours = compiled(input_ids=ids, use_cache=False).logits
         scale = reference.abs().mean()
-        errors.append(float((ours.float() - reference).abs().mean() / scale))
-        eager_errors.append(float((eager.float() - reference).abs().mean() / scale))
+        errors[size].append(float((ours.float() - reference).abs().mean() / scale))
+        eager_errors[size].append(float((eager.float() - reference).abs().mean() / scale))
     if dtype == torch.float32:  # two hundred re-ordered sums of 1e-7 relative error each
-        assert max(errors) < 1e-5
+        assert max(map(max, errors.values())) < 1e-5
         return
-    # bf16 rounds by 2**-9 some 200 times on the way, and which way is chance: single inputs
-    # scatter by a factor of 2 and more around the error that eager itself has against fp32.
-    for error, eager_error in zip(errors, eager_errors, strict=True):
+    # bf16 rounds by 2**-9 some 200 times on the way, and which way is chance: for single inputs
+    # each way of computing, Inductor's without this package's kernels too, is off by several
+    # times what another is. So the middle one of several inputs is judged.
+    for size in SIZES:
+        error, eager_error = map(statistics.median, (errors[size], eager_errors[size]))
         assert error < 2 * eager_error + 2**-8
     assert sum(errors) < 1.25 * sum(eager_errors)
