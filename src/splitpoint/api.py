@@ -24,6 +24,7 @@ from .errors import (
     SizeOutOfPlan,
     WrongArguments,
 )
+from .freed import check_whole
 from .graph.capture import Argument, SizeInput, capture
 from .graph.facts import Roots
 from .graph.pieces import CallPiece, split
@@ -55,6 +56,8 @@ class Stats:
     """Calls by range."""
     packed_bytes: int = 0
     """Memory of weights in other layouts, beside the module's own."""
+    freed_bytes: int = 0
+    """Memory of the module's own weights that was given back."""
     eager_calls: int = 0
     """Calls that ran the model itself: size 0, sizes out of plan if allowed, and those of ranges
     that are compiled in the background (which `dispatches` counts too)."""
@@ -88,6 +91,8 @@ class Stats:
             heading += f", {self.loads} loaded"
         if self.packed_bytes:
             heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
+        if self.freed_bytes:
+            heading += f", {self.freed_bytes / 2**20:.1f} MiB of original weights freed"
         table = align(rows, right={1}) if len(rows) > 1 else []
         by_pass: dict[str, int] = {}
         for count in self.matches:
@@ -137,6 +142,7 @@ class CompiledModel:
             CaptureError, CompileError, GuardError: at the first call (or, with
                 `lazy=True`, at the first call of a range).
             StateChanged: when the module is not as it was at capture.
+            WeightsFreed: when weights are needed that `free_original_weights` freed.
         """
         try:
             return self._call(*args, **kwargs)
@@ -170,6 +176,7 @@ class CompiledModel:
             loads=counts.loads,
             dispatches=self._program.dispatches(),
             packed_bytes=self._program.weights.nbytes,
+            freed_bytes=self._program.originals.nbytes,
             eager_calls=counts.eager_calls + self._early_eager_calls,
             failed=self._program.failed(),
             matches=tuple(counts.matches),
@@ -251,13 +258,12 @@ class CompiledModel:
 
     def _start(self, signature: Signature) -> None:
         store = open_store(self.config)
+        roots = _roots(self.module)
+        check_whole(roots.owner)
         program, regions = start_or(
-            self.config,
-            store,
-            signature,
-            _roots(self.module),
-            lambda: self._compile(signature, store),
+            self.config, store, signature, roots, lambda: self._compile(signature, store)
         )
+        program.free_originals()
         entry = write_entry(signature, program, self._not_served)
         self.__dict__.update(_program=program, _regions=regions, _call=entry)
 
@@ -393,6 +399,11 @@ def dynamo_backend(
         raise ConfigError(
             "background=True is not for torch.compile, which refuses to run its functions while "
             "another thread traces: call splitpoint.compile(module, Config(...)) instead"
+        )
+    if config.free_original_weights:
+        raise ConfigError(
+            "free_original_weights=True is not for torch.compile, which passes the weights at each "
+            "call: call splitpoint.compile(module, Config(...)) instead"
         )
     _check_options(config)
     # Parameters may arrive with requires_grad; inputs of the pieces never do.

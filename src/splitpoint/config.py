@@ -101,6 +101,11 @@ class Config:
     max_packed_bytes: int | None = None
     """Most bytes that copies of weights in other layouts may take; None for no limit. Layers
     over it keep the module's own weight."""
+    free_original_weights: bool = False
+    """Give back the memory of weights that every range reads in a packed copy. What would read
+    such a weight then, the module itself above all, raises `WeightsFreed`; one that is given all
+    its values anew is packed and freed again. Not with `lazy` or `background`, as a range that is
+    compiled later may need it. `linear="auto"` then chooses among kernels that read copies."""
     lazy: bool = False
     """Compile a range when its first call comes, instead of all ranges at the first call."""
     background: bool = False
@@ -161,9 +166,14 @@ class Config:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
                 raise InvalidField(f"{name} must be a number of 0 or more, got {value!r}")
-        for name in ("lazy", "background"):
+        for name in ("lazy", "background", "free_original_weights"):
             if not isinstance(value := getattr(self, name), bool):
                 raise InvalidField(f"{name} must be True or False, got {value!r}")
+            if name != "free_original_weights" and value and self.free_original_weights is True:
+                raise InvalidField(
+                    f"free_original_weights=True cannot go with {name}=True, whose ranges are "
+                    f"compiled later and may need the weights: leave one of them out"
+                )
         if self.cache_dir is not None:
             if not isinstance(self.cache_dir, (str, os.PathLike)):
                 raise InvalidField(f"cache_dir must be a path or None, got {self.cache_dir!r}")

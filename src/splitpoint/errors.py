@@ -159,6 +159,10 @@ class StateChanged(SplitpointError, RuntimeError):
     """The module or a global it reads changed since capture."""
 
 
+class WeightsFreed(SplitpointError, RuntimeError):
+    """A weight is needed whose memory was freed (`Config.free_original_weights`)."""
+
+
 class CompileError(SplitpointError, RuntimeError):
     """The compiler failed on a piece."""
 

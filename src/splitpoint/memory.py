@@ -9,6 +9,7 @@ linear` prints both).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 
 import torch
@@ -39,6 +40,14 @@ def streamed_bytes(count: int) -> Tensor:
     whole = torch.frombuffer(region, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + count]
+
+
+def give_back() -> None:
+    """Return memory that was freed to the operating system, where it is the C library's habit to
+    keep it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 class Streamed:

@@ -111,6 +111,24 @@ def load(
         return model.eval().requires_grad_(False), _tokenizer(transformers, source)
 
 
+def find(name: str, *, layers: int | None = None) -> tuple[Any, Any | None, Path | None]:
+    """What `load` reads beside the weights: the configuration and the tokenizer; and the folder
+    in Hugging Face's format that has the weights, None when they are elsewhere (random, in a
+    GGUF file, on the hub).
+
+    Raises:
+        ModelNotFound: as `load`.
+        UsageError: as `load`.
+    """
+    transformers = _transformers()
+    with _quiet(transformers):
+        source = _source(name, convert=name not in SHAPES)
+        config = _shallow(name, _config(transformers, name, source, name in SHAPES), layers)
+        path = Path(source.path)
+        is_folder = source.shape is None and source.gguf_file is None and path.is_dir()
+        return config, _tokenizer(transformers, source), path if is_folder else None
+
+
 def describe(name: str, *, layers: int | None = None) -> ModelFacts:
     """The facts of a model, from its configuration alone; no weights are read.
 

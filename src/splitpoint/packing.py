@@ -6,6 +6,7 @@ from operator import attrgetter
 
 import torch
 
+from .freed import is_freed
 from .memory import Streamed
 from .passes.linear import LAYOUTS
 
@@ -17,7 +18,8 @@ class PackedWeights:
     """Packed copies, one for each (weight, layout), shared by ranges and graphs.
 
     A weight that is updated in place, or whose `.data` is exchanged, is packed anew into the
-    same copy, so that whoever holds a copy goes on with it.
+    same copy, so that whoever holds a copy goes on with it. A weight that was freed needs nothing
+    until it is given data.
     """
 
     def __init__(self) -> None:
@@ -25,6 +27,7 @@ class PackedWeights:
         self._memory = Streamed()
         self._weights: dict[int, torch.Tensor] = {}
         """By id; held, so that ids stay theirs."""
+        self._freed: list[torch.Tensor] = []
         self._tensors: list[torch.Tensor] = []
         self._versions: list[int] = []
         self._pointers: list[int] = []
@@ -40,7 +43,7 @@ class PackedWeights:
         if key not in self._copies:
             self._copies[key] = self._memory.placed(_packed(weight, layout))
             self._weights[id(weight)] = weight
-            self._note()
+            self.note()
         return self._copies[key]
 
     def packed_ids(self) -> set[int]:
@@ -52,27 +55,39 @@ class PackedWeights:
         return (
             list(map(_version, self._tensors)) == self._versions
             and list(map(_pointer, self._tensors)) == self._pointers
+            and all(map(is_freed, self._freed))
         )
 
     def repack(self) -> None:
-        """Pack anew what was updated."""
+        """Pack anew what was updated.
+
+        Raises:
+            WeightsFreed: when somebody else freed a weight.
+        """
         marks = zip(self._versions, self._pointers, strict=True)
-        for weight, (version, pointer) in zip(self._tensors, marks, strict=True):
-            if (weight._version, weight.data_ptr()) != (version, pointer):
-                for layout in LAYOUTS:
-                    if (copy := self._copies.get((id(weight), layout))) is not None:
-                        copy.copy_(_packed(weight, layout))
-        self._note()
+        changed = [
+            weight
+            for weight, mark in zip(self._tensors, marks, strict=True)
+            if (weight._version, weight.data_ptr()) != mark
+        ]
+        for weight in [*changed, *(each for each in self._freed if not is_freed(each))]:
+            for layout in LAYOUTS:
+                if (copy := self._copies.get((id(weight), layout))) is not None:
+                    copy.copy_(_packed(weight, layout))
+        self.note()
 
     def retain(self, weights: list[torch.Tensor]) -> None:
         """Drop the copies of weights that are not among these."""
         kept = set(map(id, weights))
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] in kept}
         self._weights = {key: weight for key, weight in self._weights.items() if key in kept}
-        self._note()
+        self.note()
 
-    def _note(self) -> None:
-        self._tensors = list(self._weights.values())
+    def note(self) -> None:
+        """Take the weights as they are: what the copies are equal to."""
+        weights = list(self._weights.values())
+        self._freed = list(filter(is_freed, weights))
+        self._tensors = [each for each in weights if not is_freed(each)]
         self._versions = list(map(_version, self._tensors))
         self._pointers = list(map(_pointer, self._tensors))
 

@@ -40,10 +40,10 @@ def fill(name: str, config: Config, dtype: str, threads: int, layers: int | None
         raise StoreError("there is no store to fill: see the line above")
     model, _ = load(name, DTYPES[dtype], layers=layers, random_weights=True)
     compiled = compile(model, config, dynamic_dims=DIMS)
-    compiled(**_arguments(config))
-    stats = compiled.stats()
     signature = signature_of(model, (), _arguments(config), DIMS)
     fields = model_fields(config, signature, Roots(model, model.forward), Describer())
+    compiled(**_arguments(config))
+    stats = compiled.stats()
     if fields is None or not store.keys(KIND, digest(fields)):
         raise StoreError(
             "the program could not be kept; with logging of 'splitpoint' at INFO a line says why"

@@ -16,7 +16,14 @@ from . import kernels
 from .background import Background
 from .compilers.stored import PieceCompiler
 from .config import Config
-from .errors import BackgroundError, GuardError, KernelBuildError, StateChanged
+from .errors import (
+    BackgroundError,
+    GuardError,
+    KernelBuildError,
+    StateChanged,
+    WeightsFreed,
+)
+from .freed import Originals, is_freed, unread
 from .garbage import rare_collection
 from .graph.assumptions import Assumption, runs, valid
 from .graph.capture import Argument, Bound, Held, SizeInput
@@ -187,6 +194,9 @@ class Program:
         self.notes = tuple(notes)
         self.counts = Counts()
         self.weights = PackedWeights()
+        self.originals = Originals()
+        self._frees = False
+        """Whether original weights are freed when the module changes."""
         budget = Budget(config.linear_budget_s)
         self.tuner = LinearTuner(torch.get_num_threads(), budget)
         self.attention_tuner = AttentionTuner(torch.get_num_threads(), budget)
@@ -206,6 +216,12 @@ class Program:
         """Held while one thread compiles; before `_lock` where both are."""
         for lane in lanes:
             self._add(lane)
+        if config.free_original_weights:
+            for graph in self._graphs():
+                graph.check = self.originals.around(graph.check)
+                graph.explain = self.originals.around(graph.explain)
+                if graph.check_rest is not None:
+                    graph.check_rest = self.originals.around(graph.check_rest)
 
     # --- the plan ----------------------------------------------------------------------
 
@@ -223,6 +239,9 @@ class Program:
             if lane
         ]
         return dict(sorted(pairs))
+
+    def _graphs(self) -> list[Graph]:
+        return list({id(lane.graph): lane.graph for lane in self.lanes if lane}.values())
 
     def failed(self) -> dict[Range, str]:
         """Ranges that could not be compiled in the background, and why."""
@@ -392,7 +411,7 @@ class Program:
         just proven to be as it was."""
         for index, body in enumerate(bodies, 1):
             self._run(index, body, proven=True)
-        for graph in {id(lane.graph): lane.graph for lane in self.lanes if lane}.values():
+        for graph in self._graphs():
             self._renew_watch(graph)
 
     def _run(self, index: int, body: Body, proven: bool = False) -> None:
@@ -462,7 +481,7 @@ class Program:
         if name == "auto":
             ids = {each for site in weights for each in site}
             layouts = {layout for each, layout in self._reserved if each in ids}
-            name = self.tuner.choose(shape, range_, layouts)
+            name = self.tuner.choose(shape, range_, layouts, self.config.free_original_weights)
         variant = linear.VARIANTS.get(name)
         if variant is None or not variant.fits(shape):
             return "inductor"
@@ -615,12 +634,39 @@ class Program:
         with self._lock:
             graph.bind()
             self.weights.repack()
-            graphs = {id(lane.graph): lane.graph for lane in self.lanes if lane}.values()
-            self.weights.retain([tensor for each in graphs for tensor in each.bound])
+            self.weights.retain([tensor for each in self._graphs() for tensor in each.bound])
             for lane in self.lanes:
                 if lane and lane.graph is graph and lane.run is not None:
                     self._rebind(lane.run, lane)
+            if self._frees:
+                self._free()
+            # Of other graphs the watches see what was freed, and they come here too.
             self._renew_watch(graph)
+
+    def free_originals(self) -> None:
+        """Free the weights that every range reads in packed copies only, if so configured, now
+        and whenever they are given data. Everything is compiled."""
+        if not self.config.free_original_weights:
+            return
+        with self._lock:
+            self._frees = True
+            self._free()
+            for graph in self._graphs():
+                self._renew_watch(graph)
+        log.info("freed %.1f MiB of original weights", self.originals.nbytes / 2**20)
+
+    def _free(self) -> None:
+        runs_: list[tuple[Body, Sequence[torch.Tensor]]] = []
+        others: list[torch.Tensor] = []
+        for lane in self.lanes:
+            if lane is not None:
+                assert lane.body is not None
+                runs_.append((lane.body, lane.graph.bound))
+        for graph in self._graphs():
+            if graph.owner is not None:
+                others += [*graph.owner.parameters(), *graph.owner.buffers()]
+        self.originals.free(unread(runs_, others), [each for _, bound in runs_ for each in bound])
+        self.weights.note()
 
     def _renew_watch(self, graph: Graph) -> None:
         if graph.watch is not None:
@@ -632,11 +678,19 @@ class Program:
         """Bring packed copies of weights that were updated in place up to date."""
         with self._lock:
             self.weights.repack()
+            if self._frees:
+                self._free()
 
     def _check(self, graph: Graph) -> None:
         with torch.no_grad():  # as it was at capture, and is around every call
             unchanged = graph.check()
         if not unchanged:
+            if any(is_freed(each) and not self.originals.owns(each) for each in graph.bound):
+                raise WeightsFreed(
+                    "another compiled model freed weights of this module "
+                    "(free_original_weights=True): load them anew (load_state_dict), or compile "
+                    "that one with free_original_weights=False"
+                )
             raise StateChanged(
                 f"the module, or something global that it reads, is not as it was when it was "
                 f"captured: {graph.explain()}. Change it back, or call reset() to capture and "

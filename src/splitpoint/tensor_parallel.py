@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,13 @@ from torch import Tensor, nn
 
 from . import _torch_distributed
 from .errors import UsageError
+from .stored_weights import StoredTensor, stored_weights
 
 FAMILY = ("llama",)
 """Values of `model_type` that this is the model of."""
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+"""Weights outside the layers; a model whose head is its embedding may have no HEAD."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,8 @@ class TensorParallelLlama(nn.Module):
     """The model of one rank: `forward(ids, positions)` to the logits of the last token.
 
     Args:
-        state: the whole model's weights, by their Hugging Face names.
+        state: the whole model's weights, by their Hugging Face names; of those in files only
+            the rank's part is read.
         shape: the whole model's.
         group: the process group; None for one rank alone.
         pad_to: the number of ranks that heads are filled up for; the group's by default. With
@@ -164,7 +170,7 @@ class TensorParallelLlama(nn.Module):
 
     def __init__(
         self,
-        state: Mapping[str, Tensor],
+        state: State,
         shape: Shape,
         group: dist.ProcessGroup | None = None,
         pad_to: int | None = None,
@@ -179,15 +185,14 @@ class TensorParallelLlama(nn.Module):
             kv_heads=whole.kv_heads // ranks,
             intermediate=whole.intermediate // ranks,
         )
-        embedding = state["model.embed_tokens.weight"]
-        self.embedding = nn.Parameter(embedding, requires_grad=False)
+        self.embedding = nn.Parameter(_all(state[EMBEDDING]), requires_grad=False)
         self.layers = nn.ModuleList(
             Layer(_shard(_weights(state, layer), whole, rank, ranks), own, name)
             for layer in range(shape.layers)
         )
-        self.norm = Norm(state["model.norm.weight"], shape.eps)
-        head = state.get("lm_head.weight", embedding)
-        self.head = self.embedding if head is embedding else nn.Parameter(head, False)
+        self.norm = Norm(_all(state[NORM]), shape.eps)
+        head = state.get(HEAD)
+        self.head = self.embedding if head is None else nn.Parameter(_all(head), False)
         powers = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
         self.register_buffer("frequencies", 1.0 / shape.rope_theta**powers)
         self.frequencies: Tensor
@@ -212,7 +217,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # --- weights ---------------------------------------------------------------------------
 
 
-def _weights(state: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+State = Mapping[str, Tensor] | Mapping[str, StoredTensor]
+"""The whole model's weights by their Hugging Face names, in memory or in files."""
+
+
+def _weights(state: State, layer: int) -> dict[str, Tensor | StoredTensor]:
     """The weights of one layer, by their names inside it."""
     prefix = f"model.layers.{layer}."
     return {
@@ -234,23 +243,66 @@ SPLIT_DIMENSION = {
 """The dimension of each weight that is split over the ranks; others are whole on each."""
 
 
-def _shard(weights: Mapping[str, Tensor], whole: Shape, rank: int, ranks: int) -> dict[str, Tensor]:
-    """One rank's part of a layer's weights, filled up with zeros to a whole shape."""
-    lengths = {
-        "self_attn.q_proj": whole.heads * whole.head_dim,
-        "self_attn.k_proj": whole.kv_heads * whole.head_dim,
-        "self_attn.v_proj": whole.kv_heads * whole.head_dim,
-        "self_attn.o_proj": whole.heads * whole.head_dim,
-        "mlp.gate_proj": whole.intermediate,
-        "mlp.up_proj": whole.intermediate,
-        "mlp.down_proj": whole.intermediate,
+def _split_lengths(shape: Shape) -> dict[str, int]:
+    """The length of each weight that is split, along the dimension that is."""
+    return {
+        "self_attn.q_proj": shape.heads * shape.head_dim,
+        "self_attn.k_proj": shape.kv_heads * shape.head_dim,
+        "self_attn.v_proj": shape.kv_heads * shape.head_dim,
+        "self_attn.o_proj": shape.heads * shape.head_dim,
+        "mlp.gate_proj": shape.intermediate,
+        "mlp.up_proj": shape.intermediate,
+        "mlp.down_proj": shape.intermediate,
     }
-    own = dict(weights)
-    for name, dim in SPLIT_DIMENSION.items():
-        missing = lengths[name] - weights[name].shape[dim]
-        pad = (0, 0, 0, missing) if dim == 0 else (0, missing)
-        own[name] = F.pad(weights[name], pad).chunk(ranks, dim)[rank].contiguous()
-    return own
+
+
+def _shard(
+    weights: Mapping[str, Tensor | StoredTensor], whole: Shape, rank: int, ranks: int
+) -> dict[str, Tensor]:
+    """One rank's part of a layer's weights, filled up with zeros to a whole shape."""
+    lengths = _split_lengths(whole)
+    return {
+        name: _part(weight, SPLIT_DIMENSION[name], lengths[name] // ranks, rank)
+        if name in lengths
+        else _all(weight)
+        for name, weight in weights.items()
+    }
+
+
+def _part(weight: Tensor | StoredTensor, dim: int, length: int, rank: int) -> Tensor:
+    """The `rank`-th part of a `length` along a dimension, zeros beyond its end."""
+    there = weight.shape[dim]
+    start = min(rank * length, there)
+    stop = min(start + length, there)
+    missing = length - (stop - start)
+    part = weight.narrow(dim, start, stop - start)
+    if missing:
+        part = F.pad(part, (0, 0, 0, missing) if dim == 0 else (0, missing))
+    return part.contiguous()
+
+
+def _all(weight: Tensor | StoredTensor) -> Tensor:
+    return weight.whole() if isinstance(weight, StoredTensor) else weight
+
+
+def _in_files(config: Any, shape: Shape, folder: Path, dtype: torch.dtype) -> State | None:
+    """The weights in a folder, unless they are something else than what the model reads: then
+    transformers says what is wrong, or makes it fit."""
+    state = stored_weights(folder, dtype)
+    if state is None or getattr(config, "quantization_config", None) is not None:
+        return None
+    shapes = {EMBEDDING: (config.vocab_size, shape.hidden), NORM: (shape.hidden,)}
+    if HEAD in state or not config.tie_word_embeddings:  # transformers uses one that is there
+        shapes[HEAD] = (config.vocab_size, shape.hidden)
+    of_layer: dict[str, tuple[int, ...]] = {
+        name: (length, shape.hidden) if SPLIT_DIMENSION[name] == 0 else (shape.hidden, length)
+        for name, length in _split_lengths(shape).items()
+    }
+    of_layer |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (shape.hidden,))
+    for layer in range(shape.layers):
+        shapes |= {f"model.layers.{layer}.{name}.weight": each for name, each in of_layer.items()}
+    fine = all(name in state and state[name].shape == each for name, each in shapes.items())
+    return state if fine else None
 
 
 def load(
@@ -263,15 +315,19 @@ def load(
 ) -> tuple[TensorParallelLlama, Any | None]:
     """One rank's part of a model by name, as `models.load` finds it, and its tokenizer.
 
-    Each rank reads the whole model and keeps its part.
+    From a folder of safetensors each rank reads its part alone; weights of other kinds (random,
+    on the hub, in another format) are whole in its memory until it has taken its part.
 
     Raises:
-        ModelNotFound: when there is no such model.
+        ModelNotFound: when there is no such model, or its files are damaged.
         UsageError: when it is not of the Llama family, or has fewer layers.
     """
     from . import models
 
-    model, tokenizer = models.load(name, dtype, layers=layers)
-    shape = Shape.of(model.config)
-    part = TensorParallelLlama(model.state_dict(), shape, group, pad_to)
+    config, tokenizer, folder = models.find(name, layers=layers)
+    shape = Shape.of(config)
+    state = _in_files(config, shape, folder, dtype) if folder is not None else None
+    if state is None:
+        state = models.load(name, dtype, layers=layers)[0].state_dict()
+    part = TensorParallelLlama(state, shape, group, pad_to)
     return part.eval(), tokenizer

@@ -78,6 +78,7 @@ def model_fields(
             "linear": _by_range(config.linear),
             "attention": _by_range(config.attention),
             "max_packed_bytes": str(config.max_packed_bytes),
+            "free_original_weights": str(config.free_original_weights),
         }
     except (Unprovable, TypeError, PassError) as why:
         log.info("store: the model is not kept: %s", why)

@@ -29,7 +29,7 @@ FORMAT = 1
 
 _OWN_CODE = (
     *("_torch*.py", "graph/*.py", "compilers/*.py", "passes/*.py", "store/*.py", "kernels/*"),
-    "runner/*.py",
+    *("runner/*.py", "warm.py", "ranges.py"),
 )
 """The files of this package that decide what is stored, beside its version."""
 

@@ -55,11 +55,18 @@ class LinearTuner:
     _seconds: dict[tuple[LinearShape, int], dict[str, float]] = field(default_factory=dict)
     _weights: Weights | None = None
 
-    def choose(self, shape: LinearShape, range_: Range, layouts: Collection[str] = ()) -> str:
+    def choose(
+        self,
+        shape: LinearShape,
+        range_: Range,
+        layouts: Collection[str] = (),
+        only_copies: bool = False,
+    ) -> str:
         """The fastest variant for a layer in a range: the least mean, over the range's first,
         middle and last size, of the time relative to the best variant there. Of variants
         within 3 % of that, one whose layout is among `layouts`, which other ranges read, so that
-        a weight is in memory once; then one that reads the module's own."""
+        a weight is in memory once; then one that reads the module's own. With `only_copies` one
+        that reads it is chosen only where no other is right."""
         if sum(shape.columns) * shape.k < SMALLEST:
             return INDUCTOR
         rows = shape.rows_in(range_)
@@ -74,7 +81,11 @@ class LinearTuner:
             best = min(seconds[name] for name in names)
             for name in names:
                 losses[name] += seconds[name] / best
-        near = [n for n in names if losses[n] <= WORTH_A_COPY * min(losses.values())]
+        if only_copies:
+            copied = [n for n in names if _layout(n, shape) != "plain" and losses[n] < math.inf]
+            names = copied or names
+        least = min(losses[name] for name in names)
+        near = [n for n in names if losses[n] <= WORTH_A_COPY * least]
         read = [n for n in near if _layout(n, shape) in layouts]
         plain = [n for n in near if _layout(n, shape) == "plain"]
         return min(read or plain or near, key=losses.__getitem__)
