@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,9 +105,8 @@ class Graph:
                 index for index, _ in enumerate(calls[0]) if all(c[index] in names for c in calls)
             )
 
-    def linear_sites(self) -> Iterator[tuple[Site, list[int]]]:
-        """The linear layers of all pieces, equal pieces counted each, with the ids of their
-        weights."""
+    def linear_sites(self) -> Iterator[tuple[Site, tuple[torch.Tensor, ...]]]:
+        """The linear layers of all pieces, equal pieces counted each, with their weights."""
         index_of = {
             name: source.index
             for name, source in zip(self.split.inputs, self.inputs, strict=True)
@@ -121,7 +120,7 @@ class Graph:
             if isinstance(step, CallPiece):
                 for site in found[step.fingerprint]:
                     names = [step.inputs[index] for index in site.weights]
-                    yield site, [id(self.bound[index_of[name]]) for name in names]
+                    yield site, tuple(self.bound[index_of[name]] for name in names)
 
     def bind(self) -> None:
         """Take the tensors that the module holds now."""
@@ -451,13 +450,13 @@ class Program:
     def _choose_linear(self, lanes: Sequence[Lane]) -> None:
         """Choose a kernel for each shape of linear layer in each lane, and note it in the
         plan."""
-        asked: dict[tuple[LinearShape, int], set[tuple[int, ...]]] = {}
+        asked: dict[tuple[LinearShape, int], dict[tuple[int, ...], tuple[torch.Tensor, ...]]] = {}
         for index, lane in enumerate(lanes):
             if self.config.linear_for(lane.planned.range) == "inductor" or lane.kernels is not None:
                 continue
             lane.kernels = {}
             for site, held in lane.graph.linear_sites():
-                asked.setdefault((site.shape, index), set()).add(tuple(held))
+                asked.setdefault((site.shape, index), {})[tuple(map(id, held))] = held
         if self.config.backend == "eager" or not asked or not self._kernels_available():
             return
         # The tuner wants all that concerns a kind of layer together; of that the largest sizes
@@ -475,13 +474,19 @@ class Program:
                 summary = {str(shape): name for shape, name in lane.kernels.items()}
                 lane.planned = replace(lane.planned, linear=summary)
 
-    def _choice(self, shape: LinearShape, range_: Range, weights: set[tuple[int, ...]]) -> str:
-        """The variant for the layers of one shape, whose weights have these ids."""
+    def _choice(
+        self,
+        shape: LinearShape,
+        range_: Range,
+        weights: Mapping[tuple[int, ...], tuple[torch.Tensor, ...]],
+    ) -> str:
+        """The variant for the layers of one shape, whose weights, by their ids, are these."""
         name = self.config.linear_for(range_)
         if name == "auto":
             ids = {each for site in weights for each in site}
             layouts = {layout for each, layout in self._reserved if each in ids}
-            name = self.tuner.choose(shape, range_, layouts, self.config.free_original_weights)
+            only_copies = self.config.free_original_weights
+            name = self.tuner.choose(shape, range_, layouts, only_copies, [*weights.values()])
         variant = linear.VARIANTS.get(name)
         if variant is None or not variant.fits(shape):
             return "inductor"
