@@ -254,6 +254,7 @@ CONFIG_FIELDS: dict[str, Any] = {
     "linear": {"1-4": "packed"},
     "attention": "torch",
     "max_packed_bytes": 1000,
+    "free_original_weights": True,
 }
 CONFIG_WITHOUT_EFFECT: dict[str, Any] = {
     "on_out_of_plan": "eager",
