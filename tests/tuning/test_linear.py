@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from splitpoint import kernels
 from splitpoint.passes.linear_sites import LinearShape
 from splitpoint.ranges import Range
 from splitpoint.tuning.linear import LinearTuner, Weights
@@ -40,6 +41,7 @@ def test_layers_that_differ_in_how_rows_follow_from_the_size_are_measured_once()
 
 
 def test_a_models_own_weights_are_what_plain_variants_are_timed_on() -> None:
+    kernels.load()
     shape = LinearShape(columns=(64,), k=32, dtype=torch.float32)
     own = [[torch.nn.Parameter(torch.randn(64, 32))] for _ in range(3)]
     weights = Weights(shape, own)
