@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,34 @@ def test_new_values_are_packed_and_freed_again(settings: dict[str, Any]) -> None
         assert_close(made, other)
         assert made.stats().freed_bytes == BYTES
         assert all(is_freed(linear.weight) for linear in module.linears)
+
+
+def test_threads_that_find_the_module_changed_at_once_get_right_results() -> None:
+    module = make()
+    made = compiled(module)
+    want = made(ids(5))
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def call() -> None:
+        while not done.is_set():
+            try:
+                if not torch.equal(made(ids(5)), want):
+                    wrong.append("other values")
+            except Exception as error:  # noqa: BLE001  the main thread shows it
+                wrong.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for note in range(40):
+        module.blocks[0].note = note  # each thread looks at all that was captured then
+        made(ids(5))
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert made.stats().freed_bytes == BYTES
 
 
 def test_one_weight_of_many_may_be_given_values() -> None:

@@ -8,9 +8,8 @@ class again as soon as it is given data, all of it at once.
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -179,11 +178,16 @@ _READ = re.compile(r"\bw(\d+)\b")
 
 
 class Originals:
-    """The weights of one program that were freed."""
+    """The weights of one program that were freed.
 
-    def __init__(self) -> None:
+    Args:
+        lock: held while weights do not look freed although they are. Whoever packs weights holds
+            it too, or another thread would pack what is not there.
+    """
+
+    def __init__(self, lock: AbstractContextManager[bool]) -> None:
         self._weights: dict[int, Tensor] = {}
-        self._lock = threading.RLock()
+        self._lock = lock
 
     @property
     def nbytes(self) -> int:

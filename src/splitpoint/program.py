@@ -193,7 +193,9 @@ class Program:
         self.notes = tuple(notes)
         self.counts = Counts()
         self.weights = PackedWeights()
-        self.originals = Originals()
+        self._lock = threading.RLock()
+        """Held while functions are made and bound, and weights packed and freed."""
+        self.originals = Originals(self._lock)
         self._frees = False
         """Whether original weights are freed when the module changes."""
         budget = Budget(config.linear_budget_s)
@@ -209,8 +211,6 @@ class Program:
         """By table entry; a lane not compiled yet compiles when called."""
         self.calls = [0]
         """Calls by table entry."""
-        self._lock = threading.RLock()
-        """Held while functions are made and bound."""
         self._compiling = threading.RLock()
         """Held while one thread compiles; before `_lock` where both are."""
         for lane in lanes:

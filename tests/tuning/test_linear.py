@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -30,6 +31,14 @@ def test_a_tie_goes_to_the_layout_that_is_read_already(
     tuner._seconds[SHAPE.of_any_rows, 1] = seconds  # as if they had been measured
     assert tuner.choose(SHAPE, Range(1, 1), layouts) == chosen
     assert tuner.budget.spent_s == 0
+
+
+def test_a_weight_that_is_to_be_freed_is_read_in_a_copy_if_one_is_right() -> None:
+    tuner = LinearTuner(threads=1)
+    tuner._seconds[SHAPE.of_any_rows, 1] = {"inductor": 1.0, "gemv": 0.5, "packed": 3.0}
+    assert tuner.choose(SHAPE, Range(1, 1), only_copies=True) == "packed"
+    tuner._seconds[SHAPE.of_any_rows, 1]["packed"] = math.inf  # as if it were wrong
+    assert tuner.choose(SHAPE, Range(1, 1), only_copies=True) == "gemv"
 
 
 def test_layers_that_differ_in_how_rows_follow_from_the_size_are_measured_once() -> None:
