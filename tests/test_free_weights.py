@@ -218,14 +218,19 @@ def test_threads_that_find_the_module_changed_at_once_get_right_results() -> Non
                 wrong.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for note in range(40):
-        module.blocks[0].note = note  # each thread looks at all that was captured then
-        made(ids(5))
-    done.set()
-    for thread in threads:
-        thread.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for note in range(300):
+            module.blocks[0].note = note  # each thread looks at all that was captured then
+            made(ids(5))
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
     assert wrong == []
     assert made.stats().freed_bytes == BYTES
 
