@@ -134,7 +134,9 @@ def test_smollm2_logits_agree_with_eager(dtype):
     compiled = splitpoint.compile(model, CONFIG, dynamic_dims={"input_ids": 1})
     errors: dict[int, list[float]] = {size: [] for size in SIZES}
     eager_errors: dict[int, list[float]] = {size: [] for size in SIZES}
-    for size in SIZES * (1 if dtype == torch.float32 else 9):
+    often = () if dtype == torch.float32 else [size for size in SIZES if size < 16] * 8
+    seldom = () if dtype == torch.float32 else SIZES * 2
+    for size in [*SIZES, *seldom, *often]:
         ids = torch.randint(0, 49152, (1, size))
         with torch.no_grad():
             reference = exact(input_ids=ids, use_cache=False).logits

@@ -16,12 +16,14 @@ import pytest
 pytestmark = pytest.mark.processes
 
 USE = """
-import torch
-from splitpoint import kernels
-kernels.load()
-x = torch.ones(2, 8)
-print(torch.ops.splitpoint.linear_gemv(x, [torch.ones(3, 8)], [], [])[0].tolist())
+import ctypes, os
+from pathlib import Path
+from splitpoint.kernels.build import Unit, built
+folder = Path(os.environ["SMALL"])
+path = built("small", [Unit(n, folder / f"{n}.cpp", ()) for n in ("first", "second")], [folder])
+print(ctypes.CDLL(str(path)).answer())
 """
+"""Builds a library of two files, as all are built; compiling the real one takes a minute."""
 
 EXPECT_ERROR = """
 from splitpoint import kernels
@@ -58,49 +60,59 @@ def compiler(folder: Path, body: str) -> str:
     return str(path)
 
 
+def small(folder: Path) -> str:
+    """The folder of the sources that `USE` builds."""
+    made = folder / "sources"
+    made.mkdir()
+    export = '__attribute__((visibility("default")))'
+    made.joinpath("first.cpp").write_text(
+        f'int part();\nextern "C" {export} int answer() {{ return 2 * part(); }}\n'
+    )
+    made.joinpath("second.cpp").write_text("int part() { return 21; }\n")
+    return str(made)
+
+
 REAL = f'exec {shutil.which("g++")} "$@"'
 
 
-@pytest.mark.slow
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     # One appended line a call is atomic; linking is the call with -shared.
     cxx = compiler(tmp_path, f'echo "$@" >> {log}\n{REAL}')
-    cache = tmp_path / "cache"
-    outputs = [output(p) for p in [start(USE, cache, CXX=cxx) for _ in range(4)]]
-    assert outputs == ["[[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]]\n"] * 4
+    cache, sources = tmp_path / "cache", small(tmp_path)
+    started = [start(USE, cache, CXX=cxx, SMALL=sources) for _ in range(4)]
+    assert [output(process) for process in started] == ["42\n"] * 4
     calls = log.read_text().splitlines()
     assert sum("-shared" in call for call in calls) == 1
-    assert sum("linear.cpp" in call for call in calls) == 1
+    assert sum("first.cpp" in call for call in calls) == 1
     folder = cache / "kernels"
     assert [path.suffix for path in sorted(folder.iterdir())] == [".lock", ".so"]
 
     # A later process compiles nothing.
     log.unlink()
-    assert output(start(USE, cache, CXX=cxx)) == outputs[0]
+    assert output(start(USE, cache, CXX=cxx, SMALL=sources)) == "42\n"
     assert all("--version" in call for call in log.read_text().splitlines())
 
 
-@pytest.mark.slow
 def test_another_process_takes_over_when_the_builder_dies(tmp_path: Path) -> None:
-    cache, began = tmp_path / "cache", tmp_path / "began"
+    cache, began, sources = tmp_path / "cache", tmp_path / "began", small(tmp_path)
     # The first process to compile hangs; those after it do not.
     cxx = compiler(
         tmp_path,
         f'case "$*" in *-shared*) ;; *-c*) if mkdir {began} 2>/dev/null; then sleep 600; fi;; esac'
         f"\n{REAL}",
     )
-    first = start(USE, cache, CXX=cxx)
+    first = start(USE, cache, CXX=cxx, SMALL=sources)
     deadline = time.monotonic() + 60
     while not began.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    second = start(USE, cache, CXX=cxx)
+    second = start(USE, cache, CXX=cxx, SMALL=sources)
     time.sleep(3)
     assert second.poll() is None, "the second did not wait for the lock"
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert output(second) == "[[8.0, 8.0, 8.0], [8.0, 8.0, 8.0]]\n"
+    assert output(second) == "42\n"
 
 
 def test_no_compiler_is_a_clear_error(tmp_path: Path) -> None:
