@@ -42,8 +42,9 @@ class PackedWeights:
         key = (id(weight), layout)
         if key not in self._copies:
             self._copies[key] = self._memory.placed(_packed(weight, layout))
-            self._weights[id(weight)] = weight
-            self.note()
+            if id(weight) not in self._weights:
+                self._weights[id(weight)] = weight
+                self._take(weight)
         return self._copies[key]
 
     def packed_ids(self) -> set[int]:
@@ -85,11 +86,17 @@ class PackedWeights:
 
     def note(self) -> None:
         """Take the weights as they are: what the copies are equal to."""
-        weights = list(self._weights.values())
-        self._freed = list(filter(is_freed, weights))
-        self._tensors = [each for each in weights if not is_freed(each)]
-        self._versions = list(map(_version, self._tensors))
-        self._pointers = list(map(_pointer, self._tensors))
+        self._freed, self._tensors, self._versions, self._pointers = [], [], [], []
+        for weight in self._weights.values():
+            self._take(weight)
+
+    def _take(self, weight: torch.Tensor) -> None:
+        if is_freed(weight):
+            self._freed.append(weight)
+        else:
+            self._tensors.append(weight)
+            self._versions.append(weight._version)
+            self._pointers.append(weight.data_ptr())
 
 
 def _packed(weight: torch.Tensor, layout: str) -> torch.Tensor:
