@@ -237,7 +237,8 @@ x = torch.randn(5, 16)
 right = torch.allclose(compiled(x), module(x), atol=1e-5)
 program = compiled._program
 print(json.dumps([right, compiled.stats().compilations, compiled.stats().loads,
-    program.attention_tuner.budget.spent_s > 0, [dict(e.attention) for e in compiled.plan.entries],
+    program.choice.attention_tuner.budget.spent_s > 0,
+    [dict(e.attention) for e in compiled.plan.entries],
     "splitpoint.attention" in str([lane.body.names for lane in program.lanes])]))
 """
 

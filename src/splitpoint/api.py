@@ -30,8 +30,9 @@ from .graph.facts import Roots
 from .graph.pieces import CallPiece, split
 from .graph.regions import Regions, cover
 from .graph.signature import DynamicDims, Signature
+from .lanes import Graph
 from .passes.manager import MatchCount
-from .program import Graph, Program, lanes_of
+from .program import Program, lanes_of
 from .ranges import NOT_SERVED, Plan, Range, align
 from .store import open_store
 from .store.store import Store

@@ -5,29 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import kernels
 from .background import Background
 from .compilers.stored import PieceCompiler
 from .config import Config
-from .errors import (
-    BackgroundError,
-    GuardError,
-    KernelBuildError,
-    StateChanged,
-    WeightsFreed,
-)
+from .errors import BackgroundError, GuardError, StateChanged, WeightsFreed
 from .freed import Originals, is_freed, unread
 from .garbage import rare_collection
 from .graph.assumptions import Assumption, runs, valid
-from .graph.capture import Argument, Bound, Held, SizeInput
-from .graph.pieces import CallPiece, Piece, Split
+from .graph.pieces import Piece
 from .graph.stitch import (
     Body,
     CompiledPiece,
@@ -39,116 +31,20 @@ from .graph.stitch import (
     rebind,
     stitch,
 )
-from .module_watch import CheckRest, ModuleWatch, Rest, watch
+from .kernel_choice import KernelChoice
+from .lanes import Graph, Lane
+from .module_watch import Rest, watch
 from .packing import PackedWeights
 from .passes import attention, linear
-from .passes.attention import AttentionShape
-from .passes.linear_sites import LinearShape, Site, find
 from .passes.manager import MatchCount
 from .ranges import NOT_SERVED, Plan, PlannedRange, Range
 from .runner.native import native
 from .store.store import Store
-from .tuning.attention import AttentionTuner
-from .tuning.linear import LinearTuner
-from .tuning.measure import Budget
 
 log = logging.getLogger("splitpoint")
 
 MOST_PARTS = 8
 """A range that would fall into more parts than this is refused instead."""
-
-
-@dataclass
-class Graph:
-    """One captured graph, split, with where its inputs come from."""
-
-    split: Split
-    """Without steps when the graph comes from a store: its lanes are compiled already."""
-    inputs: Sequence[Argument | Bound | SizeInput]
-    argument_count: int
-    result: tuple[Sequence[Any], Any] | None = None
-    fetch: Callable[[], list[Any]] = list
-    held: Callable[[list[Any]], tuple[Held, ...] | None] = lambda _: ()
-    check: Callable[[], bool] = lambda: True
-    check_rest: CheckRest | None = None
-    owner: torch.nn.Module | None = None
-    explain: Callable[[], str] = str
-    bound: list[Any] = field(default_factory=list)
-    facts: tuple[Held, ...] | None = ()
-    rest: Rest | None = None
-    """What of `check` the watch does not see, where there is one."""
-    watch: ModuleWatch | None = None
-    """Sees at each call what `facts` and most of `check` would say, where there are the means."""
-    piece_count: int = 0
-    """Pieces, equal ones counted each."""
-    unique: tuple[str, ...] = ()
-    """Fingerprints of the pieces that differ."""
-    bound_of: dict[str, frozenset[int]] = field(default_factory=dict)
-    """By piece: which of its inputs are tensors that the module holds, at every call of it."""
-
-    def __post_init__(self) -> None:
-        self.bind()
-        self.piece_count = self.piece_count or self.split.piece_count
-        self.unique = self.unique or tuple(self.split.pieces)
-        names = {
-            name
-            for name, source in zip(self.split.inputs, self.inputs, strict=True)
-            if isinstance(source, Bound)
-        }
-        for fingerprint in self.split.pieces:
-            calls = [
-                step.inputs
-                for step in self.split.steps
-                if isinstance(step, CallPiece) and step.fingerprint == fingerprint
-            ]
-            self.bound_of[fingerprint] = frozenset(
-                index for index, _ in enumerate(calls[0]) if all(c[index] in names for c in calls)
-            )
-
-    def linear_sites(self) -> Iterator[tuple[Site, tuple[torch.Tensor, ...]]]:
-        """The linear layers of all pieces, equal pieces counted each, with their weights."""
-        index_of = {
-            name: source.index
-            for name, source in zip(self.split.inputs, self.inputs, strict=True)
-            if isinstance(source, Bound)
-        }
-        found = {
-            fingerprint: find(piece, self.bound_of[fingerprint])
-            for fingerprint, piece in self.split.pieces.items()
-        }
-        for step in self.split.steps:
-            if isinstance(step, CallPiece):
-                for site in found[step.fingerprint]:
-                    names = [step.inputs[index] for index in site.weights]
-                    yield site, tuple(self.bound[index_of[name]] for name in names)
-
-    def bind(self) -> None:
-        """Take the tensors that the module holds now."""
-        self.bound = self.fetch()
-        self.facts = self.held(self.bound)
-
-
-@dataclass
-class Lane:
-    """One line of the plan at run time: a range, its graph, and its function."""
-
-    planned: PlannedRange
-    graph: Graph
-    sizes: Sequence[int]
-    """The sizes it serves, ascending: those of its range without the single sizes in it."""
-    run: Stitched | None = None
-    kernels: dict[LinearShape, str] | None = None
-    """The kernel of each shape of linear layer; None while it is not chosen."""
-    attention: dict[AttentionShape, str] | None = None
-    """The kernel of each shape of attention; None while it is not chosen."""
-    packed: tuple[tuple[int, str], ...] = ()
-    """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
-    body: Body | None = None
-    """What `run` does; there before it where another thread compiled it."""
-    assumptions: tuple[Assumption, ...] = ()
-    """What `run` needs of the size, beyond the bounds of the range."""
-    artifacts: dict[str, str | None] = field(default_factory=dict)
-    """By piece: the key of its artifact in the store; None where it could not be kept."""
 
 
 class TooWide(Exception):
@@ -198,12 +94,7 @@ class Program:
         self.originals = Originals(self._lock)
         self._frees = False
         """Whether original weights are freed when the module changes."""
-        budget = Budget(config.linear_budget_s)
-        self.tuner = LinearTuner(torch.get_num_threads(), budget)
-        self.attention_tuner = AttentionTuner(torch.get_num_threads(), budget)
-        self._reserved: dict[tuple[int, str], int] = {}
-        """Bytes of the packed copies that lanes need, by the weight's id and layout."""
-        self._warned = False
+        self.choice = KernelChoice(config)
         self.lanes: list[Lane | None] = []
         """None for a lane that was split; lane i has table entry i + 1."""
         self.table = array("H", bytes(2 * (config.max_size + 1)))
@@ -316,7 +207,7 @@ class Program:
             for index in todo:
                 self.background.want(index)
             return
-        self._choose([lane for lane in self.lanes if lane and lane.run is None])
+        self.choice.choose([lane for lane in self.lanes if lane and lane.run is None])
         for index in tqdm(todo, desc="compiling ranges", unit="range", disable=None):
             self.compile(index)
 
@@ -379,7 +270,7 @@ class Program:
         compiled: dict[str, CompiledPiece] = {}
         assumptions: list[Assumption] = []
         try:
-            self._choose([lane])
+            self.choice.choose([lane])
             for fingerprint, piece in lane.graph.split.pieces.items():
                 check_stop()
                 compiled[fingerprint], assumed = self._compile_piece(piece, lane)
@@ -419,100 +310,6 @@ class Program:
         assert lane is not None
         lane.run = self._stitch(lane, body, proven)
         self.runners[index] = lane.run
-
-    def _choose(self, lanes: Sequence[Lane]) -> None:
-        """Choose the kernels of each lane."""
-        # Attention first: it takes a fraction of a second, and linear layers may take all there is.
-        self._choose_attention(lanes)
-        self._choose_linear(lanes)
-
-    def _choose_attention(self, lanes: Sequence[Lane]) -> None:
-        """Choose a kernel for each shape of attention in each lane, and note it in the plan."""
-        for lane in lanes:
-            named = self.config.attention_for(lane.planned.range)
-            if named == "torch" or self.config.backend == "eager" or lane.attention is not None:
-                continue
-            lane.attention = {}
-            shapes = dict.fromkeys(shape for _, shape in attention.find(lane.graph.split))
-            if not shapes or not self._kernels_available():
-                continue
-            for shape in shapes:
-                name = named
-                if named == "auto":
-                    name = self.attention_tuner.choose(shape, lane.planned.range)
-                variant = attention.VARIANTS.get(name)
-                fits = variant is not None and variant.fits(shape)
-                lane.attention[shape] = name if fits else "torch"
-            if set(lane.attention.values()) != {"torch"}:
-                summary = {str(shape): name for shape, name in lane.attention.items()}
-                lane.planned = replace(lane.planned, attention=summary)
-
-    def _choose_linear(self, lanes: Sequence[Lane]) -> None:
-        """Choose a kernel for each shape of linear layer in each lane, and note it in the
-        plan."""
-        asked: dict[tuple[LinearShape, int], dict[tuple[int, ...], tuple[torch.Tensor, ...]]] = {}
-        for index, lane in enumerate(lanes):
-            if self.config.linear_for(lane.planned.range) == "inductor" or lane.kernels is not None:
-                continue
-            lane.kernels = {}
-            for site, held in lane.graph.linear_sites():
-                asked.setdefault((site.shape, index), {})[tuple(map(id, held))] = held
-        if self.config.backend == "eager" or not asked or not self._kernels_available():
-            return
-        # The tuner wants all that concerns a kind of layer together; of that the largest sizes
-        # come first: they gain most by a copy, which smaller ones then have for nothing.
-        kinds = list(dict.fromkeys(shape.of_any_rows for shape, _ in asked))
-        for shape, index in sorted(
-            asked, key=lambda at: (kinds.index(at[0].of_any_rows), -lanes[at[1]].planned.range.end)
-        ):
-            lane = lanes[index]
-            assert lane.kernels is not None
-            lane.kernels[shape] = self._choice(shape, lane.planned.range, asked[shape, index])
-        self.tuner.free()
-        for lane in lanes:
-            if lane.kernels and set(lane.kernels.values()) != {"inductor"}:
-                summary = {str(shape): name for shape, name in lane.kernels.items()}
-                lane.planned = replace(lane.planned, linear=summary)
-
-    def _choice(
-        self,
-        shape: LinearShape,
-        range_: Range,
-        weights: Mapping[tuple[int, ...], tuple[torch.Tensor, ...]],
-    ) -> str:
-        """The variant for the layers of one shape, whose weights, by their ids, are these."""
-        name = self.config.linear_for(range_)
-        if name == "auto":
-            ids = {each for site in weights for each in site}
-            layouts = {layout for each, layout in self._reserved if each in ids}
-            only_copies = self.config.free_original_weights
-            name = self.tuner.choose(shape, range_, layouts, only_copies, [*weights.values()])
-        variant = linear.VARIANTS.get(name)
-        if variant is None or not variant.fits(shape):
-            return "inductor"
-        layout = linear.layout_of(variant, shape)
-        if layout == "plain":
-            return name
-        sizes = linear.nbytes(shape, layout)
-        needed = {
-            (each, layout): size for site in weights for each, size in zip(site, sizes, strict=True)
-        }
-        room = self.config.max_packed_bytes
-        if room is not None and sum((self._reserved | needed).values()) > room:
-            log.info("%s for %s would exceed max_packed_bytes", name, shape)
-            return "inductor"
-        self._reserved |= needed
-        return name
-
-    def _kernels_available(self) -> bool:
-        try:
-            kernels.load()
-        except KernelBuildError as error:
-            if not self._warned:
-                log.warning("linear layers stay with Inductor, attention with torch: %s", error)
-                self._warned = True
-            return False
-        return True
 
     def _compile_piece(
         self, piece: Piece, lane: Lane

@@ -33,8 +33,9 @@ from .graph.reads import Reads
 from .graph.regions import Regions
 from .graph.signature import ConstantLeaf, Signature, SizeLeaf, TensorLeaf
 from .graph.stitch import Body, PieceSteps
+from .lanes import Graph, Lane
 from .passes.manager import MatchCount
-from .program import Graph, Lane, Program
+from .program import Program
 from .ranges import Plan
 from .store.code import short
 from .store.constants import NotKept, decode, encode

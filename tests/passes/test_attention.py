@@ -174,7 +174,7 @@ def test_a_dtype_without_a_kernel_stays_with_torch():
 def test_auto_measures_and_shows_its_choice():
     compiled = splitpoint.compile(attend, Config(max_size=16, compile_sizes=[1]))
     check(compiled, attend, sizes=[1, 16])
-    tuner = compiled._program.attention_tuner
+    tuner = compiled._program.choice.attention_tuner
     assert tuner.budget.spent_s > 0
     for entry in compiled.plan.entries:
         assert set(entry.attention.values()) <= {*VARIANTS, "torch"}

@@ -168,7 +168,7 @@ def test_auto_measures_within_its_budget_and_shows_its_choice():
     model = Model(512, 768).to(torch.bfloat16).eval()
     compiled = splitpoint.compile(model, Config(max_size=64, split_points=[8], compile_sizes=[1]))
     check(compiled, model, lambda size: torch.randn(size, 512, dtype=torch.bfloat16), [5, 1, 64])
-    tuner = compiled._program.tuner
+    tuner = compiled._program.choice.linear_tuner
     assert tuner.budget.spent_s > 0
     for entry in compiled.plan.entries:
         assert set(entry.linear.values()) <= {*VARIANTS, "inductor"}

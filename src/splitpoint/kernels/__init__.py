@@ -1,8 +1,10 @@
-"""Linear layers in C++: kernels for few tokens, as torch operators.
+"""C++ for few tokens: kernels of linear layers and attention as torch operators, and what runs
+and checks a range.
 
-`load()` builds them on first use and registers `torch.ops.splitpoint.linear_packed`,
-`.linear_gemv` and `.pack_weight`; `layout` says what a packed weight looks like, `reference`
-holds the same operators in float64.
+`load()` builds it on first use and registers `torch.ops.splitpoint.linear_packed`,
+`.linear_gemv`, `.pack_weight` and `.attention`; `layout` says what a packed weight looks like,
+`reference` and `attention` hold the same operators in float64. The library also has the runner
+(`runner.cpp`) and the watch over a module (`watch.cpp`).
 """
 
 from __future__ import annotations

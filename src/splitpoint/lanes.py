@@ -1,0 +1,111 @@
+"""A captured graph as a program holds it, and a range with the function that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .graph.assumptions import Assumption
+from .graph.capture import Argument, Bound, Held, SizeInput
+from .graph.pieces import CallPiece, Split
+from .graph.stitch import Body, Stitched
+from .module_watch import CheckRest, ModuleWatch, Rest
+from .passes.attention import AttentionShape
+from .passes.linear_sites import LinearShape, Site, find
+from .ranges import PlannedRange
+
+
+@dataclass
+class Graph:
+    """One captured graph, split, with where its inputs come from."""
+
+    split: Split
+    """Without steps when the graph comes from a store: its lanes are compiled already."""
+    inputs: Sequence[Argument | Bound | SizeInput]
+    argument_count: int
+    result: tuple[Sequence[Any], Any] | None = None
+    fetch: Callable[[], list[Any]] = list
+    held: Callable[[list[Any]], tuple[Held, ...] | None] = lambda _: ()
+    check: Callable[[], bool] = lambda: True
+    check_rest: CheckRest | None = None
+    owner: torch.nn.Module | None = None
+    explain: Callable[[], str] = str
+    bound: list[Any] = field(default_factory=list)
+    facts: tuple[Held, ...] | None = ()
+    rest: Rest | None = None
+    """What of `check` the watch does not see, where there is one."""
+    watch: ModuleWatch | None = None
+    """Sees at each call what `facts` and most of `check` would say, where there are the means."""
+    piece_count: int = 0
+    """Pieces, equal ones counted each."""
+    unique: tuple[str, ...] = ()
+    """Fingerprints of the pieces that differ."""
+    bound_of: dict[str, frozenset[int]] = field(default_factory=dict)
+    """By piece: which of its inputs are tensors that the module holds, at every call of it."""
+
+    def __post_init__(self) -> None:
+        self.bind()
+        self.piece_count = self.piece_count or self.split.piece_count
+        self.unique = self.unique or tuple(self.split.pieces)
+        names = {
+            name
+            for name, source in zip(self.split.inputs, self.inputs, strict=True)
+            if isinstance(source, Bound)
+        }
+        for fingerprint in self.split.pieces:
+            calls = [
+                step.inputs
+                for step in self.split.steps
+                if isinstance(step, CallPiece) and step.fingerprint == fingerprint
+            ]
+            self.bound_of[fingerprint] = frozenset(
+                index for index, _ in enumerate(calls[0]) if all(c[index] in names for c in calls)
+            )
+
+    def linear_sites(self) -> Iterator[tuple[Site, tuple[torch.Tensor, ...]]]:
+        """The linear layers of all pieces, equal pieces counted each, with their weights."""
+        index_of = {
+            name: source.index
+            for name, source in zip(self.split.inputs, self.inputs, strict=True)
+            if isinstance(source, Bound)
+        }
+        found = {
+            fingerprint: find(piece, self.bound_of[fingerprint])
+            for fingerprint, piece in self.split.pieces.items()
+        }
+        for step in self.split.steps:
+            if isinstance(step, CallPiece):
+                for site in found[step.fingerprint]:
+                    names = [step.inputs[index] for index in site.weights]
+                    yield site, tuple(self.bound[index_of[name]] for name in names)
+
+    def bind(self) -> None:
+        """Take the tensors that the module holds now."""
+        self.bound = self.fetch()
+        self.facts = self.held(self.bound)
+
+
+@dataclass
+class Lane:
+    """One line of the plan at run time: a range, its graph, and its function."""
+
+    planned: PlannedRange
+    graph: Graph
+    sizes: Sequence[int]
+    """The sizes it serves, ascending: those of its range without the single sizes in it."""
+    run: Stitched | None = None
+    kernels: dict[LinearShape, str] | None = None
+    """The kernel of each shape of linear layer; None while it is not chosen."""
+    attention: dict[AttentionShape, str] | None = None
+    """The kernel of each shape of attention; None while it is not chosen."""
+    packed: tuple[tuple[int, str], ...] = ()
+    """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
+    body: Body | None = None
+    """What `run` does; there before it where another thread compiled it."""
+    assumptions: tuple[Assumption, ...] = ()
+    """What `run` needs of the size, beyond the bounds of the range."""
+    artifacts: dict[str, str | None] = field(default_factory=dict)
+    """By piece: the key of its artifact in the store; None where it could not be kept."""
