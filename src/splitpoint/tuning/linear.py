@@ -115,7 +115,12 @@ class LinearTuner:
                     self._weights = Weights(shape, own)
                 calls = self._weights.calls(rows, names)
                 timings = interleave(
-                    calls, clock=clock_for(self.threads), budget_s=0.008, warm_up=1, repeats=5
+                    calls,
+                    clock=clock_for(self.threads),
+                    budget_s=0.008,
+                    warm_up=1,
+                    repeats=5,
+                    before=self._weights.evict,
                 )
                 known |= dict.fromkeys(names, math.inf)
                 known |= {name: timing.median_s for name, timing in timings.items()}
@@ -144,6 +149,7 @@ class Weights:
         self.held = [m.t().contiguous() if shape.transposed else m for m in self.matrices]
         self.count = math.ceil(COLD_BYTES / sum(matrix.nbytes for matrix in self.matrices))
         self._copies: dict[str, list[list[Tensor]]] = {}
+        self._other: Tensor | None = None
 
     def first(self, name: str) -> list[Tensor]:
         """`matrices` in the layout of a variant."""
@@ -155,9 +161,9 @@ class Weights:
         if layout not in self._copies:
             packed = [LAYOUTS[layout].pack(weight) for weight in self.held]
             own = self.own if layout == "plain" else []
-            count = max(2, self.count) - len(own)
+            count = min(self.count, 256) - len(own)
             place = Streamed().placed if layout != "plain" else Tensor.clone
-            copies = [[place(each) for each in packed] for _ in range(min(count, 256 - len(own)))]
+            copies = [[place(each) for each in packed] for _ in range(count)]
             self._copies[layout] = [*own, *copies]
         return self._copies[layout]
 
@@ -173,6 +179,14 @@ class Weights:
             for name in names
             if name == INDUCTOR or self._is_right(name, x, residual, checks)
         }
+
+    def evict(self) -> None:
+        """Put weights that calls do not cycle through, as one copy is enough, out of the cache:
+        variants that read the same one would find what the last has left."""
+        if self.count == 1:
+            if self._other is None:
+                self._other = torch.ones(COLD_BYTES, dtype=torch.uint8)
+            torch.ops.splitpoint.read_memory(self._other)
 
     def _layers(self, weights: list[Tensor], residual: Tensor | None) -> Layers:
         return Layers(self.shape, weights, self.scales, self.biases, residual)

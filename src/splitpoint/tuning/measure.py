@@ -81,6 +81,7 @@ def interleave(
     budget_s: float = 1.0,
     repeats: int = 9,
     warm_up: int = 2,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time callables against each other, in turns, so that drift meets all of them alike.
 
@@ -88,7 +89,8 @@ def interleave(
     every callable once, each round starting with the next one; within it a callable is called
     as often as its share of `budget_s` (seconds on `clock`, for each callable) allows. A callable
     for which even one call a round is over the budget takes part in fewer of them, evenly spread,
-    but never under `MIN_REPEATS`. The garbage collector is off while a round runs.
+    but never under `MIN_REPEATS`. The garbage collector is off while a round runs. `before` is
+    called before each callable's part in a round, and is not timed.
 
     Raises:
         ValueError: for no callables, or a budget, repeats or warm-up out of range.
@@ -111,6 +113,8 @@ def interleave(
         start = turn % len(names)
         for name in names[start:] + names[:start]:
             if _takes_part(turn, share[name], rounds):
+                if before is not None:
+                    before()
                 samples[name].append(_timed(callables[name], calls[name], clock) / calls[name])
     return {name: _summary(samples[name], calls[name]) for name in names}
 
