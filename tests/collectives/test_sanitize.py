@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from splitpoint import _torch
 from splitpoint.collectives import shm
 from splitpoint.kernels import build
-
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
+from tests import sanitizers
 
 
 @pytest.mark.slow
 @pytest.mark.processes
 def test_kernels_stay_within_their_buffers(tmp_path: Path) -> None:
-    compiler = _torch.cpp_compiler()
-    assert compiler is not None
     driver = Path(__file__).with_name("sanitize.cpp")
-    units = [*shm.kernel_units(), build.Unit("driver", driver, (f"-I{shm.SOURCES}",))]
-
-    def compile_unit(unit: build.Unit) -> str:
-        target = tmp_path / f"{unit.name}.o"
-        flags = [*build.COMMON_FLAGS, *SANITIZERS, *unit.flags]
-        subprocess.run([compiler, *flags, "-c", unit.source, "-o", target], check=True)
-        return str(target)
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_unit, units))
     program = tmp_path / "sanitize"
-    subprocess.run([compiler, *SANITIZERS, *objects, "-o", program], check=True)
-    done = subprocess.run(
-        [program],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"UBSAN_OPTIONS": "print_stacktrace=1"},
+    sanitizers.build(
+        [*shm.kernel_units(), build.Unit("driver", driver, (f"-I{shm.SOURCES}",))], program
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    *names, runs = done.stdout.splitlines()
+    *names, runs = sanitizers.run([program], ASAN_OPTIONS="").stdout.splitlines()
     assert sorted(names) == sorted(shm.instruction_sets())
     assert int(runs.split()[0]) > 1000

@@ -88,8 +88,13 @@ def library() -> Path:
     Raises:
         KernelBuildError: as `built`.
     """
+    return built("splitpoint", library_units(), [SOURCES])
+
+
+def library_units() -> list[Unit]:
+    """All units of the library of this folder's operators."""
     torch_headers = torch_header_flags()
-    units = [
+    return [
         *kernel_units(),
         Unit("glue", SOURCES / "linear.cpp", torch_headers),
         Unit("attention", SOURCES / "attention.cpp", torch_headers),
@@ -98,7 +103,6 @@ def library() -> Path:
             for name in ("watch", "runner")
         ),
     ]
-    return built("splitpoint", units, [SOURCES])
 
 
 def torch_header_flags() -> tuple[str, ...]:

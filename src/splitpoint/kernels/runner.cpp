@@ -3,17 +3,22 @@
 // become one flat list over a frame of tensors, and a call of the program is one call from
 // Python, which holds the GIL only to take the arguments and to give back the results.
 #ifdef SPLITPOINT_PYTHON
-#include <torch/csrc/jit/python/pybind_utils.h>  // first: it includes Python.h
+#include <pybind11/pybind11.h>  // first: it includes Python.h
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/SmallVector.h>
 #include <dlfcn.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/inductor/inductor_ops.h>
+#include <torch/csrc/utils/object_ptr.h>
 
+#include <algorithm>
 #include <array>
+#include <charconv>
 #include <map>
 #include <memory>
 #include <optional>
@@ -21,6 +26,12 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+// As in torch/csrc/jit/python/pybind_utils.h, whose other declarations take seconds to compile.
+namespace torch::jit {
+TORCH_PYTHON_API c10::IValue toIValue(pybind11::handle given, const c10::TypePtr& type,
+                                      std::optional<int32_t> length);
+}
 
 namespace splitpoint {
 namespace {
@@ -40,18 +51,20 @@ struct Expression {
 
   explicit Expression(const std::string& text) {
     int64_t depth = 0;
-    for (size_t at = 0; at < text.size();) {
+    for (size_t at = 0; at <= text.size();) {
       size_t end = text.find(' ', at);
       if (end == std::string::npos) end = text.size();
       const std::string word = text.substr(at, end - at);
-      const bool number = word.size() > 1 || (word[0] >= '0' && word[0] <= '9');
+      int64_t number = 0;
+      const char* last = word.data() + word.size();
       if (word == "s") {
         tokens.push_back({'s', 0});
-      } else if (number) {
-        tokens.push_back({'n', std::stoll(word)});
+      } else if (const auto read = std::from_chars(word.data(), last, number);
+                 read.ec == std::errc() && read.ptr == last) {
+        tokens.push_back({'n', number});
       } else {
-        TORCH_CHECK_VALUE(std::string("+-*/%<>").find(word) != std::string::npos,
-                          "an expression has ", word);
+        TORCH_CHECK_VALUE(word.size() == 1 && std::string("+-*/%<>").find(word) < 7,
+                          "an expression has '", word, "': ", text);
         tokens.push_back({word[0], 0});
         depth -= 2;
         TORCH_CHECK_VALUE(depth >= 0, "an expression lacks a value: ", text);
@@ -75,19 +88,27 @@ struct Expression {
       }
       const int64_t b = stack[--top], a = stack[--top];
       int64_t& result = stack[top++];
+      bool wide = false;
       switch (token.what) {
-        case '+': result = a + b; break;
-        case '-': result = a - b; break;
-        case '*': result = a * b; break;
+        case '+': wide = __builtin_add_overflow(a, b, &result); break;
+        case '-': wide = __builtin_sub_overflow(a, b, &result); break;
+        case '*': wide = __builtin_mul_overflow(a, b, &result); break;
         case '<': result = std::min(a, b); break;
         case '>': result = std::max(a, b); break;
         default: {
           TORCH_CHECK(b != 0, "integer division or modulo by zero in a size");
+          // The one quotient that 64 bits do not hold traps.
+          if (b == -1) {
+            result = 0;
+            wide = token.what == '/' && __builtin_sub_overflow(int64_t{0}, a, &result);
+            break;
+          }
           int64_t quotient = a / b;
           if (a % b != 0 && (a < 0) != (b < 0)) --quotient;
           result = token.what == '/' ? quotient : a - quotient * b;
         }
       }
+      TORCH_CHECK(!wide, "an integer that follows from the size ", size, " has more than 64 bits");
     }
     return stack[0];
   }
@@ -189,6 +210,8 @@ class Program {
   Program(const py::list& pieces, const py::list& steps, size_t inputs, size_t bound,
           const py::list& outputs)
       : inputs_(inputs), bound_(bound) {
+    TORCH_CHECK_VALUE(inputs < INT32_MAX / 2 && bound < INT32_MAX / 2,
+                      "a program cannot take so many tensors");
     for (const py::handle piece : pieces) {
       std::vector<int32_t> indices;
       for (const py::handle path : piece["kernels"]) {
@@ -197,7 +220,7 @@ class Program {
       }
       piece_kernels_.push_back(std::move(indices));
     }
-    for (const py::handle step : steps) add(py::reinterpret_borrow<py::list>(step), pieces);
+    for (const py::handle step : steps) add(py::cast<py::list>(step), pieces);
     for (const py::handle id : outputs) outputs_.push_back(outer(py::cast<int32_t>(id)));
     TORCH_CHECK_VALUE(words_.size() < INT32_MAX && registers_.size() < INT32_MAX,
                       "a program is too long");
@@ -398,6 +421,7 @@ class Program {
   }
 
   void check_alignment(const Tensor& tensor, int64_t bytes, int32_t text) const {
+    TORCH_CHECK_VALUE(bytes > 0, "memory cannot be aligned to ", bytes, " bytes");
     const int64_t offset = tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
     if (C10_LIKELY(offset % bytes == 0)) return;
     const py::gil_scoped_acquire gil;
@@ -434,9 +458,10 @@ class Program {
   void dims(Step& step, const py::handle& sizes, const py::handle& strides) {
     step.first = static_cast<int32_t>(words_.size());
     for (const py::handle each : sizes) words_.push_back(value(each));
+    const auto half = static_cast<int32_t>(words_.size()) - step.first;
     for (const py::handle each : strides) words_.push_back(value(each));
     step.count = static_cast<int32_t>(words_.size()) - step.first;
-    TORCH_CHECK_VALUE(step.count % 2 == 0, "as many strides as sizes are needed");
+    TORCH_CHECK_VALUE(step.count == 2 * half, "as many strides as sizes are needed");
   }
 
   int32_t text(const py::handle& what) {
@@ -478,7 +503,11 @@ class Program {
   }
 
   Operand outer(int32_t id) const {
-    if (id < 0) return id;  // bound, or an argument
+    if (id < 0) {  // bound, or an argument
+      TORCH_CHECK_VALUE(static_cast<size_t>(~id) < bound_ + inputs_, "a step reads tensor ", ~id,
+                        " of ", bound_ + inputs_, " that a program is given");
+      return id;
+    }
     const auto found = outer_.find(id);
     TORCH_CHECK_VALUE(found != outer_.end(), "a step reads value ", id, " before it is made");
     return found->second;
@@ -491,20 +520,25 @@ class Program {
     } else if (kind == "op") {
       const auto resolve = [&](int32_t id) { return outer(id); };
       std::vector<Operand> results;
+      std::vector<std::pair<int32_t, Operand>> made;
       for (const py::handle id : step[2]) {
         const int32_t of = py::cast<int32_t>(id);
         results.push_back(of < 0 ? kNone : take());
-        if (of >= 0) made_[of] = results.back();
+        if (of >= 0) made.emplace_back(of, results.back());
       }
       add_operator(py::cast<std::string>(step[1]), results, step[3], step[4], resolve);
-      outer_.insert(made_.begin(), made_.end());
-      made_.clear();
+      for (const auto& [id, operand] : made) define_outer(id, operand);
     } else {
       TORCH_CHECK_VALUE(kind == "free", "no step is called ", kind);
       std::vector<int32_t> dead;
       for (const py::handle id : step[1]) drop_outer(py::cast<int32_t>(id), dead);
       release(dead);
     }
+  }
+
+  void define_outer(int32_t id, Operand operand) {
+    TORCH_CHECK_VALUE(id >= 0 && outer_.emplace(id, operand).second, "a step makes value ", id,
+                      ", which is there already or cannot be made");
   }
 
   void drop_outer(int32_t id, std::vector<int32_t>& dead) {
@@ -521,7 +555,7 @@ class Program {
     const py::handle piece = pieces[index];
     std::map<int32_t, Operand> slots;
     const py::list parameters = piece["parameters"];
-    const py::list inputs = py::reinterpret_borrow<py::list>(given);
+    const py::list inputs = py::cast<py::list>(given);
     TORCH_CHECK_VALUE(parameters.size() == inputs.size(), "a piece takes ", parameters.size(),
                       " tensors, got ", inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i) {
@@ -533,16 +567,16 @@ class Program {
     for (const py::handle id : last) drop_outer(py::cast<int32_t>(id), dead);
     TORCH_CHECK_VALUE(dead.empty(), "a piece's last values are none that it takes");
     for (const py::handle step : piece["steps"]) {
-      add_inner(py::reinterpret_borrow<py::list>(step), slots, piece_kernels_[index]);
+      add_inner(py::cast<py::list>(step), slots, piece_kernels_[index]);
     }
     const py::list results = piece["outputs"];
-    const py::list ids = py::reinterpret_borrow<py::list>(outputs);
+    const py::list ids = py::cast<py::list>(outputs);
     TORCH_CHECK_VALUE(results.size() == ids.size(), "a piece returns ", results.size(),
                       " tensors, wanted ", ids.size());
     for (size_t i = 0; i < ids.size(); ++i) {
       const Operand operand = slots.at(py::cast<int32_t>(results[i]));
       name(operand);
-      outer_[py::cast<int32_t>(ids[i])] = operand;
+      define_outer(py::cast<int32_t>(ids[i]), operand);
     }
     for (const auto& [slot, operand] : slots) drop(operand, dead);
     release(dead);
@@ -556,8 +590,9 @@ class Program {
     Step made{};
     if (kind == "empty") {
       made.kind = Kind::empty;
-      made.dtype = static_cast<at::ScalarType>(
-          torch::jit::toIValue(step[2], c10::IntType::get()).toInt());
+      const py::object dtype = step[2];
+      TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "a step allocates a dtype that is none");
+      made.dtype = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
       dims(made, step[3], step[4]);
       made.dst = make(step[1]);
     } else if (kind == "view") {
@@ -658,7 +693,7 @@ class Program {
           TORCH_CHECK_TYPE(!tensors, "an integer among the tensors of ", schema.name());
           made.items.push_back(value(py::str(each)));
         } else {
-          const auto dict = py::reinterpret_borrow<py::dict>(each);
+          const auto dict = py::cast<py::dict>(each);
           TORCH_CHECK_TYPE(dict.contains("t") == tensors, "a mixture of values for ",
                            schema.name());
           made.items.push_back(tensors ? operand(dict["t"]) : value(dict["e"]));
@@ -689,8 +724,8 @@ class Program {
     Operator made{c10::Dispatcher::singleton().findSchemaOrThrow(base.c_str(), overload.c_str()),
                   {}, results, false};
     const c10::FunctionSchema& schema = made.handle.schema();
-    const auto args = py::reinterpret_borrow<py::list>(positional);
-    const auto kwargs = py::reinterpret_borrow<py::dict>(named);
+    const auto args = py::cast<py::list>(positional);
+    const auto kwargs = py::cast<py::dict>(named);
     size_t used = 0;
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       const c10::Argument& each = schema.arguments()[i];
@@ -710,6 +745,8 @@ class Program {
     TORCH_CHECK_TYPE(used == args.size() + kwargs.size(), called, " is given too much");
     made.is_list = schema.returns().size() == 1 &&
                    schema.returns()[0].type()->isSubtypeOf(*c10::ListType::ofTensors());
+    TORCH_CHECK_VALUE(made.is_list || results.size() <= schema.returns().size(), called,
+                      " has ", schema.returns().size(), " results, wanted ", results.size());
     if (called.starts_with("splitpoint::linear_") && add_linear(made)) return;
     Step step{Kind::op};
     step.value = static_cast<int32_t>(operators_.size());
@@ -778,7 +815,7 @@ class Program {
   std::vector<int32_t> registers_;  // how many names each has
   std::vector<Operand> free_;
   std::unordered_map<std::string, int32_t> value_index_;
-  std::unordered_map<int32_t, Operand> outer_, made_;
+  std::unordered_map<int32_t, Operand> outer_;
   std::vector<std::vector<int32_t>> piece_kernels_;
 };
 

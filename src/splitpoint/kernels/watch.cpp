@@ -16,7 +16,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <new>
+#include <memory>
 #include <vector>
 
 namespace splitpoint {
@@ -181,7 +181,7 @@ struct Watch {
 
 struct Object {
   PyObject_HEAD
-  Watch* watch;
+  std::shared_ptr<Watch> watch;
   PyObject* held;  // what `watch` has the addresses of
 };
 
@@ -265,15 +265,12 @@ PyObject* renew(PyObject* self, PyObject* arguments) {
   }
   if (!kSupported) Py_RETURN_FALSE;
   const auto object = reinterpret_cast<Object*>(self);
-  auto made = new Watch;
-  if (!take(*made, whole, objects, keyed, lists, tensors)) {
-    delete made;
-    return nullptr;
-  }
+  auto made = std::make_shared<Watch>();
+  if (!take(*made, whole, objects, keyed, lists, tensors)) return nullptr;
   std::swap(object->watch, made);
   PyObject* before = object->held;
   object->held = Py_NewRef(arguments);
-  delete made;
+  made.reset();
   Py_XDECREF(before);
   Py_RETURN_TRUE;
 }
@@ -281,7 +278,11 @@ PyObject* renew(PyObject* self, PyObject* arguments) {
 PyObject* call(PyObject* self, PyObject*, PyObject*) {
   const auto object = reinterpret_cast<Object*>(self);
   if (object->watch == nullptr) Py_RETURN_FALSE;
-  const int same = object->watch->unchanged();
+  // Comparing keys may run Python, and that may renew this watch.
+  const std::shared_ptr<Watch> watch = object->watch;
+  PyObject* held = Py_NewRef(object->held);
+  const int same = watch->unchanged();
+  Py_DECREF(held);
   return same < 0 ? nullptr : PyBool_FromLong(same);
 }
 
@@ -293,8 +294,7 @@ int traverse(PyObject* self, visitproc visit, void* arg) {
 
 int clear(PyObject* self) {
   const auto object = reinterpret_cast<Object*>(self);
-  delete object->watch;
-  object->watch = nullptr;
+  object->watch.reset();
   Py_CLEAR(object->held);
   return 0;
 }
@@ -303,6 +303,7 @@ void deallocate(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   PyObject_GC_UnTrack(self);
   clear(self);
+  std::destroy_at(&reinterpret_cast<Object*>(self)->watch);
   type->tp_free(self);
   Py_DECREF(type);
 }
@@ -313,8 +314,15 @@ PyMethodDef methods[] = {
      "Python has no means to watch dicts."},
     {nullptr, nullptr, 0, nullptr}};
 
+PyObject* make(PyTypeObject* type, PyObject*, PyObject*) {
+  PyObject* self = type->tp_alloc(type, 0);
+  if (self != nullptr) std::construct_at(&reinterpret_cast<Object*>(self)->watch);
+  return self;
+}
+
 PyType_Slot slots[] = {
     {Py_tp_doc, const_cast<char*>("Tells when called whether all is as it was at `renew`.")},
+    {Py_tp_new, reinterpret_cast<void*>(make)},
     {Py_tp_call, reinterpret_cast<void*>(call)},
     {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
     {Py_tp_clear, reinterpret_cast<void*>(clear)},

@@ -1,0 +1,56 @@
+"""The runner and the watch under the address and undefined-behaviour sanitizers: their own tests,
+malformed programs included, with a library that was built so."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from splitpoint import _torch
+from splitpoint.kernels import build
+from tests import sanitizers
+
+ROOT = Path(__file__).parents[2]
+
+TESTS = (
+    *("tests/runner/test_pieces.py", "tests/runner/test_malformed.py"),
+    *("tests/test_module_watch.py", "-k", "not every_guard"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_runner_and_watch_touch_only_what_is_theirs(tmp_path: Path) -> None:
+    units = [
+        # Without optimisation: what it runs is short, and most of it is templates to compile.
+        replace(unit, flags=(*unit.flags, "-O0"))
+        for unit in build.library_units()
+        if unit.name in ("runner", "watch")
+    ]
+    if not any("-DSPLITPOINT_PYTHON" in unit.flags for unit in units):
+        pytest.skip("the runner needs Python's headers")
+    library = tmp_path / "sanitized.so"
+    sanitizers.build(units, library, "-shared", f"-L{_torch.library_folder()}", "-ltorch_python")
+    done = sanitizers.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"),
+            *("-p", "tests.runner.sanitized", f"--rootdir={ROOT}", *_paths()),
+        ],
+        LD_PRELOAD=sanitizers.preload(),
+        SANITIZED=str(library),
+        # So that Python's own objects are guarded, too.
+        PYTHONMALLOC="malloc",
+        PYTHONPATH=":".join([str(ROOT), str(ROOT / "src")]),
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) > 60
+    assert "skipped" not in done.stdout
+
+
+def _paths() -> list[str]:
+    return [str(ROOT / each) if each.endswith(".py") else each for each in TESTS]
