@@ -188,6 +188,8 @@ def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> di
         expressions |= captured.read(set(map(id, captured.fetch())))
         traced += captured.traced_code
     facts = collect(expressions, traced, roots, describer)
+    methods = dict.fromkeys(each for captured in regions.captures for each in captured.methods)
+    facts.methods = tuple(methods)
     paths = _paths(roots.owner)
     pieces: dict[str, Any] = {}
     rows = []

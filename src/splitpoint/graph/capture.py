@@ -15,6 +15,7 @@ from .._torch_guards import GuardScope
 from ..errors import CaptureError, SideEffect, UnsupportedGraph
 from .assumptions import Assumption, read
 from .facts import names_of
+from .methods import Methods, Named, methods_in
 from .reads import Cells, Reads
 from .signature import Signature, SizeLeaf, TensorLeaf
 
@@ -88,6 +89,8 @@ class Capture:
     read: Callable[[Collection[int]], dict[str, None]]
     """What tracing read, as expressions, without the tensors with these ids."""
     traced_code: tuple[Any, ...]
+    methods: tuple[Named, ...]
+    """The methods of the tree's classes that tracing went through."""
     held: Callable[[list[Any]], tuple[Held, ...] | None]
     """Given the bound tensors: what to compare to notice a replaced one; None when the
     module tree does not hold all of them."""
@@ -142,6 +145,18 @@ def capture(
             inputs.append(Bound(len(positions)))
             positions.append(position)
 
+    names = methods_in(owner, dynamo.traced_code)
+    methods = Methods(owner, names, function)
+
+    def check_rest(
+        module: torch.nn.Module, tensors: Collection[int], reads: Reads | None
+    ) -> Callable[[], bool]:
+        rest = dynamo.check_rest(module, tensors, _seen_by(reads))
+        if reads is None:
+            return lambda: methods.holds() and rest()
+        methods.note(reads)
+        return rest
+
     symbols = _symbols(signature, inputs, dynamo)
     leaves, spec = _result(dynamo, argument_of)
     fetch_all = dynamo.inputs
@@ -163,12 +178,13 @@ def capture(
         ),
         symbols,
         fetch,
-        dynamo.check,
-        lambda module, tensors, reads: dynamo.check_rest(module, tensors, _seen_by(reads)),
+        lambda: methods.holds() and dynamo.check(),
+        check_rest,
         owner,
-        dynamo.explain,
+        lambda: methods.explain() or dynamo.explain(),
         dynamo.read,
         dynamo.traced_code,
+        tuple(names),
         lambda tensors: held(owner, tensors),
     )
 

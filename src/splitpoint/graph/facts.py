@@ -30,6 +30,7 @@ from ..store.code import (
     functions_of,
     nested,
 )
+from .methods import Methods, Named
 from .reads import Cells, Reads
 
 _CHAIN = re.compile(r"\bself((?:\._modules\['[^']*'\])+)")
@@ -146,18 +147,25 @@ class Facts:
     """(path in the tree, index of its kind)."""
     loose: Kind = Kind((), ())
     """Facts that are not about one module: of globals, closures, classes."""
+    methods: tuple[Named, ...] = ()
+    """What of the classes, which are facts of modules, has to stay within a process."""
 
     def to_json(self) -> Json:
         """Plain lists."""
         kinds = [[list(kind.codes), list(kind.wants)] for kind in [self.loose, *self.kinds]]
-        return {"kinds": kinds, "modules": [list(each) for each in self.modules]}
+        return {
+            "kinds": kinds,
+            "modules": [list(each) for each in self.modules],
+            "methods": [list(each) for each in self.methods],
+        }
 
     @classmethod
     def from_json(cls, data: Json) -> Facts:
         """What `to_json` gave."""
         kinds = [Kind(tuple(codes), tuple(wants)) for codes, wants in data["kinds"]]
         modules = [(str(path), int(index)) for path, index in data["modules"]]
-        return cls(kinds[1:], modules, kinds[0])
+        methods = tuple((str(way), str(where), str(name)) for way, where, name in data["methods"])
+        return cls(kinds[1:], modules, kinds[0], methods)
 
 
 @dataclass(frozen=True)
@@ -292,6 +300,7 @@ class Checker:
         self._code: dict[int, tuple[types.FunctionType, Code]] = {}
         self._loose: Callable[[], tuple[Any, ...]] = tuple
         self._loose_now: tuple[Any, ...] = ()
+        self._methods = Methods(None, (), roots.function)
 
     def prove(self, describer: Describer | None = None) -> list[str]:
         """Bind everything; return the facts that do not hold, as text. Nothing may be used
@@ -327,6 +336,8 @@ class Checker:
         except _GONE as error:
             return [*broken, f"{type(error).__name__}: {error}"]
         self._note_code(self._loose_now)
+        if not broken:
+            self._methods = Methods(self.roots.owner, self.facts.methods, self.roots.function)
         return broken + _differences(self.facts.loose, self._loose_now, describer)
 
     def _note_code(self, values: Sequence[Any]) -> None:
@@ -356,6 +367,8 @@ class Checker:
         loose = [c for c in self.facts.loose.codes if reads is None or not reads.sees(c, names)]
         ways = [(_function(codes, "m", names), modules) for codes, modules in parts.items()]
         checks = [(way, module, way(module)) for way, modules in ways for module in modules]
+        if reads is not None:
+            self._methods.note(reads)
         read_loose = _function(loose, "", names)
         loose_now = read_loose()
 
@@ -364,7 +377,7 @@ class Checker:
                 return (
                     _same(read_loose(), loose_now)
                     and all(_same(function(module), values) for function, module, values in checks)
-                    and (reads is not None or self._has_its_code())
+                    and (reads is not None or (self._has_its_code() and self._methods.holds()))
                 )
             except _GONE:
                 return False
@@ -377,12 +390,18 @@ class Checker:
             for path, function, values in self._values:
                 if not _same(function(_submodule(self.roots.owner, path)), values):
                     return False
-            return _same(self._loose(), self._loose_now) and self._has_its_code()
+            return (
+                _same(self._loose(), self._loose_now)
+                and self._has_its_code()
+                and self._methods.holds()
+            )
         except _GONE:
             return False
 
     def explain(self) -> str:
         """Which facts no longer hold."""
+        if changed := self._methods.explain():
+            return changed
         found = Checker(self.facts, Roots(self.roots.owner, self.roots.function)).prove()
         return "; ".join(found[:5]) or "an object was replaced by an equal one"
 

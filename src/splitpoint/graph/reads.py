@@ -21,6 +21,7 @@ from typing import Any, cast
 import torch
 
 from .. import _torch_wrapper
+from ..store.code import functions_of
 
 ABSENT = NotImplemented
 """Stands for the value of a key that a dict does not have."""
@@ -125,6 +126,16 @@ class Reads:
         except (Unwatchable, LookupError):
             return False
         return True
+
+    def method(self, kind: type, name: str) -> None:
+        """Note what decides which attribute of that name a class or its bases have, and its
+        code."""
+        for function in functions_of(self._in_classes(kind, name)):
+            self._object(function)
+
+    def function(self, function: types.FunctionType) -> None:
+        """Note the code of a function."""
+        self._object(function)
 
     def _module(self, code: str, names: Mapping[str, Any]) -> torch.nn.Module:
         if code == "m":
