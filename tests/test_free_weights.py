@@ -20,7 +20,13 @@ from torch import nn
 
 import splitpoint
 from splitpoint import Config, compile
-from splitpoint.errors import ConfigError, InvalidField, StateChanged, WeightsFreed
+from splitpoint.errors import (
+    ConfigError,
+    InvalidField,
+    StateChanged,
+    WeightsFreed,
+    WeightsInUse,
+)
 from splitpoint.freed import FreedParameter, is_freed
 
 PACKAGE = str(Path(splitpoint.__file__).parents[1])
@@ -274,6 +280,67 @@ def test_another_model_that_reads_the_weights_says_so() -> None:
     compiled(module)
     with pytest.raises(WeightsFreed, match="another compiled model"):
         kept(ids(3))
+
+
+def test_a_model_that_would_not_notice_keeps_its_weights() -> None:
+    """Without its guards it would read past the end of what is left of them."""
+    module = make()
+    blind = compiled(
+        module, free_original_weights=False, linear="inductor", module_guards="first_call"
+    )
+    want = blind(ids(5))
+    made = compile(module, Config(**PLAN, free_original_weights=True))
+    for _ in range(2):
+        with pytest.raises(WeightsInUse, match="every_call' or call its reset"):
+            made(ids(5))
+        assert not any(is_freed(linear.weight) for linear in module.linears)
+        assert torch.equal(blind(ids(5)), want)
+    blind.reset()
+    torch.testing.assert_close(made(ids(5)), want, rtol=1e-4, atol=1e-3)
+    assert made.stats().freed_bytes == BYTES
+    with pytest.raises(WeightsFreed, match="cannot be captured again"):
+        blind(ids(5))
+    # Nor does it come to read them while they are whole, once the other frees them again.
+    module.load_state_dict(make(1).state_dict())
+    want = blind(ids(5))
+    with pytest.raises(WeightsInUse):
+        made(ids(5))
+    assert torch.equal(blind(ids(5)), want)
+    del blind
+    torch.testing.assert_close(made(ids(5)), want, rtol=1e-4, atol=1e-3)
+    assert made.stats().freed_bytes == BYTES
+
+
+CONVERSIONS: dict[str, Callable[[Any], object]] = {
+    "to": lambda module: module.to(torch.bfloat16),
+    "half": lambda module: module.half(),
+    "double": lambda module: module.double(),
+    "a part": lambda module: module.blocks[0].to(torch.float64),
+}
+
+
+def test_a_conversion_changes_all_or_nothing(tmp_path: Path) -> None:
+    module = make()
+    made = compiled(module)
+    want = made(ids(5))
+    for convert in CONVERSIONS.values():
+        with pytest.raises(WeightsFreed, match="nothing was changed"):
+            convert(module)
+        assert {each.dtype for each in module.parameters()} == {torch.float32}
+        assert torch.equal(made(ids(5)), want)
+    module.blocks[0].norm.to(torch.float32)  # has all its weights
+    module.load_state_dict(make().state_dict())
+    torch.save(module, tmp_path / "whole.pt")
+    again = torch.load(tmp_path / "whole.pt", weights_only=False)
+    for whole in (module, copy.deepcopy(module), again):
+        torch.testing.assert_close(whole(ids(5)), want, rtol=1e-4, atol=1e-3)
+    for whole in (copy.deepcopy(module), again):
+        whole.to(torch.float64)
+        assert {each.dtype for each in whole.parameters()} == {torch.float64}
+        assert {each.dtype for each in module.parameters()} == {torch.float32}
+    assert module.to(torch.float64) is module
+    with pytest.raises(StateChanged):
+        made(ids(5))
 
 
 KEPT: dict[str, dict[str, Any]] = {

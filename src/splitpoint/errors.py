@@ -163,6 +163,10 @@ class WeightsFreed(SplitpointError, RuntimeError):
     """A weight is needed whose memory was freed (`Config.free_original_weights`)."""
 
 
+class WeightsInUse(SplitpointError, RuntimeError):
+    """A weight cannot be freed, because another compiled model reads it without looking."""
+
+
 class CompileError(SplitpointError, RuntimeError):
     """The compiler failed on a piece."""
 

@@ -7,16 +7,20 @@ class again as soon as it is given data, all of it at once.
 
 from __future__ import annotations
 
+import gc
 import re
+import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _torch_wrapper
-from .errors import WeightsFreed
+from .errors import WeightsFreed, WeightsInUse
 from .graph.stitch import Body
 from .memory import give_back
 
@@ -118,6 +122,61 @@ def check_whole(owner: nn.Module | None) -> None:
             )
 
 
+def convert_whole_only(owner: nn.Module) -> None:
+    """See that a module with freed weights, or a part of it, is not half converted by `.to()` and
+    the like: they would raise at the first freed weight, with others converted before it.
+
+    All of them come to `_apply`, which each module with freed weights is given one of its own.
+    """
+    for module in owner.modules():
+        if "_apply" not in vars(module) and _has_freed(module, True):
+            vars(module)["_apply"] = types.MethodType(_apply, module)
+
+
+def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    if _has_freed(self, recurse):
+        raise WeightsFreed(
+            f"{type(self).__name__} cannot be converted or moved, as the memory of some of its "
+            f"weights was freed, because every compiled range reads a copy of them "
+            f"(free_original_weights=True); nothing was changed: load its weights anew "
+            f"(load_state_dict) and convert it then, or compile with free_original_weights=False"
+        )
+    converted: nn.Module = type(self)._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def _has_freed(module: nn.Module, recurse: bool) -> bool:
+    return any(map(is_freed, [*module.parameters(recurse), *module.buffers(recurse)]))
+
+
+_READERS: Any = WeakTensorKeyDictionary()
+"""By weight: the programs, held weakly, that read it without looking at each call. Other programs
+of the process have to know, and a tensor that is pickled cannot carry it."""
+
+
+def reads_unchecked(reader: object, weights: Iterable[Tensor]) -> None:
+    """Note that `reader` reads weights, for as long as both live, and does not look whether they
+    were freed."""
+    for weight in weights:
+        _READERS.setdefault(weight, weakref.WeakSet()).add(reader)
+
+
+def _check_unused(weights: Sequence[Tensor], owner: object) -> None:
+    def used() -> list[Tensor]:
+        return [each for each in weights if any(r is not owner for r in _READERS.get(each, ()))]
+
+    if used():
+        gc.collect()  # a program that nobody has any more is a cycle
+    if found := used():
+        raise WeightsInUse(
+            f"free_original_weights=True cannot free {len(found)} weights (the first is "
+            f"{list(found[0].shape)}), because another compiled model of this module has "
+            f"module_guards='first_call' and reads them without looking: compile that one with "
+            f"module_guards='every_call' or call its reset(), or compile this one with "
+            f"free_original_weights=False"
+        )
+
+
 def _restore(weight: Tensor) -> None:
     """Give a freed weight its class again."""
     weight.__class__ = nn.Parameter if isinstance(weight, nn.Parameter) else Tensor
@@ -152,8 +211,7 @@ def unread(runs: Iterable[tuple[Body, Sequence[Tensor]]], others: Iterable[Tenso
         known |= {id(each): each for each in bound}
         packed |= {id(bound[index]): bound[index] for index, _ in body.packed}
         plain |= {id(value) for value in body.names.values()}
-        for line in body.lines:
-            plain |= {id(bound[int(index)]) for index in _READ.findall(line)}
+        plain |= {id(bound[index]) for index in plain_reads(body)}
     candidates = {
         key: weight
         for key, weight in packed.items()
@@ -171,6 +229,11 @@ def unread(runs: Iterable[tuple[Body, Sequence[Tensor]]], others: Iterable[Tenso
     }
     kept = {place for key, place in memory.items() if key not in candidates}
     return [weight for key, weight in candidates.items() if memory[key] not in kept]
+
+
+def plain_reads(body: Body) -> set[int]:
+    """Which tensors of the module a stitched function reads as they are."""
+    return {int(index) for line in body.lines for index in _READ.findall(line)}
 
 
 _READ = re.compile(r"\bw(\d+)\b")
@@ -199,8 +262,14 @@ class Originals:
         """Whether it was freed here."""
         return id(weight) in self._weights
 
-    def free(self, weights: Sequence[Tensor], bound: Iterable[Tensor]) -> None:
-        """Free the memory of weights; of those freed before, go on with those that are bound."""
+    def free(self, weights: Sequence[Tensor], bound: Iterable[Tensor], reader: object) -> None:
+        """Free the memory of weights; of those freed before, go on with those that are bound.
+        `reader` is the program that they are of.
+
+        Raises:
+            WeightsInUse: when another program reads one and would not notice.
+        """
+        _check_unused(weights, reader)
         kept = set(map(id, bound))
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._weights = {

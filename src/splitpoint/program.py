@@ -16,7 +16,7 @@ from .background import Background
 from .compilers.stored import PieceCompiler
 from .config import Config
 from .errors import BackgroundError, GuardError, StateChanged, WeightsFreed
-from .freed import Originals, is_freed, unread
+from .freed import Originals, convert_whole_only, is_freed, plain_reads, reads_unchecked, unread
 from .garbage import rare_collection
 from .graph.assumptions import Assumption, runs, valid
 from .graph.pieces import Piece
@@ -422,6 +422,8 @@ class Program:
         packed = {
             (index, layout): self.weights.get(bound[index], layout) for index, layout in lane.packed
         }
+        if self.config.module_guards == "first_call" and lane.body is not None:
+            reads_unchecked(self, [bound[index] for index in plain_reads(lane.body)])
         rebind(run, bound, lane.graph.facts, packed)
 
     # --- the module --------------------------------------------------------------------
@@ -467,7 +469,11 @@ class Program:
         for graph in self._graphs():
             if graph.owner is not None:
                 others += [*graph.owner.parameters(), *graph.owner.buffers()]
-        self.originals.free(unread(runs_, others), [each for _, bound in runs_ for each in bound])
+        bound = [each for _, bound in runs_ for each in bound]
+        self.originals.free(unread(runs_, others), bound, self)
+        for graph in self._graphs():
+            if graph.owner is not None:
+                convert_whole_only(graph.owner)
         self.weights.note()
 
     def _renew_watch(self, graph: Graph) -> None:
