@@ -29,6 +29,7 @@ from torch import fx
 
 from ._torch_guards import GuardScope, NotPortable, expressions
 from ._torch_isa import quick_isa_checks
+from ._torch_tracing import traces_alone
 
 if TYPE_CHECKING:
     import sympy
@@ -765,6 +766,7 @@ def inductor_compile(
         # What it would keep holds no metadata of the graph, only the finished callable.
         functorch_config.patch(enable_autograd_cache=False),
         quick_isa_checks(),
+        traces_alone(),
     ):
         artifact = inductor.standalone_compile(
             graph_module,
