@@ -11,7 +11,7 @@ import torch
 from splitpoint import Config
 from splitpoint.bench import forward
 from splitpoint.bench.entrants import one_kernel, single_kernels
-from splitpoint.bench.forward_report import Floor, ForwardReport, Measured, Row, variant_of
+from splitpoint.bench.forward_report import Floor, ForwardReport, Measured, Row, Verdict, variant_of
 from splitpoint.errors import UsageError
 from splitpoint.ranges import Plan, PlannedRange, Range
 
@@ -143,6 +143,10 @@ def test_baselines_are_timed_where_they_are_right_and_noted_where_not(
     assert "-" not in one.split()
     assert three.split()[-2:] == ["-", "-"]
     assert report.best_single is None
+    data = json.loads(report.to_json())
+    assert set(data["verdicts"]) == {"right", "partly"}
+    assert data["verdicts"]["partly"]["sizes"] == 1
+    assert data["verdicts"]["partly"]["cold_ratio"] > 0
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (1, 17)])
@@ -254,6 +258,18 @@ def test_text_with_others():
     assert heading.count("ratio") == len(names) - 1
     assert first.split() == ["8", "4.00", "5.00", "1.25x", *["1234.50", "308.62x"] * 3]
     assert second.split()[0] == "256"
+    costs = report.environment["first_calls"]
+    costs["vllm"] = {"cpu_s": 150.0, "wall_s": 1.0}
+    verdicts = report.verdicts()
+    assert verdicts["vllm"] == Verdict(2, 8, 1234.5 / 4, 5.0)
+    assert verdicts["openvino"].cold_ratio is None
+    row = report.rows[0].to_json()["baselines"]["vllm"]
+    assert row == {"ms": 1234.5, "spread": 0.0, "ratio": 1234.5 / 4}
     text = str(report)
+    said = " ".join(text.split())
+    assert (
+        "Against vllm, splitpoint is slower at none of 2 sizes, the least ratio 308.62x at 8; "
+        "compiling cold costs 5.0 times splitpoint's." in said
+    )
     assert "packed 1.25x, inductor 2.25x." in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 120

@@ -100,8 +100,26 @@ class Row:
             "read_gb_s": floor.read_gb_s if floor else None,
             "gemm_gflop_s": floor.gemm_gflop_s if floor else None,
             "singles": {name: asdict(one) for name, one in self.singles.items()},
-            "baselines": {name: asdict(one) for name, one in self.baselines.items()},
+            "baselines": {
+                name: asdict(one) | {"ratio": one.ms / self.splitpoint.ms}
+                for name, one in self.baselines.items()
+            },
         }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a baseline compares with splitpoint over all sizes."""
+
+    sizes: int
+    """At how many it was timed."""
+    least_at: int
+    """The size with the least ratio."""
+    least_ratio: float
+    """Its time over splitpoint's there: 1 or more, and splitpoint is slower nowhere."""
+    cold_ratio: float | None
+    """The CPU time to compile it for these sizes from empty caches, over that of splitpoint's
+    ranges, which serve all of them."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,7 @@ class ForwardReport:
     """The ranges splitpoint ended up with; the same ones are in `environment["plan"]`."""
 
     def to_json(self) -> str:
-        """`{"environment": {...}, "rows": [...]}`."""
+        """`{"environment": {...}, "rows": [...], "verdicts": {...}}`."""
         rows = []
         for row in self.rows:
             data = row.to_json()
@@ -122,13 +140,45 @@ class ForwardReport:
             data["best_single"] = best
             data["best_single_ms"] = row.singles[best].ms if best else None
             rows.append(data)
-        return json.dumps({"environment": self.environment, "rows": rows}, indent=2)
+        verdicts = {name: asdict(verdict) for name, verdict in self.verdicts().items()}
+        found = {"environment": self.environment, "rows": rows, "verdicts": verdicts}
+        return json.dumps(found, indent=2)
 
     def setting(self) -> str:
         """Model, dtype and threads, in a few words."""
         env = self.environment
         threads = "1 thread" if env["threads"] == 1 else f"{env['threads']} threads"
         return f"{env['model']}, {env['dtype']}, {threads}"
+
+    # --- baselines ---------------------------------------------------------------------
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """How splitpoint compares with each baseline that was timed, over all sizes."""
+        costs = self.environment["first_calls"]
+        found = {}
+        for name in dict.fromkeys(name for row in self.rows for name in row.baselines):
+            ratios = {
+                row.size: row.baselines[name].ms / row.splitpoint.ms
+                for row in self.rows
+                if name in row.baselines
+            }
+            least = min(ratios, key=lambda size: ratios[size])
+            cold = costs[name]["cpu_s"] / costs["splitpoint"]["cpu_s"] if name in costs else None
+            found[name] = Verdict(len(ratios), least, ratios[least], cold)
+        return found
+
+    def _verdict(self, name: str, verdict: Verdict) -> str:
+        ratios = [
+            row.baselines[name].ms / row.splitpoint.ms for row in self.rows if name in row.baselines
+        ]
+        slower = sum(ratio < 1 for ratio in ratios)
+        text = (
+            f"Against {name}, splitpoint is slower at {slower or 'none'} of {verdict.sizes} sizes, "
+            f"the least ratio {verdict.least_ratio:.2f}x at {verdict.least_at}"
+        )
+        if verdict.cold_ratio is None:
+            return f"{text}."
+        return f"{text}; compiling cold costs {verdict.cold_ratio:.1f} times splitpoint's."
 
     # --- kernels -----------------------------------------------------------------------
 
@@ -245,7 +295,7 @@ class ForwardReport:
             )
         shown = {name for row in self.rows for name in row.baselines}
         lines += [f"{name}: {b.about}." for name, b in BASELINES.items() if name in shown]
-        return lines
+        return lines + [self._verdict(name, each) for name, each in self.verdicts().items()]
 
     def _noise(self) -> str:
         widest = {row.size: max(m.spread for m in row.measured.values()) for row in self.rows}
