@@ -173,7 +173,8 @@ class ForwardReport:
         ]
         slower = sum(ratio < 1 for ratio in ratios)
         text = (
-            f"Against {name}, splitpoint is slower at {slower or 'none'} of {verdict.sizes} sizes, "
+            f"Against {name}, splitpoint is slower at {slower or 'none'} of {verdict.sizes} "
+            f"size{'s' if verdict.sizes != 1 else ''}, "
             f"the least ratio {verdict.least_ratio:.2f}x at {verdict.least_at}"
         )
         if verdict.cold_ratio is None:
