@@ -430,7 +430,9 @@ class Program:
         packed = {
             (index, layout): self.weights.get(bound[index], layout) for index, layout in lane.packed
         }
-        rebind(run, bound, lane.graph.facts, packed)
+        # Where there is a watch, the function looks at none of the facts.
+        facts = lane.graph.facts if lane.graph.watch is None else ()
+        rebind(run, bound, facts, packed)
 
     # --- the module --------------------------------------------------------------------
 

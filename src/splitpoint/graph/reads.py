@@ -102,6 +102,8 @@ class Reads:
         self._noted: set[Any] = set()
         self._whole: dict[int, dict[Any, Any]] = {}
         self._modules: dict[str, torch.nn.Module] = {}
+        self._inherited: dict[tuple[type, str, type | None], Any] = {}
+        """What was found in classes before."""
         self._chains: dict[str, Any] = {}
         """What chains of attributes that do not start at `m` lead to."""
 
@@ -213,13 +215,15 @@ class Reads:
     # --- expressions -------------------------------------------------------------------
 
     def _value(self, node: ast.AST, names: Mapping[str, Any]) -> Any:
+        kind = type(node)  # the three that most nodes are, before patterns are tried in turn
+        if kind is ast.Constant:
+            return cast(ast.Constant, node).value
+        if kind is ast.Name:
+            return names[cast(ast.Name, node).id]
+        if kind is ast.Attribute:
+            attribute = cast(ast.Attribute, node)
+            return self._attribute(self._value(attribute.value, names), attribute.attr)
         match node:
-            case ast.Constant(value):
-                return value
-            case ast.Name(name):
-                return names[name]
-            case ast.Attribute(inner, name):
-                return self._attribute(self._value(inner, names), name)
             case ast.Subscript(ast.Name("M" | "C" as root), ast.Constant(key)):
                 return names[root][key]  # which object that is was settled when it was looked up
             case ast.Subscript(inner, key):
@@ -385,6 +389,12 @@ class Reads:
 
     def _in_classes(self, kind: type, name: str, but: type | None = None) -> Any:
         """What the first of a class and its bases has under a name, or `ABSENT`."""
+        key = (kind, name, but)
+        if key not in self._inherited:
+            self._inherited[key] = self._look_up(kind, name, but)
+        return self._inherited[key]
+
+    def _look_up(self, kind: type, name: str, but: type | None) -> Any:
         self._object(kind)
         for base in kind.__mro__:
             if base is but:
