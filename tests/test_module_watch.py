@@ -9,6 +9,7 @@ import torch
 
 import splitpoint
 from splitpoint import Config, errors
+from splitpoint.graph.capture import held
 from splitpoint.module_watch import watch
 
 needs_tags = pytest.mark.skipif(
@@ -148,3 +149,24 @@ def test_every_guard_is_checked_at_every_call(name, monkeypatch):
         compiled.reset()
     for _ in range(2):
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_what_holds_a_tensor_is_all_that_leads_to_it():
+    model = Model()
+    model.twice = model.layers[1]  # met again
+    model.layers[0].bias = model.layers[1].bias  # tied
+    model.nothing = None
+    model.beside = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    wanted = [model.layers[0].weight, model.layers[1].weight, model.layers[1].bias]
+    facts = {(id(each.holder), each.key, id(each.value)) for each in held(model, wanted)}
+    first, second = model.layers
+    assert facts == {
+        (id(model._modules), "layers", id(model.layers)),
+        (id(model.layers._modules), "0", id(first)),
+        (id(model.layers._modules), "1", id(second)),
+        (id(first._parameters), "weight", id(first.weight)),
+        (id(first._parameters), "bias", id(first.bias)),
+        (id(second._parameters), "weight", id(second.weight)),
+    }
+    assert held(model, [torch.ones(1)]) is None
+    assert held(None, []) == ()

@@ -27,6 +27,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from ._torch_build import whole_files
 from ._torch_guards import GuardScope, NotPortable, expressions
 from ._torch_isa import quick_isa_checks
 from ._torch_tracing import traces_alone
@@ -767,6 +768,7 @@ def inductor_compile(
         functorch_config.patch(enable_autograd_cache=False),
         quick_isa_checks(),
         traces_alone(),
+        whole_files(),
     ):
         artifact = inductor.standalone_compile(
             graph_module,

@@ -14,13 +14,17 @@ are most of the process, hardly ever."""
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
     """For what makes no garbage, but would set off a collection of all that the process holds,
-    which takes longer than everything else there."""
+    which takes longer than everything else there. What it makes counts as old afterwards, or
+    the next object made would set off a search of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # what a program froze stays frozen
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -31,8 +31,11 @@ class Graph:
     held: Callable[[list[Any]], tuple[Held, ...] | None] = lambda _: ()
     check: Callable[[], bool] = lambda: True
     check_rest: CheckRest | None = None
+    """Graphs with equal ones share their `rest`."""
     owner: torch.nn.Module | None = None
     explain: Callable[[], str] = str
+    check_facts: Callable[[], bool] | None = None
+    """What of `check` does not depend on which tensors are bound, where that can be told."""
     bound: list[Any] = field(default_factory=list)
     facts: tuple[Held, ...] | None = ()
     rest: Rest | None = None

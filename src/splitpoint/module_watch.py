@@ -49,17 +49,26 @@ def dicts_of(modules: Sequence[torch.nn.Module]) -> Iterator[dict[str, Any]]:
 
 def tree_ids(owner: torch.nn.Module) -> set[int]:
     """The ids of all that a watch over a module tree looks at."""
-    modules = list(owner.modules())
+    return ids_of(list(owner.modules()))
+
+
+def ids_of(modules: Sequence[torch.nn.Module]) -> set[int]:
+    """The ids of modules and of the dicts that hold what they have."""
     return {*map(id, modules), *map(id, dicts_of(modules))}
 
 
-def watch(owner: torch.nn.Module | None, tensors: Sequence[torch.Tensor]) -> ModuleWatch | None:
-    """A watch over a module tree and tensors; None where there is no module or no means."""
+def watch(
+    owner: torch.nn.Module | None,
+    tensors: Sequence[torch.Tensor],
+    versioned: Collection[int] = (),
+) -> ModuleWatch | None:
+    """A watch over a module tree and tensors, as `ModuleWatch.renew` takes them; None where
+    there is no module or no means."""
     kind = _kind()
     if owner is None or kind is None or any(map(_is_opaque, tensors)):
         return None
     made = ModuleWatch(owner, kind)
-    return made if made.renew(tensors, ()) else None
+    return made if made.renew(tensors, versioned) else None
 
 
 class Rest:
@@ -93,6 +102,8 @@ class Rest:
         self._way: Callable[[], bool] | None = None
         """Whether the tree still leads to the places watched; None when none are."""
         self._patience = PATIENCE
+        self._modules: list[torch.nn.Module] = []
+        """The tree's. A new one may have been read nowhere yet, so no way leads to it."""
         self._take()
 
     def __call__(self) -> bool:
@@ -101,11 +112,15 @@ class Rest:
 
     def renew(self) -> None:
         """Go by the tree as it is now. The facts hold."""
-        if self._way is not None and not self._way():
+        if self._way is not None and not (self._way() and self._modules == self._modules_now()):
             self._take()
 
+    def _modules_now(self) -> list[torch.nn.Module]:
+        return list(self._owner.modules())
+
     def _take(self) -> None:
-        reads = Reads(tree_ids(self._owner))
+        self._modules = self._modules_now()
+        reads = Reads(ids_of(self._modules))
         self._unwatched = self._check_rest(self._owner, self._tensors(), reads)
         watched, way = watch_reads(reads), watch_reads(reads.way())
         assert watched is not None  # or there would be no watch over the tree

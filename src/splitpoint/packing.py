@@ -39,13 +39,16 @@ class PackedWeights:
 
     def get(self, weight: torch.Tensor, layout: str) -> torch.Tensor:
         """The copy of a [n, k] weight in a layout; made at first use."""
-        key = (id(weight), layout)
-        if key not in self._copies:
-            self._copies[key] = self._memory.placed(_packed(weight, layout))
-            if id(weight) not in self._weights:
-                self._weights[id(weight)] = weight
-                self._take(weight)
-        return self._copies[key]
+        copy = self._copies.get((id(weight), layout))
+        return self._add(weight, layout) if copy is None else copy
+
+    def _add(self, weight: torch.Tensor, layout: str) -> torch.Tensor:
+        copy = self._memory.placed(_packed(weight, layout))
+        self._copies[id(weight), layout] = copy
+        if id(weight) not in self._weights:
+            self._weights[id(weight)] = weight
+            self._take(weight)
+        return copy
 
     def packed_ids(self) -> set[int]:
         """The ids of the weights that have copies."""

@@ -110,6 +110,8 @@ class Program:
             for graph in self._graphs():
                 graph.check = self.originals.around(graph.check)
                 graph.explain = self.originals.around(graph.explain)
+                if graph.check_facts is not None:
+                    graph.check_facts = self.originals.around(graph.check_facts)
                 if graph.check_rest is not None:
                     graph.check_rest = self.originals.around(graph.check_rest)
 
@@ -299,10 +301,13 @@ class Program:
     def start(self, bodies: Sequence[Body]) -> None:
         """Let the lanes, in order, run functions that were made before, for a module that was
         just proven to be as it was."""
+        # The watches are made with the first function of a graph, and go by what is packed.
+        for lane, body in zip(self.lanes, bodies, strict=True):
+            assert lane is not None
+            for index, layout in body.packed:
+                self.weights.get(lane.graph.bound[index], layout)
         for index, body in enumerate(bodies, 1):
             self._run(index, body, proven=True)
-        for graph in self._graphs():
-            self._renew_watch(graph)
 
     def _run(self, index: int, body: Body, proven: bool = False) -> None:
         """Let the lane of a table entry run a stitched function."""
@@ -403,19 +408,22 @@ class Program:
             self.refresh(graph)
 
         if graph.watch is None and graph.facts is not None and graph.check_rest is not None:
-            graph.watch = watch(graph.owner, graph.bound)
+            graph.watch = watch(graph.owner, graph.bound, self.weights.packed_ids())
             if graph.watch is not None:
-                assert graph.owner is not None
-                with torch.no_grad():
-                    graph.rest = Rest(
-                        graph.check,
-                        graph.check_rest,
-                        graph.owner,
-                        lambda: set(map(id, graph.bound)),
-                    )
+                graph.rest = self._rest(graph)
         if graph.watch is None or graph.rest is None:
             return Guard((graph.check,), refresh, graph.facts)
         return Guard((graph.watch.check, graph.rest), refresh, ())
+
+    def _rest(self, graph: Graph) -> Rest:
+        assert graph.owner is not None
+        assert graph.check_rest is not None
+        for other in self._graphs():
+            if other.rest is not None and other.check_rest == graph.check_rest:
+                return other.rest
+        check = graph.check_facts or graph.check
+        with torch.no_grad():
+            return Rest(check, graph.check_rest, graph.owner, lambda: set(map(id, graph.bound)))
 
     def _rebind(self, run: Stitched, lane: Lane) -> None:
         bound = lane.graph.bound
@@ -424,7 +432,9 @@ class Program:
         }
         if self.config.module_guards == "first_call" and lane.body is not None:
             reads_unchecked(self, [bound[index] for index in plain_reads(lane.body)])
-        rebind(run, bound, lane.graph.facts, packed)
+        # Where there is a watch, the function looks at none of the facts.
+        facts = lane.graph.facts if lane.graph.watch is None else ()
+        rebind(run, bound, facts, packed)
 
     # --- the module --------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .graph.regions import Regions
 from .graph.signature import ConstantLeaf, Signature, SizeLeaf, TensorLeaf
 from .graph.stitch import Body, PieceSteps
 from .lanes import Graph, Lane
+from .module_watch import CheckRest
 from .passes.manager import MatchCount
 from .program import Program
 from .ranges import Plan
@@ -311,11 +312,14 @@ class _Loader:
     config: Config
     roots: Roots
     checker: Checker
+    _paths: dict[str, Path] = field(default_factory=dict)
+    """Of the objects checked so far."""
 
     def run(self) -> tuple[Program, Regions]:
         entry = self.entry
         calls = self.pieces()
-        graphs = [self.graph(each) for each in entry["graphs"]]
+        shared = _checks_of(self.checker)
+        graphs = [self.graph(each, *shared) for each in entry["graphs"]]
         plan = Plan.from_json(entry["plan"])
         lanes = []
         bodies = []
@@ -381,16 +385,19 @@ class _Loader:
         return found
 
     def object(self, digest_: str) -> Path:
-        path = self.store.object(digest_)
-        if path is None:
-            raise _Missing(f"the library {digest_} is not there")
-        return path
+        if digest_ not in self._paths:
+            path = self.store.object(digest_)
+            if path is None:
+                raise _Missing(f"the library {digest_} is not there")
+            self._paths[digest_] = path
+        return self._paths[digest_]
 
-    def graph(self, data: Mapping[str, Any]) -> Graph:
+    def graph(
+        self, data: Mapping[str, Any], check_facts: Callable[[], bool], check_rest: CheckRest
+    ) -> Graph:
         owner, checker = self.roots.owner, self.checker
         where = [(path, holder, name) for path, holder, name in data["bound"]]
         kinds = data["kinds"]
-        state = _torch_wrapper.quick_state()
 
         def fetch() -> list[Any]:
             return [_tensor(owner, *each) for each in where]
@@ -401,15 +408,10 @@ class _Loader:
             except (AttributeError, LookupError):
                 return False
             return (
-                _torch_wrapper.quick_state() == state
-                and all(map(torch.is_tensor, now))
+                all(map(torch.is_tensor, now))
                 and [tensor_kind(tensor) for tensor in now] == kinds
-                and checker.holds()
+                and check_facts()
             )
-
-        def check_rest(_: Any, tensors: Any, reads: Reads | None) -> Callable[[], bool]:
-            rest = checker.rest(reads)
-            return lambda: _torch_wrapper.quick_state() == state and rest()
 
         def explain() -> str:
             return checker.explain()
@@ -427,7 +429,22 @@ class _Loader:
             explain,
             piece_count=data["pieces"],
             unique=tuple(data["unique"]),
+            check_facts=check_facts,
         )
+
+
+def _checks_of(checker: Checker) -> tuple[Callable[[], bool], CheckRest]:
+    """`Graph.check_facts` and `Graph.check_rest` of all graphs that rely on these facts."""
+    state = _torch_wrapper.quick_state()
+
+    def check_facts() -> bool:
+        return _torch_wrapper.quick_state() == state and checker.holds()
+
+    def check_rest(_: Any, tensors: Any, reads: Reads | None) -> Callable[[], bool]:
+        rest = checker.rest(reads)
+        return lambda: _torch_wrapper.quick_state() == state and rest()
+
+    return check_facts, check_rest
 
 
 def _onednn() -> None:

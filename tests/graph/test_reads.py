@@ -10,7 +10,7 @@ import torch
 import splitpoint
 from splitpoint import Config, errors
 from splitpoint.graph.facts import names_of
-from splitpoint.graph.reads import Cells, Reads
+from splitpoint.graph.reads import Cells, ModuleReads, Reads
 from splitpoint.module_watch import PATIENCE, tree_ids, watch_reads
 
 needs_tags = pytest.mark.skipif(
@@ -153,6 +153,48 @@ def test_what_may_change_unseen_is_refused(what):
     assert not Reads().sees(UNSEEN[what], make())
 
 
+OVER_M = (
+    *("len(m._forward_hooks)", "len(m._forward_pre_hooks)", "type(m)", "m.settings.rate"),
+    *("dict(type(m).__dict__)['forward']", "dict(type(m).__mro__[1].__dict__)['forward'].__code__"),
+    *("type(m).__mro__[0].forward", "type(m).nothing", "m.settings.half", "G['settings'].kind"),
+    *("len(self._modules['inner']._forward_hooks)", "type(m.settings)", "m is self"),
+)
+
+
+class Derived(Model):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def places(reads):
+    """What is noted, in no order."""
+    keyed = {id(d): {k: id(v) for k, v in values.items()} for d, values in reads.keyed}
+    elements = {(id(held), index) for held, index in reads.lists}
+    return set(map(id, reads.whole)), keyed, set(map(id, reads.objects)), elements
+
+
+def test_many_modules_are_read_at_once_as_they_are_one_by_one():
+    names = make()
+    modules = [names["self"], Model(), Model(), Derived(), Derived(), names["self"].inner]
+    tree = set().union(*map(tree_ids, modules[:4]))
+    several, single = Reads(tree), Reads(tree)
+    seen = {}
+    for module in modules:
+        inner = {**names, "m": module}
+        found = ModuleReads.of(OVER_M).unseen(several, module, inner, seen)
+        assert set(found) == {code for code in OVER_M if not single.sees(code, inner)}
+    assert places(several) == places(single)
+    assert places(several.way()) == places(single.way())
+
+
+def test_a_module_without_hooks_of_its_own_is_refused():
+    names = make()
+    del vars(names["self"])["_forward_hooks"]
+    codes = ["len(m._forward_hooks)", "len(m._forward_pre_hooks)"]
+    inner = {**names, "m": names["self"]}
+    assert "len(m._forward_hooks)" in ModuleReads.of(codes).unseen(Reads(), inner["m"], inner, {})
+
+
 # --- in a compiled model ---------------------------------------------------------------
 
 SOURCE = """
@@ -249,6 +291,11 @@ def test_changes_of_a_compiled_model(source, tmp_path, start, kernel):
             for _ in range(2):
                 torch.testing.assert_close(compiled(x), model(x), msg=name)
             # What was replaced is watched from then on.
+            hook = model.blocks[1].linear.register_forward_hook(lambda *_: _[2] * 2)
+            with pytest.raises(errors.StateChanged):
+                compiled(x)
+            hook.remove()
+            torch.testing.assert_close(compiled(x), model(x), msg=name)
             model.blocks[1].scale = 0.75
         with pytest.raises(errors.StateChanged):
             compiled(x)

@@ -126,7 +126,9 @@ def test_a_changed_option_of_inductors_changes_the_key_until_it_is_undone() -> N
 OWN_FILES = (
     *("_torch.py", "_torch_wrapper.py", "graph/pieces.py", "compilers/wrapper.py"),
     *("passes/linear.py", "store/artifact.py", "kernels/build.py", "runner/native.py"),
-    *("warm.py", "ranges.py"),
+    *("warm.py", "ranges.py", "api.py", "program.py", "lanes.py", "kernel_choice.py"),
+    *("packing.py", "freed.py", "tuning/linear.py", "collectives/ops.py", "collectives/shm.py"),
+    *("collectives/seeds.json", "kernels/linear_packed.h", "store/__init__.py"),
 )
 OTHER_FILES = ("cli.py", "errors.py", "bench/startup.py", "report/plots.py")
 
@@ -149,6 +151,11 @@ def test_own_code_changes_the_key_where_it_decides_what_is_stored(
             key._software.cache_clear()
             assert changed(before, key.environment()) == expected, name
             (package / name).write_text(text)
+    for name, expected in (("passes/new.py", {"splitpoint"}), ("bench/new.py", set())):
+        (package / name).touch()
+        key._software.cache_clear()
+        assert changed(before, key.environment()) == expected, name
+        (package / name).unlink()
 
 
 # --- what changes no key ---------------------------------------------------------------

@@ -75,7 +75,7 @@ def _splitpoint(model: Any, config: Config, arguments: dict[str, Any]) -> dict[s
     with (
         patch.object(api, "cover", parts.around("capture", cover)),
         patch.object(Program, "compile_all", parts.around("compile", Program.compile_all)),
-        patch.object(PackedWeights, "get", parts.around("pack", PackedWeights.get)),
+        patch.object(PackedWeights, "_add", parts.around("pack", PackedWeights._add)),
         patch.object(api.CompiledModel, "_start", parts.around("start", api.CompiledModel._start)),
     ):
         start = cpu_s()

@@ -355,19 +355,21 @@ def held(owner: torch.nn.Module | None, tensors: list[Any]) -> tuple[Held, ...] 
     """What to compare to notice that a module tree holds other tensors than these; None when
     it does not hold all of them."""
     wanted = {id(tensor) for tensor in tensors}
-    found: dict[tuple[int, str], Held] = {}
+    found: list[Held] = []
 
-    def visit(module: torch.nn.Module, way: list[Held]) -> None:
+    def visit(module: torch.nn.Module) -> None:
         for holder in (module._parameters, module._buffers):
             for key, tensor in holder.items():
                 if id(tensor) in wanted:
                     wanted.discard(id(tensor))
-                    for step in [*way, Held(holder, key, tensor)]:
-                        found[id(step.holder), step.key] = step
+                    found.append(Held(holder, key, tensor))
         for key, child in module._modules.items():
             if child is not None:
-                visit(child, [*way, Held(module._modules, key, child)])
+                before = len(found)
+                visit(child)
+                if len(found) > before:  # something is found by way of the child
+                    found.insert(before, Held(module._modules, key, child))
 
     if owner is not None:
-        visit(owner, [])
-    return None if wanted else tuple(found.values())
+        visit(owner)
+    return None if wanted else tuple(found)

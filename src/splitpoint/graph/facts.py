@@ -31,13 +31,14 @@ from ..store.code import (
     nested,
 )
 from .methods import Methods, Named
-from .reads import Cells, Reads
+from .reads import Cells, ModuleReads, Reads
 
 _CHAIN = re.compile(r"\bself((?:\._modules\['[^']*'\])+)")
 _STEP = re.compile(r"\['([^']*)'\]")
 
 _WATCHED = re.compile(
     r"(type\()?m(\.\w+)?\)?"
+    r"|m\._(modules|parameters|buffers)\['[^']*'\]"
     r"|'\w+' in vars\(m\)"
     r"|hasattr\(m, '\w+'\)"
     r"|tuple\(m\._(modules|parameters|buffers)\)"
@@ -309,6 +310,7 @@ class Checker:
         names = self.roots.names()
         broken: list[str] = []
         proven: dict[int, list[tuple[Any, ...]]] = {}
+        found = {"": self.roots.owner}
         try:
             functions = [_function(kind.codes, "m", names) for kind in self.facts.kinds]
             self._loose = _function(self.facts.loose.codes, "", names)
@@ -317,7 +319,7 @@ class Checker:
         for path, index in self.facts.modules:
             kind = self.facts.kinds[index]
             try:
-                module = _submodule(self.roots.owner, path)
+                module = _submodule(found, path)
                 values = functions[index](module)
                 is_known = any(_same(values, known) for known in proven.get(index, ()))
             except _GONE as error:
@@ -329,8 +331,8 @@ class Checker:
                 if wrong:
                     continue
                 proven.setdefault(index, []).append(values)
+                self._note_code(values)
             self._values.append((path, functions[index], values))
-            self._note_code(values)
         try:
             self._loose_now = self._loose()
         except _GONE as error:
@@ -357,11 +359,15 @@ class Checker:
             [code for code in kind.codes if not _WATCHED.fullmatch(code)]
             for kind in self.facts.kinds
         ]
+        asked = [ModuleReads.of(codes) for codes in unwatched]
+        seen: dict[tuple[str, type], bool] = {}
         parts: dict[tuple[str, ...], list[Any]] = {}
+        found = {"": self.roots.owner}
         for path, index in self.facts.modules:
-            module = _submodule(self.roots.owner, path)
-            inner = {**names, "m": module}
-            left = [c for c in unwatched[index] if reads is None or not reads.sees(c, inner)]
+            module = _submodule(found, path)
+            left = unwatched[index]
+            if reads is not None:
+                left = asked[index].unseen(reads, module, {**names, "m": module}, seen)
             if left:
                 parts.setdefault(tuple(left), []).append(module)
         loose = [c for c in self.facts.loose.codes if reads is None or not reads.sees(c, names)]
@@ -387,8 +393,9 @@ class Checker:
     def holds(self) -> bool:
         """Whether all facts still hold."""
         try:
+            found = {"": self.roots.owner}
             for path, function, values in self._values:
-                if not _same(function(_submodule(self.roots.owner, path)), values):
+                if not _same(function(_submodule(found, path)), values):
                     return False
             return (
                 _same(self._loose(), self._loose_now)
@@ -416,11 +423,12 @@ def _same(values: tuple[Any, ...], known: tuple[Any, ...]) -> bool:
     )
 
 
-def _submodule(owner: torch.nn.Module | None, path: str) -> Any:
-    module: Any = owner
-    for name in path.split(".") if path else ():
-        module = module._modules[name]
-    return module
+def _submodule(found: dict[str, Any], path: str) -> Any:
+    """The module at a path; `found` has the owner at "", and remembers what is on the way."""
+    if path not in found:
+        parent, _, name = path.rpartition(".")
+        found[path] = _submodule(found, parent)._modules[name]
+    return found[path]
 
 
 def _differences(kind: Kind, values: Sequence[Any], describer: Describer) -> list[str]:

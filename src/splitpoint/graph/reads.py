@@ -15,7 +15,8 @@ import gc
 import re
 import types
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -91,8 +92,6 @@ class Reads:
     """
 
     def __init__(self, tree: Collection[int] = ()) -> None:
-        self.whole: list[dict[Any, Any]] = []
-        """Dicts nothing in which may change."""
         self.objects: list[Any] = []
         """Functions, cells, classes and others, whose own fields (code; contents; bases; class
         and dict) may not change."""
@@ -102,7 +101,17 @@ class Reads:
         self._keyed: dict[int, tuple[dict[Any, Any], dict[Any, Any]]] = {}
         self._tree = frozenset(tree)
         self._noted: set[Any] = set()
+        self._whole: dict[int, dict[Any, Any]] = {}
         self._modules: dict[str, torch.nn.Module] = {}
+        self._inherited: dict[tuple[type, str, type | None], Any] = {}
+        """What was found in classes before."""
+        self._chains: dict[str, Any] = {}
+        """What chains of attributes that do not start at `m` lead to."""
+
+    @property
+    def whole(self) -> list[dict[Any, Any]]:
+        """Dicts nothing in which may change."""
+        return list(self._whole.values())
 
     @property
     def keyed(self) -> list[Keyed]:
@@ -122,7 +131,9 @@ class Reads:
             if hooks := _HOOKS_OF.fullmatch(code):
                 self._all(self._key(vars(self._module(hooks[1], names)), hooks[2]))
                 return True
-            self._settle(self._value(_parsed(code), names))
+            chain = _CHAIN.fullmatch(code)
+            value = self._chain(code, names) if chain else self._value(_parsed(code), names)
+            self._settle(value)
         except (Unwatchable, LookupError):
             return False
         return True
@@ -136,6 +147,38 @@ class Reads:
     def function(self, function: types.FunctionType) -> None:
         """Note the code of a function."""
         self._object(function)
+
+    def sees_hooks(self, module: torch.nn.Module, names: Sequence[str]) -> bool:
+        """`sees` of `len(m.name)` for several of a module's dicts of hooks."""
+        own = vars(module)
+        try:
+            found = {name: own[name] for name in names}
+        except KeyError:
+            return False
+        if id(own) in self._tree:
+            self.way().note(own, found)
+        else:
+            self.note(own, found)
+        self._whole.update((id(h), h) for h in found.values() if id(h) not in self._tree)
+        return True
+
+    def sees_type(self, module: torch.nn.Module) -> None:
+        """`sees` of `type(m)`."""
+        self._object(module)
+
+    def note(self, holder: dict[Any, Any], values: Mapping[Any, Any]) -> None:
+        """Note what some keys of a dict are."""
+        self._keyed.setdefault(id(holder), (holder, {}))[1].update(values)
+
+    def _chain(self, code: str, names: Mapping[str, Any]) -> Any:
+        """`_value` of a root and attributes of it. Those of one capture have much in common."""
+        if code not in self._chains:
+            if code.endswith("]"):
+                self._chains[code] = self._value(_parsed(code), names)
+            else:
+                inner, _, name = code.rpartition(".")
+                self._chains[code] = self._attribute(self._chain(inner, names), name)
+        return self._chains[code]
 
     def _module(self, code: str, names: Mapping[str, Any]) -> torch.nn.Module:
         if code == "m":
@@ -172,9 +215,8 @@ class Reads:
 
     def _all(self, holder: Any) -> None:
         """Note a whole dict."""
-        if id(holder) not in self._tree and ("all", id(holder)) not in self._noted:
-            self._noted.add(("all", id(holder)))
-            self.whole.append(holder)
+        if id(holder) not in self._tree:
+            self._whole[id(holder)] = holder
 
     def _element(self, holder: list[Any], index: int) -> None:
         if (id(holder), index) not in self._noted:
@@ -184,13 +226,15 @@ class Reads:
     # --- expressions -------------------------------------------------------------------
 
     def _value(self, node: ast.AST, names: Mapping[str, Any]) -> Any:
+        kind = type(node)  # the three that most nodes are, before patterns are tried in turn
+        if kind is ast.Constant:
+            return cast(ast.Constant, node).value
+        if kind is ast.Name:
+            return names[cast(ast.Name, node).id]
+        if kind is ast.Attribute:
+            attribute = cast(ast.Attribute, node)
+            return self._attribute(self._value(attribute.value, names), attribute.attr)
         match node:
-            case ast.Constant(value):
-                return value
-            case ast.Name(name):
-                return names[name]
-            case ast.Attribute(inner, name):
-                return self._attribute(self._value(inner, names), name)
             case ast.Subscript(ast.Name("M" | "C" as root), ast.Constant(key)):
                 return names[root][key]  # which object that is was settled when it was looked up
             case ast.Subscript(inner, key):
@@ -356,6 +400,12 @@ class Reads:
 
     def _in_classes(self, kind: type, name: str, but: type | None = None) -> Any:
         """What the first of a class and its bases has under a name, or `ABSENT`."""
+        key = (kind, name, but)
+        if key not in self._inherited:
+            self._inherited[key] = self._look_up(kind, name, but)
+        return self._inherited[key]
+
+    def _look_up(self, kind: type, name: str, but: type | None) -> Any:
         self._object(kind)
         for base in kind.__mro__:
             if base is but:
@@ -374,6 +424,63 @@ _HOOKS = tuple(name for name in vars(torch.nn.Module()) if "_hooks" in name)
 
 _HOOKS_OF = re.compile(rf"len\((m|self(?:\._modules\['[^']*'\])*)\.({'|'.join(_HOOKS)})\)")
 """What is asked six times of each module, so that it has a short cut."""
+
+_CHAIN = re.compile(r"[FGMCB]\['[^']*'\](\.\w+)*")
+"""Most of what is read of globals and modules, so that it need not be parsed."""
+
+
+@dataclass(frozen=True)
+class ModuleReads:
+    """The expressions over one module `m` that a `Reads` is asked of, for many modules."""
+
+    hooks: tuple[str, ...]
+    """Dicts of the module of which the length is asked."""
+    by_type: tuple[str, ...]
+    """Expressions whose values, and what they read but the type itself, follow from `type(m)`."""
+    rest: tuple[str, ...]
+
+    @classmethod
+    def of(cls, codes: Iterable[str]) -> ModuleReads:
+        """Sort expressions."""
+        hooks: list[str] = []
+        by_type: list[str] = []
+        rest: list[str] = []
+        for code in codes:
+            match = _HOOKS_OF.fullmatch(code)
+            if match and match[1] == "m":
+                hooks.append(match[2])
+            elif "type(m)" in code and not _MODULE.search(code.replace("type(m)", "")):
+                by_type.append(code)
+            else:
+                rest.append(code)
+        return cls(tuple(hooks), tuple(by_type), tuple(rest))
+
+    def unseen(
+        self,
+        reads: Reads,
+        module: torch.nn.Module,
+        names: Mapping[str, Any],
+        seen: dict[tuple[str, type], bool],
+    ) -> list[str]:
+        """Let `reads` note what the expressions read, and return those that it cannot see.
+
+        Args:
+            names: as for `Reads.sees`; the module among them.
+            seen: what was found of types before. For one `Reads`.
+        """
+        kind = type(module)
+        for code in self.by_type:
+            if (code, kind) not in seen:
+                seen[code, kind] = reads.sees(code, names)
+        if self.by_type:
+            reads.sees_type(module)
+        left = [code for code in self.by_type if not seen[code, kind]]
+        if not reads.sees_hooks(module, self.hooks):
+            left += [f"len(m.{name})" for name in self.hooks]
+        return left + [code for code in self.rest if not reads.sees(code, names)]
+
+
+_MODULE = re.compile(r"\bm\b")
 
 
 @functools.lru_cache(maxsize=4096)

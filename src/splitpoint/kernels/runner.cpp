@@ -121,6 +121,9 @@ using Word = uint64_t;
 static_assert(sizeof(void*) == sizeof(Word));
 constexpr size_t kMostArguments = 64;
 
+// Of a piece: more is a mistake, and not worth the memory.
+constexpr int32_t kMostSlots = 1 << 20;
+
 using CallWords = void (*)(void*, const Word*);
 
 template <size_t N>
@@ -179,6 +182,20 @@ struct Operator {
   bool is_list;                  // one list of tensors
 };
 
+// A step of a piece as it is read, over numbered slots instead of operands.
+struct PieceStep {
+  Step step;                   // `dst` and `src` are slots, `first` is not used
+  std::vector<int32_t> words;  // as those from `first` on, slots where operands will be
+  std::optional<Operator> op;  // over slots
+};
+
+// A piece is read once and placed wherever it is called.
+struct Piece {
+  std::vector<int32_t> parameters, outputs;  // slots
+  std::vector<PieceStep> steps;
+  int32_t slots = 0;
+};
+
 using LinearPacked = std::vector<Tensor>(const Tensor&, at::TensorList, at::IntArrayRef,
                                          at::TensorList, at::TensorList,
                                          const std::optional<Tensor>&, std::string_view, bool);
@@ -212,18 +229,12 @@ class Program {
       : inputs_(inputs), bound_(bound) {
     TORCH_CHECK_VALUE(inputs < INT32_MAX / 2 && bound < INT32_MAX / 2,
                       "a program cannot take so many tensors");
-    for (const py::handle piece : pieces) {
-      std::vector<int32_t> indices;
-      for (const py::handle path : piece["kernels"]) {
-        kernels_.push_back(kernel_of(py::cast<std::string>(path)));
-        indices.push_back(static_cast<int32_t>(kernels_.size()) - 1);
-      }
-      piece_kernels_.push_back(std::move(indices));
-    }
-    for (const py::handle step : steps) add(py::cast<py::list>(step), pieces);
+    for (const py::handle piece : pieces) pieces_.push_back(read_piece(piece));
+    for (const py::handle step : steps) add(py::cast<py::list>(step));
     for (const py::handle id : outputs) outputs_.push_back(outer(py::cast<int32_t>(id)));
     TORCH_CHECK_VALUE(words_.size() < INT32_MAX && registers_.size() < INT32_MAX,
                       "a program is too long");
+    pieces_.clear();
   }
 
   size_t inputs() const { return inputs_; }
@@ -455,13 +466,11 @@ class Program {
     return found->second;
   }
 
-  void dims(Step& step, const py::handle& sizes, const py::handle& strides) {
-    step.first = static_cast<int32_t>(words_.size());
-    for (const py::handle each : sizes) words_.push_back(value(each));
-    const auto half = static_cast<int32_t>(words_.size()) - step.first;
-    for (const py::handle each : strides) words_.push_back(value(each));
-    step.count = static_cast<int32_t>(words_.size()) - step.first;
-    TORCH_CHECK_VALUE(step.count == 2 * half, "as many strides as sizes are needed");
+  void dims(PieceStep& step, const py::handle& sizes, const py::handle& strides) {
+    for (const py::handle each : sizes) step.words.push_back(value(each));
+    const size_t half = step.words.size();
+    for (const py::handle each : strides) step.words.push_back(value(each));
+    TORCH_CHECK_VALUE(step.words.size() == 2 * half, "as many strides as sizes are needed");
   }
 
   int32_t text(const py::handle& what) {
@@ -513,25 +522,24 @@ class Program {
     return found->second;
   }
 
-  void add(const py::list& step, const py::list& pieces) {
+  void add(const py::list& step) {
     const auto kind = py::cast<std::string>(step[0]);
     if (kind == "piece") {
-      add_piece(py::cast<int32_t>(step[1]), pieces, step[2], step[3], step[4]);
+      add_piece(pieces_.at(py::cast<size_t>(step[1])), numbers(step[2]), numbers(step[3]),
+                numbers(step[4]));
     } else if (kind == "op") {
-      const auto resolve = [&](int32_t id) { return outer(id); };
-      std::vector<Operand> results;
-      std::vector<std::pair<int32_t, Operand>> made;
-      for (const py::handle id : step[2]) {
-        const int32_t of = py::cast<int32_t>(id);
-        results.push_back(of < 0 ? kNone : take());
-        if (of >= 0) made.emplace_back(of, results.back());
+      Operator made = read_operator(py::cast<std::string>(step[1]), step[3], step[4],
+                                    [&](int32_t id) { return outer(id); });
+      const std::vector<int32_t> ids = numbers(step[2]);
+      for (const int32_t id : ids) made.results.push_back(id < 0 ? kNone : take());
+      for (size_t i = 0; i < ids.size(); ++i) {
+        if (ids[i] >= 0) define_outer(ids[i], made.results[i]);
       }
-      add_operator(py::cast<std::string>(step[1]), results, step[3], step[4], resolve);
-      for (const auto& [id, operand] : made) define_outer(id, operand);
+      add_operator(std::move(made));
     } else {
       TORCH_CHECK_VALUE(kind == "free", "no step is called ", kind);
       std::vector<int32_t> dead;
-      for (const py::handle id : step[1]) drop_outer(py::cast<int32_t>(id), dead);
+      for (const int32_t id : numbers(step[1])) drop_outer(id, dead);
       release(dead);
     }
   }
@@ -539,6 +547,12 @@ class Program {
   void define_outer(int32_t id, Operand operand) {
     TORCH_CHECK_VALUE(id >= 0 && outer_.emplace(id, operand).second, "a step makes value ", id,
                       ", which is there already or cannot be made");
+  }
+
+  static std::vector<int32_t> numbers(const py::handle& given) {
+    std::vector<int32_t> made;
+    for (const py::handle each : given) made.push_back(py::cast<int32_t>(each));
+    return made;
   }
 
   void drop_outer(int32_t id, std::vector<int32_t>& dead) {
@@ -550,61 +564,137 @@ class Program {
 
   // The steps of a piece, over registers of the whole. `last` are values that nobody reads
   // after this piece: they go with the piece's own last use.
-  void add_piece(int32_t index, const py::list& pieces, const py::handle& given,
-                 const py::handle& outputs, const py::handle& last) {
-    const py::handle piece = pieces[index];
-    std::map<int32_t, Operand> slots;
-    const py::list parameters = piece["parameters"];
-    const py::list inputs = py::cast<py::list>(given);
-    TORCH_CHECK_VALUE(parameters.size() == inputs.size(), "a piece takes ", parameters.size(),
-                      " tensors, got ", inputs.size());
+  void add_piece(const Piece& piece, const std::vector<int32_t>& inputs,
+                 const std::vector<int32_t>& outputs, const std::vector<int32_t>& last) {
+    std::vector<Operand> slots(piece.slots, kNone);  // kNone: nothing is there
+    TORCH_CHECK_VALUE(piece.parameters.size() == inputs.size(), "a piece takes ",
+                      piece.parameters.size(), " tensors, got ", inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i) {
-      const Operand operand = outer(py::cast<int32_t>(inputs[i]));
-      slots[py::cast<int32_t>(parameters[i])] = operand;
+      const Operand operand = outer(inputs[i]);
+      slots[piece.parameters[i]] = operand;
       name(operand);
     }
     std::vector<int32_t> dead;
-    for (const py::handle id : last) drop_outer(py::cast<int32_t>(id), dead);
+    for (const int32_t id : last) drop_outer(id, dead);
     TORCH_CHECK_VALUE(dead.empty(), "a piece's last values are none that it takes");
-    for (const py::handle step : piece["steps"]) {
-      add_inner(py::cast<py::list>(step), slots, piece_kernels_[index]);
-    }
-    const py::list results = piece["outputs"];
-    const py::list ids = py::cast<py::list>(outputs);
-    TORCH_CHECK_VALUE(results.size() == ids.size(), "a piece returns ", results.size(),
-                      " tensors, wanted ", ids.size());
-    for (size_t i = 0; i < ids.size(); ++i) {
-      const Operand operand = slots.at(py::cast<int32_t>(results[i]));
+    for (const PieceStep& step : piece.steps) place(step, slots);
+    TORCH_CHECK_VALUE(piece.outputs.size() == outputs.size(), "a piece returns ",
+                      piece.outputs.size(), " tensors, wanted ", outputs.size());
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      const Operand operand = filled(slots, piece.outputs[i]);
       name(operand);
-      define_outer(py::cast<int32_t>(ids[i]), operand);
+      define_outer(outputs[i], operand);
     }
-    for (const auto& [slot, operand] : slots) drop(operand, dead);
+    for (const Operand operand : slots) drop(operand, dead);
     release(dead);
   }
 
-  void add_inner(const py::list& step, std::map<int32_t, Operand>& slots,
-                 const std::vector<int32_t>& kernels) {
+  static Operand filled(const std::vector<Operand>& slots, int32_t slot) {
+    const Operand found = slots.at(slot);
+    TORCH_CHECK_VALUE(found != kNone, "a step reads slot ", slot, " before it is filled");
+    return found;
+  }
+
+  // A step of a piece over the operands that its slots have.
+  void place(const PieceStep& given, std::vector<Operand>& slots) {
+    Step made = given.step;
+    if (made.kind == Kind::free) {
+      std::vector<int32_t> dead;
+      for (const int32_t slot : given.words) {
+        drop(filled(slots, slot), dead);
+        slots[slot] = kNone;
+      }
+      return release(dead);
+    }
+    if (given.op) {
+      Operator op = *given.op;
+      for (Operand& each : op.results) {
+        if (each != kNone) each = take();
+      }
+      for (OpArgument& argument : op.arguments) {
+        if (argument.kind != OpArgument::Kind::tensor &&
+            argument.kind != OpArgument::Kind::tensors &&
+            argument.kind != OpArgument::Kind::optional_tensors) {
+          continue;
+        }
+        for (int32_t& each : argument.items) {
+          if (each != kNone) each = filled(slots, each);
+        }
+      }
+      for (size_t i = 0; i < op.results.size(); ++i) {
+        if (op.results[i] != kNone) slots[given.op->results[i]] = op.results[i];
+      }
+      return add_operator(std::move(op));
+    }
+    made.first = static_cast<int32_t>(words_.size());
+    words_.insert(words_.end(), given.words.begin(), given.words.end());
+    const auto place_word = [&](size_t at) {
+      int32_t& word = words_[made.first + at];
+      if (word != kNone) word = filled(slots, word);
+    };
+    switch (made.kind) {
+      case Kind::kernel:  // pairs of a slot and a value
+        for (size_t i = 0; i < given.words.size(); i += 2) place_word(i);
+        break;
+      case Kind::bump:
+        for (size_t i = 0; i < given.words.size(); ++i) place_word(i);
+        break;
+      case Kind::empty:
+        made.dst = slots[made.dst] = take();
+        break;
+      case Kind::view:
+        made.src = filled(slots, made.src);
+        made.dst = slots[made.dst] = take();
+        break;
+      default:
+        made.src = filled(slots, made.src);
+    }
+    steps_.push_back(made);
+  }
+
+  Piece read_piece(const py::handle& given) {
+    Piece made;
+    std::vector<int32_t> kernels;
+    for (const py::handle path : given["kernels"]) {
+      kernels.push_back(static_cast<int32_t>(kernels_.size()));
+      kernels_.push_back(kernel_of(py::cast<std::string>(path)));
+    }
+    const auto slot = [&](const py::handle& of) {
+      const int32_t found = py::cast<int32_t>(of);
+      TORCH_CHECK_VALUE(found >= 0 && found < kMostSlots, "a step has slot ", found);
+      made.slots = std::max(made.slots, found + 1);
+      return found;
+    };
+    for (const py::handle each : given["parameters"]) made.parameters.push_back(slot(each));
+    for (const py::handle step : given["steps"]) {
+      made.steps.push_back(read_step(py::cast<py::list>(step), slot, kernels));
+    }
+    for (const py::handle each : given["outputs"]) made.outputs.push_back(slot(each));
+    return made;
+  }
+
+  template <class F>
+  PieceStep read_step(const py::list& step, const F& slot, const std::vector<int32_t>& kernels) {
     const auto kind = py::cast<std::string>(step[0]);
-    const auto slot = [&](const py::handle& of) { return slots.at(py::cast<int32_t>(of)); };
-    const auto make = [&](const py::handle& of) { return slots[py::cast<int32_t>(of)] = take(); };
-    Step made{};
+    PieceStep read{};
+    Step& made = read.step;
     if (kind == "empty") {
       made.kind = Kind::empty;
       const py::object dtype = step[2];
       TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "a step allocates a dtype that is none");
       made.dtype = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
-      dims(made, step[3], step[4]);
-      made.dst = make(step[1]);
+      dims(read, step[3], step[4]);
+      made.dst = slot(step[1]);
     } else if (kind == "view") {
       made.kind = Kind::view;
       made.src = slot(step[2]);
-      dims(made, step[3], step[4]);
+      dims(read, step[3], step[4]);
       made.value = value(step[5]);
-      made.dst = make(step[1]);
+      made.dst = slot(step[1]);
     } else if (kind == "sizes") {
       made.kind = Kind::sizes;
       made.src = slot(step[1]);
-      dims(made, step[2], step[3]);
+      dims(read, step[2], step[3]);
       made.text = text(step[4]);
     } else if (kind == "align") {
       made.kind = Kind::align;
@@ -614,54 +704,38 @@ class Program {
     } else if (kind == "kernel") {
       made.kind = Kind::kernel;
       made.value = kernels.at(py::cast<size_t>(step[1]));
-      made.first = static_cast<int32_t>(words_.size());
       const py::list given = step[2];
-      made.count = static_cast<int32_t>(given.size());
       TORCH_CHECK_VALUE(given.size() <= kMostArguments, "a kernel takes ", given.size(),
                         " arguments");
       for (const py::handle each : given) {
         if (py::isinstance<py::list>(each)) {
           const auto place = py::reinterpret_borrow<py::list>(each);
-          words_.push_back(slot(place[0]));
-          words_.push_back(value(place[1]));
+          read.words.push_back(slot(place[0]));
+          read.words.push_back(value(place[1]));
         } else if (py::isinstance<py::str>(each)) {
-          words_.push_back(kNone);
-          words_.push_back(value(each));
+          read.words.push_back(kNone);
+          read.words.push_back(value(each));
         } else {
-          words_.push_back(slot(each));
-          words_.push_back(value(py::str("0")));
+          read.words.push_back(slot(each));
+          read.words.push_back(value(py::str("0")));
         }
       }
+      made.count = static_cast<int32_t>(given.size());
+      return read;
     } else if (kind == "op") {
-      const auto resolve = [&](int32_t of) { return slots.at(of); };
-      std::vector<std::pair<int32_t, Operand>> results;
-      std::vector<Operand> operands;
-      for (const py::handle of : step[2]) {
-        const int32_t id = py::cast<int32_t>(of);
-        operands.push_back(id < 0 ? kNone : take());
-        if (id >= 0) results.emplace_back(id, operands.back());
+      made.kind = Kind::op;
+      read.op = read_operator(py::cast<std::string>(step[1]), step[3], step[4],
+                              [&](int32_t of) { return slot(py::int_(of)); });
+      for (const int32_t id : numbers(step[2])) {
+        read.op->results.push_back(id < 0 ? kNone : slot(py::int_(id)));
       }
-      add_operator(py::cast<std::string>(step[1]), operands, step[3], step[4], resolve);
-      for (const auto& [id, operand] : results) slots[id] = operand;
-      return;
-    } else if (kind == "free") {
-      std::vector<int32_t> dead;
-      for (const py::handle of : step[1]) {
-        const auto found = slots.find(py::cast<int32_t>(of));
-        TORCH_CHECK_VALUE(found != slots.end(), "a step frees a slot that is not there");
-        drop(found->second, dead);
-        slots.erase(found);
-      }
-      release(dead);
-      return;
     } else {
-      TORCH_CHECK_VALUE(kind == "bump", "no step is called ", kind);
-      made.kind = Kind::bump;
-      made.first = static_cast<int32_t>(words_.size());
-      for (const py::handle of : step[1]) words_.push_back(slot(of));
-      made.count = static_cast<int32_t>(words_.size()) - made.first;
+      TORCH_CHECK_VALUE(kind == "free" || kind == "bump", "no step is called ", kind);
+      made.kind = kind == "free" ? Kind::free : Kind::bump;
+      for (const py::handle of : step[1]) read.words.push_back(slot(of));
     }
-    steps_.push_back(made);
+    made.count = static_cast<int32_t>(read.words.size());
+    return read;
   }
 
   template <class F>
@@ -714,15 +788,16 @@ class Program {
     return false;
   }
 
+  // An operator without its results.
   template <class F>
-  void add_operator(const std::string& called, const std::vector<Operand>& results,
-                    const py::handle& positional, const py::handle& named, const F& resolve) {
+  Operator read_operator(const std::string& called, const py::handle& positional,
+                         const py::handle& named, const F& resolve) {
     const size_t dot = called.find('.', called.find("::"));
     const std::string base = called.substr(0, dot);
     std::string overload = dot == std::string::npos ? "" : called.substr(dot + 1);
     if (overload == "default") overload = "";
     Operator made{c10::Dispatcher::singleton().findSchemaOrThrow(base.c_str(), overload.c_str()),
-                  {}, results, false};
+                  {}, {}, false};
     const c10::FunctionSchema& schema = made.handle.schema();
     const auto args = py::cast<py::list>(positional);
     const auto kwargs = py::cast<py::dict>(named);
@@ -745,12 +820,17 @@ class Program {
     TORCH_CHECK_TYPE(used == args.size() + kwargs.size(), called, " is given too much");
     made.is_list = schema.returns().size() == 1 &&
                    schema.returns()[0].type()->isSubtypeOf(*c10::ListType::ofTensors());
-    TORCH_CHECK_VALUE(made.is_list || results.size() <= schema.returns().size(), called,
-                      " has ", schema.returns().size(), " results, wanted ", results.size());
-    if (called.starts_with("splitpoint::linear_") && add_linear(made)) return;
+    return made;
+  }
+
+  void add_operator(Operator&& op) {
+    const size_t returned = op.handle.schema().returns().size();
+    TORCH_CHECK_VALUE(op.is_list || op.results.size() <= returned, op.handle.operator_name().name,
+                      " has ", returned, " results, wanted ", op.results.size());
+    if (add_linear(op)) return;
     Step step{Kind::op};
     step.value = static_cast<int32_t>(operators_.size());
-    operators_.push_back(std::move(made));
+    operators_.push_back(std::move(op));
     steps_.push_back(step);
   }
 
@@ -816,7 +896,7 @@ class Program {
   std::vector<Operand> free_;
   std::unordered_map<std::string, int32_t> value_index_;
   std::unordered_map<int32_t, Operand> outer_;
-  std::vector<std::vector<int32_t>> piece_kernels_;
+  std::vector<Piece> pieces_;
 };
 
 // --- the Python type -------------------------------------------------------------------

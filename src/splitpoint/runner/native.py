@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ _LOCAL = re.compile(r"\b[av]\d+\b")
 def native(body: Body) -> Native | None:
     """The same as a body's lines with the runner; None where it has nothing to do or cannot be
     built here."""
-    known = [step is not None and _known(step, body) for step in body.steps]
+    operators = _operators(body)
+    known = [step is not None and _known(step, body, operators) for step in body.steps]
     if not any(known) or (make := program_type()) is None:
         return None
     lines: list[str] = []
@@ -41,7 +42,7 @@ def native(body: Body) -> Native | None:
             continue
         end = next((i for i in range(at, len(known)) if not known[i]), len(known))
         later = {name for line in body.lines[end:] for name in _LOCAL.findall(line)}
-        part = _Part(body, body.steps[at:end], later)
+        part = _Part(body, operators, body.steps[at:end], later)
         try:
             program = make(*part.program())
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -55,11 +56,16 @@ def native(body: Body) -> Native | None:
     return Native(tuple(lines), programs, tuple(bound), _torch_wrapper.interposed)
 
 
-def _known(step: Sequence[Any], body: Body) -> bool:
+def _operators(body: Body) -> dict[str, str]:
+    """The operators that steps call, by the names that they have in the body."""
+    called = {step[1] for step in body.steps if step is not None and step[0] == "op"}
+    found = {name: operator_name(body.names[name]) for name in called}
+    return {name: operator for name, operator in found.items() if operator is not None}
+
+
+def _known(step: Sequence[Any], body: Body, operators: Mapping[str, str]) -> bool:
     kind, name = step[0], step[1]
-    if kind == "piece":
-        return name in body.pieces
-    return kind == "free" or operator_name(body.names[name]) is not None
+    return kind == "free" or name in (body.pieces if kind == "piece" else operators)
 
 
 def operator_name(target: Any) -> str | None:
@@ -74,20 +80,24 @@ class _Part:
     """Consecutive steps of a body, over numbered values: those that it makes from 0 up, the
     module's tensors and then the arguments from -1 down."""
 
-    def __init__(self, body: Body, steps: Sequence[Any], later: set[str]) -> None:
+    def __init__(
+        self, body: Body, operators: Mapping[str, str], steps: Sequence[Any], later: set[str]
+    ) -> None:
         self.body = body
+        self.operators = operators
         self.steps = steps
         made = [name for step in steps for name in _made(step)]
         read = [name for step in steps for name in _read(step)]
-        outside = dict.fromkeys(name for name in read if name not in set(made))
+        inside = set(made)
+        outside = dict.fromkeys(name for name in read if name not in inside)
         self.bound = [name for name in outside if name.startswith("w")]
         self.inputs = [name for name in outside if not name.startswith("w")]
         self.ids = {name: index for index, name in enumerate(made)}
         for index, name in enumerate([*self.bound, *self.inputs]):
             self.ids[name] = -1 - index
-        freed = [name for step in steps if step[0] == "free" for name in step[1]]
+        freed = dict.fromkeys(name for step in steps if step[0] == "free" for name in step[1])
         self.outputs = [name for name in made if name in later and name not in freed]
-        self.freed = [name for name in freed if name not in made]
+        self.freed = [name for name in freed if name not in inside]
         self.given: set[str] = set()
         """Values that the piece just added frees itself."""
 
@@ -98,7 +108,8 @@ class _Part:
 
     def program(self) -> tuple[list[Any], list[Any], int, int, list[int]]:
         """The arguments of a program."""
-        names = list(dict.fromkeys(step[1] for step in self.steps if step[0] == "piece"))
+        names = dict.fromkeys(step[1] for step in self.steps if step[0] == "piece")
+        numbers = {name: number for number, name in enumerate(names)}
         pieces = [_piece(self.body.pieces[name]) for name in names]
         steps: list[Any] = []
         for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
@@ -106,14 +117,13 @@ class _Part:
                 last = after[1] if after is not None and after[0] == "free" else []
                 taken = {name for name in last if name in step[2] and self.ids[name] >= 0}
                 self.given = taken
-                made = [names.index(step[1]), self.of(step[2]), self.of(step[3])]
+                made = [numbers[step[1]], self.of(step[2]), self.of(step[3])]
                 steps.append(["piece", *made, self.of(sorted(taken))])
             elif step[0] == "op":
                 _, target, args, kwargs, output = step
-                name = operator_name(self.body.names[target])
                 named = {key: self.value(each) for key, each in kwargs.items()}
                 made = [[self.ids[output]], [self.value(each) for each in args], named]
-                steps.append(["op", name, *made])
+                steps.append(["op", self.operators[target], *made])
             else:
                 dead = [name for name in step[1] if self.ids.get(name, -1) >= 0]
                 dead = [name for name in dead if name not in self.given]

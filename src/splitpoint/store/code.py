@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import marshal
 import types
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 
 _CODE_FIELDS = (
@@ -15,7 +17,6 @@ _CODE_FIELDS = (
 """What of a code object decides what it does; not its file, its lines or its name."""
 
 Code = types.CodeType
-BUILTIN = types.BuiltinFunctionType
 
 
 def short(text: str | bytes) -> str:
@@ -31,20 +32,32 @@ def code_digest(code: Code) -> str:
     """A digest of a code object and those nested in it."""
     known = _digests.get(id(code))
     if known is None:
-        fields = [repr(getattr(code, name, b"")) for name in _CODE_FIELDS]
-        fields += map(_constant, code.co_consts)
-        known = _digests[id(code)] = (code, short("\n".join(fields)))
+        fields = _fields(code) + tuple(map(_constant, code.co_consts))
+        known = _digests[id(code)] = (code, short(marshal.dumps(fields, _MARSHAL_PLAIN)))
     return known[1]
 
 
-def _constant(value: object) -> str:
+_fields = attrgetter(*(name for name in _CODE_FIELDS if hasattr(Code, name)))
+
+_MARSHAL_PLAIN = 2
+"""The last version of marshal's format that does not tell objects from equal ones (interned
+strings, values met before): its bytes follow from the values alone."""
+
+
+def _constant(value: object) -> Any:
+    """A constant as marshal can write it: itself, or a tuple that says what it is."""
+    if type(value) in _PLAIN_CONSTANTS:
+        return value
     if isinstance(value, Code):
-        return f"code {code_digest(value)}"
+        return "code", code_digest(value)
     if isinstance(value, frozenset):  # iterates in another order in each process
-        return f"frozenset {sorted(map(_constant, value))}"
+        return "frozenset", *sorted(marshal.dumps(_constant(v), _MARSHAL_PLAIN) for v in value)
     if isinstance(value, tuple):
-        return f"({','.join(map(_constant, value))})"
-    return f"{type(value).__name__} {value!r}"
+        return "tuple", *map(_constant, value)
+    return type(value).__name__, repr(value)
+
+
+_PLAIN_CONSTANTS = frozenset((type(None), bool, int, float, complex, str, bytes))
 
 
 def nested(code: Code) -> Iterator[Code]:
@@ -83,6 +96,13 @@ def functions_of(value: Any) -> Iterator[types.FunctionType]:
             stack.append(each.__func__)
         elif isinstance(each, (functools.partial, functools.cached_property)):
             stack.append(each.func)
+
+
+_HOLD_FUNCTIONS = (
+    *(types.FunctionType, types.MethodType, property, staticmethod, classmethod),
+    *(functools.partial, functools.cached_property),
+)
+"""What `functions_of` finds functions in."""
 
 
 def function_digest(function: Any) -> str:
@@ -126,7 +146,11 @@ def _own_digest(base: type) -> str:
             continue
         if type(value) in (bool, int, float, str, bytes, type(None)):
             rows.append(f"{name} = {value!r}")
-        elif type(value) is not BUILTIN:
+        elif type(value) is types.FunctionType and not (
+            value.__closure__ or hasattr(value, "__wrapped__")
+        ):
+            rows.append(f"{name} {[code_digest(value.__code__)]}")  # as below, in short
+        elif isinstance(value, _HOLD_FUNCTIONS):
             found = [code_digest(function.__code__) for function in functions_of(value)]
             if found:
                 rows.append(f"{name} {found}")

@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Counts up when what is stored changes its meaning."""
 
-_OWN_CODE = (
-    *("_torch*.py", "graph/*.py", "compilers/*.py", "passes/*.py", "store/*.py", "kernels/*"),
-    *("runner/*.py", "warm.py", "ranges.py"),
+_NO_PART = frozenset(
+    ("__main__.py", "arguments", "bench", "cli.py", "errors.py", "report", "run.py", "__pycache__")
 )
-"""The files of this package that decide what is stored, beside its version."""
+"""What of this package has no say in what is stored: commands, what they print, and messages.
+All the rest may have one, so its source is in every key."""
 
 _NO_EFFECT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_MAX_JOBS")
 """Environment variables of Inductor's that do not change code."""
@@ -91,10 +92,10 @@ def _software() -> dict[str, str]:
 
     package = Path(__file__).parent.parent
     own = hashlib.sha256()
-    for path in sorted(
-        path for pattern in _OWN_CODE for path in package.glob(pattern) if path.is_file()
-    ):
-        own.update(hashlib.sha256(path.read_bytes()).digest())
+    for name, path in _sources(str(package), ""):
+        with open(path, "rb", buffering=0) as file:
+            source = file.read()
+        own.update(f"{name} {len(source)}\n".encode() + source)
     return {
         "format": str(FORMAT),
         "splitpoint": f"{__version__} {own.hexdigest()[:16]}",
@@ -102,6 +103,19 @@ def _software() -> dict[str, str]:
         "python": f"{sys.implementation.name} {platform.python_version()}",
         "system": f"{platform.system()} {platform.machine()} {platform.libc_ver()[0]}",
     }
+
+
+def _sources(folder: str, inside: str) -> Iterator[tuple[str, str]]:
+    """(name from the package's folder, path) of each file that has a part, in order of names."""
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=attrgetter("name"))
+    for entry in found:
+        if entry.name in _NO_PART and (not inside or entry.name == "__pycache__"):
+            continue
+        if entry.is_dir():
+            yield from _sources(entry.path, f"{inside}{entry.name}/")
+        else:
+            yield f"{inside}{entry.name}", entry.path
 
 
 @functools.cache
