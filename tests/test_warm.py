@@ -80,7 +80,8 @@ for size in (3, 1, 16):
 stats = compiled.stats()
 imported = [n for n in ("sympy", "torch._dynamo", "torch._inductor") if n in sys.modules]
 print(json.dumps(dict(wrong=wrong, compilations=stats.compilations, loads=stats.loads,
-    captures=stats.captures, imported=imported, lines=lines, plan=str(compiled.plan))))
+    captures=stats.captures, imported=imported, lines=lines, plan=str(compiled.plan),
+    occurrences=sorted((str(k[0]), k[1], n) for k, n in stats.occurrences.items()))))
 """
 
 
@@ -121,6 +122,8 @@ def test_a_second_process_loads_all_and_imports_no_compiler(place: Path, tmp_pat
     assert (warm["compilations"], warm["loads"]) == (0, 3)
     assert warm["imported"] == []
     assert (warm["captures"], warm["plan"]) == (cold["captures"], cold["plan"])
+    assert len(cold["occurrences"]) == 3
+    assert warm["occurrences"] == cold["occurrences"]
     # Elsewhere, for another HOME and another user's umask, with the store moved.
     other = tmp_path / "elsewhere"
     other.mkdir()

@@ -27,7 +27,7 @@ from .errors import (
 from .freed import check_whole
 from .graph.capture import Argument, SizeInput, capture
 from .graph.facts import Roots
-from .graph.pieces import CallPiece, split
+from .graph.pieces import split
 from .graph.regions import Regions, cover
 from .graph.signature import DynamicDims, Signature
 from .lanes import Graph
@@ -66,8 +66,8 @@ class Stats:
     """Ranges that could not be compiled in the background, and why; the model serves them."""
     matches: tuple[MatchCount, ...] = ()
     """What the passes matched, by (pass, piece, range)."""
-    occurrences: dict[str, int] = field(default_factory=dict)
-    """How often each piece (by fingerprint) occurs in the graphs."""
+    occurrences: dict[tuple[Range, str], int] = field(default_factory=dict)
+    """How often each compiled range calls each piece (by fingerprint)."""
 
     def matched(self, name: str) -> dict[Range, int]:
         """Matches of a pass by range of the plan, with those of equal pieces counted each. A
@@ -75,7 +75,7 @@ class Stats:
         counts: dict[Range, int] = {}
         for count in self.matches:
             if count.name == name and count.range in self.dispatches:
-                times = self.occurrences.get(count.piece, 1)
+                times = self.occurrences.get((count.range, count.piece), 1)
                 counts[count.range] = counts.get(count.range, 0) + times * (count.matches or 0)
         return counts
 
@@ -183,10 +183,11 @@ class CompiledModel:
             matches=tuple(counts.matches),
             occurrences=dict(
                 Counter(
-                    step.fingerprint
-                    for graph in graphs
-                    for step in graph.split.steps
-                    if isinstance(step, CallPiece)
+                    (lane.planned.range, step[1].removeprefix("p_"))
+                    for lane in lanes
+                    if lane.body is not None
+                    for step in lane.body.steps
+                    if step is not None and step[0] == "piece"
                 )
             ),
         )

@@ -44,6 +44,9 @@ def check(seed: int, columns: int) -> None:
             got = splitpoint.all_reduce(mine, group=name(), algorithm=algorithm)
             assert torch.all((got.double() - exact).abs() <= allowed), (dtype, algorithm)
             whole.append(got)
+            over = mine.clone()
+            splitpoint.all_reduce_(over, group=name(), algorithm=algorithm)
+            whole.append(over)
         assert all(torch.equal(each, whole[0]) for each in whole)
         share = splitpoint.reduce_scatter(mine, group=name())
         assert torch.equal(share, whole[0][2 * rank : 2 * rank + 2])
@@ -124,6 +127,7 @@ def opcheck() -> None:
         )
     for packet in (packets.all_reduce, packets.reduce_scatter, packets.all_gather):
         torch.library.opcheck(packet.default, (torch.randn(4, 6),), {"group": name()})
+    torch.library.opcheck(packets.all_reduce_.default, (torch.randn(4, 6),), {"group": name()})
 
 
 def compiled() -> None:
@@ -173,5 +177,8 @@ def check_gathers() -> None:
     x = torch.full((2 * ranks, 3), float(rank))
     total = sum(range(ranks))
     assert torch.equal(splitpoint.all_reduce(x, group=name()), torch.full_like(x, total))
+    over = x.clone()
+    splitpoint.all_reduce_(over, group=name())
+    assert torch.equal(over, torch.full_like(x, total))
     assert torch.equal(splitpoint.reduce_scatter(x, group=name()), torch.full((2, 3), float(total)))
     assert splitpoint.all_gather(x, group=name()).shape == (2 * ranks * ranks, 3)

@@ -44,12 +44,12 @@ void fused(const NormTable& table, Element element, int residual, Quant quant, i
   }
   const int64_t kept_item = residual == 2 ? 4 : item;
   Buffer residual_in(count * kept_item, kept_item), kept(count * kept_item, kept_item);
-  Buffer norm(count * item, item), weight(hidden * 4);
+  Buffer norm(count * item, item), weight(hidden * 4), narrow(hidden * item, item);
   Buffer quantised(quant == Quant::nvfp4 ? count / 2 : count, 1);
   Buffer scales(quant == Quant::nvfp4 ? count / kFp4Block : kRows * 4);
   a.ranks = ranks;
   a.residual = residual ? residual_in.as() : nullptr;
-  a.weight = weight.as<float>();
+  a.weight = weight.as();
   a.norm = norm.as();
   a.residual_out = kept.as();
   if (quant != Quant::none) {
@@ -58,6 +58,8 @@ void fused(const NormTable& table, Element element, int residual, Quant quant, i
   }
   a.hidden = hidden, a.eps = 1e-6f, a.quant_scale = 0.5f;
   a.input = element, a.residual_type = residual == 2 ? Element::f32 : element, a.quant = quant;
+  table.fused(a, 0, kRows);
+  a.weight = narrow.as(), a.weight_type = element;
   table.fused(a, 0, kRows);
   if (quant != Quant::none) {
     a.norm = nullptr, a.residual_out = nullptr;

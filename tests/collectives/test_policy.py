@@ -146,6 +146,18 @@ def test_measured_comes_before_seed_and_admission_before_both():
     assert policy.choose(replace(KEY, dtype="float32"), 64)[0] == "one_shot"
 
 
+def test_any_hidden_size_is_served_by_what_is_for_all_of_them():
+    one, all_ = (
+        Entry(replace(KEY, hidden=hidden), (Interval(None, algorithm),), "seed", "")
+        for hidden, algorithm in ((4096, "two_shot"), (None, "one_shot"))
+    )
+    anything = replace(KEY, hidden=None)
+    assert Policy((one, all_)).choose(anything, 1)[0] == "one_shot"
+    assert Policy((one, all_)).choose(replace(KEY, hidden=4096), 1)[0] == "two_shot"
+    assert Policy((one, all_)).choose(replace(KEY, hidden=2048), 1)[0] == "one_shot"
+    assert Policy((one,)).choose(anything, 1)[0] == "two_shot"
+
+
 def test_the_nearest_hidden_size_and_the_right_residual_decide():
     entries = [
         Entry(replace(KEY, hidden=h, residual=r), (Interval(None, a),), "measured", "")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from splitpoint.collectives import shm
 from splitpoint.collectives.reference import DTYPES, QUANTS
-from tests.collectives import cases, plain
+from tests.collectives import cases, native, plain
 from tests.collectives.cases import Case
 from tests.collectives.ranks import Ranks
 
@@ -156,6 +156,11 @@ def test_another_thread_runs_while_one_waits(attached: Attached) -> None:
 def test_opcheck_and_compile(attached: Attached) -> None:
     attached(2).run(plain.opcheck)
     attached(2).run(plain.compiled)
+
+
+def test_the_runner_is_python_to_the_bit(attached: Attached) -> None:
+    attached(2).run(native.forms)
+    attached(2).run(native.compare, random.Random().sample(range(1 << 30), 60))
 
 
 def test_a_group_without_a_workspace_is_served_by_the_reference() -> None:

@@ -36,6 +36,8 @@ LEAST_IDS = 100
 MORE_THAN_ALONE, FLOOR = 3.0, 1e-4
 """How much further from one rank in fp32 logits may be than those of one rank in the same dtype,
 and what is allowed in any case; relative to the largest logit. Sums over ranks round elsewhere."""
+GLOO_TURNS = 20
+"""How often a forward pass by gloo is timed."""
 CHAIN = 8
 """All-reduces with their norms that follow each other in the graph that predictions are made of."""
 CHAIN_S = 0.3
@@ -279,19 +281,16 @@ def _of(call: Callable[..., Any], inputs: tuple[Tensor, Tensor]) -> Callable[[],
 
 
 def _samples(calls: Mapping[str, Callable[[], Any]], budget_s: float) -> dict[str, list[float]]:
-    """Seconds of the slowest rank, turn by turn. `budget_s` is what each call is given in all;
-    gloo, which is slower, takes fewer turns, spread over the whole."""
+    """Seconds of the slowest rank, turn by turn; what comes first in a turn changes. `budget_s` is
+    what each call is given in all. Gloo, which is only there for a ratio, takes a few turns,
+    spread over the whole."""
     names = list(calls)
     single = dict(zip(names, _slowest([_seconds(calls[name]) for name in names]), strict=True))
-    fastest = min(single.values())
-    rounds = max(5, int(budget_s / fastest))
-    # The others are compared turn by turn.
-    every = {name: max(1, round(single[name] / fastest)) if name == GLOO else 1 for name in names}
+    rounds = max(GLOO_TURNS, int(budget_s / min(single.values())))
     samples: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            if turn % every[name] == 0 or len(samples[name]) < min(5, turn + 1):
+        for name in names if turn % 2 else reversed(names):
+            if name != GLOO or turn * GLOO_TURNS // rounds >= len(samples[name]):
                 samples[name].append(_seconds(calls[name]))
     return {name: _slowest(each) for name, each in samples.items()}
 

@@ -132,19 +132,20 @@ inline void quantise_fp4(const float* norm, int64_t hidden, float global, uint8_
   }
 }
 
-// Normalises and quantises a row of sums, which is overwritten.
-template <class T>
+// Normalises and quantises a row of sums, which is overwritten. W is the weight's type.
+template <class T, class W>
 inline void finish_row(const FusedArgs& a, int64_t row, float* total, float squares) {
   const int64_t hidden = a.hidden;
   const Vec scale = splat(1.0f / std::sqrt(squares / static_cast<float>(hidden) + a.eps));
   T* norm = a.norm ? static_cast<T*>(a.norm) + row * hidden : nullptr;
+  const W* weight = static_cast<const W*>(a.weight);
   if (a.quant == Quant::none) {
     int64_t i = 0;
     for (; i + kLanes <= hidden; i += kLanes) {
-      store(norm + i, load(total + i) * scale * load(a.weight + i));
+      store(norm + i, load(total + i) * scale * load(weight + i));
     }
     if (i < hidden) {
-      const Vec value = load(total + i) * scale * load_some(a.weight + i, hidden - i);
+      const Vec value = load(total + i) * scale * load_some(weight + i, hidden - i);
       store_some(norm + i, value, hidden - i);
     }
     return;
@@ -154,7 +155,7 @@ inline void finish_row(const FusedArgs& a, int64_t row, float* total, float squa
   int64_t i = 0;
   for (; i + kLanes <= hidden; i += kLanes) {
     T rounded[kLanes];
-    store(rounded, load(total + i) * scale * load(a.weight + i));
+    store(rounded, load(total + i) * scale * load(weight + i));
     if (norm) std::memcpy(norm + i, rounded, sizeof(rounded));
     const Vec value = load(rounded);
     store(total + i, value);
@@ -162,7 +163,7 @@ inline void finish_row(const FusedArgs& a, int64_t row, float* total, float squa
   }
   if (i < hidden) {
     T rounded[kLanes];
-    store(rounded, load(total + i) * scale * load_some(a.weight + i, hidden - i));
+    store(rounded, load(total + i) * scale * load_some(weight + i, hidden - i));
     if (norm) std::memcpy(norm + i, rounded, (hidden - i) * sizeof(T));
     const Vec value = load_some(rounded, hidden - i);
     store(total + i, value);
@@ -193,7 +194,9 @@ inline void fused_rows(const FusedArgs& a, int64_t row0, int64_t row1) {
   float* total = buffer.of(a.hidden);
   for (int64_t row = row0; row < row1; ++row) {
     const float squares = sum_row<T, R, kResidual, kRanks>(a, row, total);
-    if (a.norm || a.quantised) finish_row<T>(a, row, total, squares);
+    if (!a.norm && !a.quantised) continue;
+    a.weight_type == Element::f32 ? finish_row<T, float>(a, row, total, squares)
+                                  : finish_row<T, T>(a, row, total, squares);
   }
 }
 

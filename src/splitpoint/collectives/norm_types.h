@@ -22,7 +22,7 @@ struct FusedArgs {
   const char* sources[kMostRanks];  // each rank's input, in rank order
   int ranks;
   const void* residual;
-  const float* weight;              // [hidden], the bias added
+  const void* weight;               // [hidden], the bias added
   void* norm;                       // of the input's type
   void* residual_out;               // of the residual's type, or the input's without one
   uint8_t* quantised;               // [rows, hidden], or [rows, hidden / 2] for nvfp4
@@ -31,6 +31,7 @@ struct FusedArgs {
   float eps;
   float quant_scale;                // as the caller gave it
   Element input, residual_type;
+  Element weight_type;              // f32 or the input's
   Quant quant;
 };
 

@@ -6,14 +6,16 @@
 | `allreduce_rmsnorm.both` | (norm, residual): the form of most layers, cheaper to call |
 | `allreduce_rmsnorm_` | nothing: the norm lies in `input`, the sum in `residual` |
 | `all_reduce` | the sum, in `input`'s dtype |
+| `all_reduce_` | nothing: the sum lies in `input` |
 | `reduce_scatter` | this rank's share of the sum, dimension 0 split evenly |
 | `all_gather` | the ranks' inputs, joined along dimension 0 |
 
-All but the third are functional. `group` is a process group by the name that functional
-collectives give it. `input` is [..., hidden], bfloat16, float16 or float32; `residual` has its
-shape and its dtype or float32, and the sum is returned in the residual's dtype (the input's
-when there is none); `weight` is [hidden] of any of these dtypes, and `weight_bias` is added to
-it (Gemma's 1 + w). What was not asked for is an empty tensor of shape (0,).
+Those that end in _ write to their arguments, the others are functional. `group` is a process
+group by the name that functional collectives give it. `input` is [..., hidden], bfloat16, float16
+or float32; `residual` has its shape and its dtype or float32, and the sum is returned in the
+residual's dtype (the input's when there is none); `weight` is [hidden] of any of these dtypes, and
+`weight_bias` is added to it (Gemma's 1 + w). What was not asked for is an empty tensor of shape
+(0,).
 
 `algorithm` is "one_shot" (each rank reads everything and computes everything), "two_shot" (each
 rank computes its share of the rows and gives it to the others), intervals of the input's bytes
@@ -56,6 +58,7 @@ SCHEMAS = {
         'float weight_bias=0.0, str algorithm="auto") -> ()'
     ),
     "all_reduce": '(Tensor input, *, str group, str algorithm="auto") -> Tensor',
+    "all_reduce_": '(Tensor(a!) input, *, str group, str algorithm="auto") -> ()',
     "reduce_scatter": "(Tensor input, *, str group) -> Tensor",
     "all_gather": "(Tensor input, *, str group) -> Tensor",
 }
@@ -174,6 +177,10 @@ def _all_reduce(input: Tensor, *, group: str, algorithm: str = "auto") -> Tensor
     return input.new_empty(input.shape)
 
 
+def _all_reduce_(input: Tensor, *, group: str, algorithm: str = "auto") -> None:
+    pass
+
+
 def _reduce_scatter(input: Tensor, *, group: str) -> Tensor:
     rows, *rest = input.shape
     return input.new_empty((rows // _torch_distributed.group_of(group).size(), *rest))
@@ -189,6 +196,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "allreduce_rmsnorm.both": _allreduce_rmsnorm_both,
     "allreduce_rmsnorm_": _allreduce_rmsnorm_,
     "all_reduce": _all_reduce,
+    "all_reduce_": _all_reduce_,
     "reduce_scatter": _reduce_scatter,
     "all_gather": _all_gather,
 }

@@ -293,8 +293,9 @@ def _distance(entry: Entry, key: Key) -> tuple[float, ...] | None:
     if any(a not in (None, b) for a, b in exact):
         return None
     hidden = 0.0
-    if own.hidden is not None and key.hidden is not None:
-        hidden = abs(math.log2(own.hidden / key.hidden))
+    if own.hidden is not None:
+        # A key of any hidden size is served by an entry for all of them, if there is one.
+        hidden = abs(math.log2(own.hidden / key.hidden)) if key.hidden else math.inf
     return (
         entry.origin != "measured",
         own.residual not in (None, key.residual),

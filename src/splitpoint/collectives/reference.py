@@ -113,6 +113,11 @@ def all_reduce(input: Tensor, *, group: str, algorithm: str = "auto") -> Tensor:
     return _torch_distributed.all_reduce(input, group)
 
 
+def all_reduce_(input: Tensor, *, group: str, algorithm: str = "auto") -> None:
+    """`all_reduce` with the sum written to `input`."""
+    input.copy_(all_reduce(input, group=group))
+
+
 def reduce_scatter(input: Tensor, *, group: str) -> Tensor:
     """The group's own reduce-scatter along dimension 0."""
     world = _torch_distributed.group_of(group).size()

@@ -120,13 +120,15 @@ void run_fused(Workspace& workspace, const Fused& f) {
     const auto prepare_weight = [&] {
       const Element type = element_of(f.weight, "weight");
       const void* from = f.weight.const_data_ptr();
-      if (type == Element::f32 && call.weight_bias == 0) {
-        args.weight = static_cast<const float*>(from);
+      if ((type == Element::f32 || type == element) && call.weight_bias == 0) {
+        args.weight = from;
+        args.weight_type = type;
         return;
       }
       if (static_cast<int64_t>(workspace.weight.size()) < hidden) workspace.weight.resize(hidden);
       table->add_bias(from, type, call.weight_bias, workspace.weight.data(), hidden);
       args.weight = workspace.weight.data();
+      args.weight_type = Element::f32;
     };
     // Rows begin to end of the chunk that starts at row `first`.
     const auto compute = [&](const char* const* sources, int64_t first, int64_t begin,

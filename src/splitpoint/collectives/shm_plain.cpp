@@ -12,39 +12,29 @@
 namespace splitpoint {
 namespace {
 
-Tensor all_reduce(const Tensor& input_given, std::string_view group, std::string_view name) {
-  const std::shared_ptr<Workspace> workspace = find_workspace(group);
-  if (!workspace || name == "reference") {
-    if (workspace) meet_for_reference(*workspace);
-    static const auto reference =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("splitpoint_reference::all_reduce", "")
-            .typed<Tensor(const Tensor&, std::string_view, std::string_view)>();
-    return reference.call(input_given, group, name);
-  }
-  const int64_t count = input_given.numel();
+// The sum of a contiguous tensor over the ranks, into one that may be the same.
+void run_all_reduce(Workspace& workspace, const Tensor& input, const Tensor& out,
+                    std::string_view name) {
+  const int64_t count = input.numel();
   Call call{};
   call.operation = Operation::all_reduce;
   call.rows = count;
-  workspace->checked([&] {
-    call.element = element_of(input_given, "input");
-    call.algorithm =
-        workspace->algorithm(name, count * bytes_of(call.element), Quant::none);
+  workspace.checked([&] {
+    call.element = element_of(input, "input");
+    call.algorithm = workspace.algorithm(name, count * bytes_of(call.element), Quant::none);
   });
-  const Tensor input = input_given.contiguous();
-  const Tensor out = at::cpu::empty(input.sizes(), at::TensorOptions().dtype(input.scalar_type()));
   const int64_t item = bytes_of(call.element);
   const auto* from = static_cast<const char*>(input.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
   const NormTable* table = kernels();
-  const Copier copier{table, in_threads, workspace->past_caches()};
+  const Copier copier{table, in_threads, workspace.past_caches()};
   Results results;
   results.add(to, item);
-  const int64_t slot = workspace->slot_bytes();
-  const int64_t most = std::min(slot / item, results.fitting(slot, workspace->ranks()));
+  const int64_t slot = workspace.slot_bytes();
+  const int64_t most = std::min(slot / item, results.fitting(slot, workspace.ranks()));
   const Chunks chunks(count, most / 64 * 64);
 
-  workspace->run([&](Channel& channel) {
+  workspace.run([&](Channel& channel) {
     const auto compute = [&](const char* const* sources, int64_t first, int64_t begin,
                              int64_t end) {
       SumArgs args{};
@@ -75,7 +65,40 @@ Tensor all_reduce(const Tensor& input_given, std::string_view group, std::string
           });
         });
   });
+}
+
+Tensor all_reduce(const Tensor& input_given, std::string_view group, std::string_view name) {
+  const std::shared_ptr<Workspace> workspace = find_workspace(group);
+  if (!workspace || name == "reference") {
+    if (workspace) meet_for_reference(*workspace);
+    static const auto reference =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("splitpoint_reference::all_reduce", "")
+            .typed<Tensor(const Tensor&, std::string_view, std::string_view)>();
+    return reference.call(input_given, group, name);
+  }
+  workspace->checked([&] { element_of(input_given, "input"); });
+  const Tensor input = input_given.contiguous();
+  const Tensor out = at::cpu::empty(input.sizes(), at::TensorOptions().dtype(input.scalar_type()));
+  run_all_reduce(*workspace, input, out, name);
   return out;
+}
+
+void all_reduce_(const Tensor& input, std::string_view group, std::string_view name) {
+  const std::shared_ptr<Workspace> workspace = find_workspace(group);
+  if (!workspace || name == "reference") {
+    if (workspace) meet_for_reference(*workspace);
+    static const auto reference =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("splitpoint_reference::all_reduce_", "")
+            .typed<void(const Tensor&, std::string_view, std::string_view)>();
+    reference.call(input, group, name);
+    return;
+  }
+  workspace->checked([&] {
+    TORCH_CHECK_VALUE(input.is_contiguous(), "input must be contiguous to be written in place");
+  });
+  run_all_reduce(*workspace, input, input, name);
 }
 
 Tensor reduce_scatter(const Tensor& input_given, std::string_view group) {
@@ -191,6 +214,7 @@ Tensor all_gather(const Tensor& input_given, std::string_view group) {
 // Their schemas are in ops.py, where they are served by the reference before this is loaded.
 TORCH_LIBRARY_IMPL(splitpoint, CPU, m) {
   m.impl("all_reduce", all_reduce);
+  m.impl("all_reduce_", all_reduce_);
   m.impl("reduce_scatter", reduce_scatter);
   m.impl("all_gather", all_gather);
 }

@@ -249,7 +249,7 @@ def _attach(
 
 
 def _defaults(ranks: int) -> list[str]:
-    """What "auto" stands for by quantisation: the seeds, whose keys ask for no more on a CPU."""
+    """What "auto" stands for by quantisation: the seeds for any hidden size."""
     entries = (seed_policy().entry(Key("cpu", ranks, quant=quant)) for quant in QUANTS)
     return [spelled(entry.intervals) if entry else "one_shot" for entry in entries]
 

@@ -27,6 +27,8 @@
 #include <utility>
 #include <vector>
 
+#include "runner_collective.h"
+
 // As in torch/csrc/jit/python/pybind_utils.h, whose other declarations take seconds to compile.
 namespace torch::jit {
 TORCH_PYTHON_API c10::IValue toIValue(pybind11::handle given, const c10::TypePtr& type,
@@ -154,14 +156,16 @@ void* kernel_of(const std::string& path) {
 // into the arguments of the call.
 using Operand = int32_t;
 
-enum class Kind : uint8_t { empty, view, sizes, align, kernel, op, linear, free, bump };
+enum class Kind : uint8_t {
+  empty, view, sizes, align, kernel, op, linear, collective, free, bump
+};
 
 struct Step {
   Kind kind;
   at::ScalarType dtype = at::kFloat;
   Operand dst = 0, src = 0;
   int32_t first = 0, count = 0;  // in `words`: dimensions, kernel arguments or operands
-  int32_t value = 0;             // of `values`; of kernels, operators or linear layers
+  int32_t value = 0;             // of `values`; of kernels, operators, layers or collectives
   int32_t text = -1;             // of `texts`
 };
 
@@ -215,6 +219,14 @@ struct Linear {
   std::vector<Operand> results;
 };
 
+// A collective of this package between values of the run.
+struct CollectiveStep {
+  Collective call;
+  Operand x, residual, weight;    // kNone where there is none
+  std::array<Operand, 2> results; // the norm and the sum, or the sum; kNone where nobody wants it
+  bool last = false;              // nobody reads x and the residual after it
+};
+
 // The tensors of the module that a program reads. A new one is made when they change; calls
 // that run meanwhile go on with theirs.
 struct Binding {
@@ -232,6 +244,7 @@ class Program {
     for (const py::handle piece : pieces) pieces_.push_back(read_piece(piece));
     for (const py::handle step : steps) add(py::cast<py::list>(step));
     for (const py::handle id : outputs) outputs_.push_back(outer(py::cast<int32_t>(id)));
+    note_last_reads();
     TORCH_CHECK_VALUE(words_.size() < INT32_MAX && registers_.size() < INT32_MAX,
                       "a program is too long");
     pieces_.clear();
@@ -321,6 +334,9 @@ class Program {
         case Kind::linear:
           call_linear(linear_[step.value], binding.linear[step.value], frame, tensor);
           break;
+        case Kind::collective:
+          call_collective(collectives_[step.value], frame, tensor);
+          break;
         case Kind::free:
           for (int32_t i = 0; i < step.count; ++i) frame[words_[step.first + i]].reset();
           break;
@@ -404,6 +420,7 @@ class Program {
                           Frame& frame, const F& tensor) {
     std::optional<Tensor> residual;
     if (layer.residual != kNone) residual = tensor(layer.residual);
+    const PastAutograd past;
     std::vector<Tensor> found =
         layer.packed ? layer.packed->call(tensor(layer.x), lists[0], layer.n, lists[1], lists[2],
                                           residual, layer.activation, layer.gated)
@@ -411,6 +428,34 @@ class Program {
                                         layer.activation, layer.gated);
     for (size_t i = 0; i < layer.results.size(); ++i) {
       if (layer.results[i] != kNone) frame[layer.results[i]] = std::move(found.at(i));
+    }
+  }
+
+  template <class F>
+  static void call_collective(const CollectiveStep& step, Frame& frame, const F& tensor) {
+    // A result is a register of its own, and what it is moved from is freed by the next step.
+    const auto give = [&](size_t result, Tensor made) {
+      if (step.results[result] != kNone) frame[step.results[result]] = std::move(made);
+    };
+    const bool over = step.last && !c10::GradMode::is_enabled() && has_one_owner(frame[step.x]) &&
+                      (step.residual == kNone || has_one_owner(frame[step.residual]));
+    if (!step.call.has_norm()) {
+      if (over) {
+        step.call.reduce_over(frame[step.x]);
+        give(0, std::move(frame[step.x]));
+      } else {
+        give(0, step.call.reduce(tensor(step.x)));
+      }
+    } else if (over) {
+      step.call.fuse_over(frame[step.x], frame[step.residual], tensor(step.weight));
+      give(0, std::move(frame[step.x]));
+      give(1, std::move(frame[step.residual]));
+    } else {
+      std::optional<Tensor> residual;
+      if (step.residual != kNone) residual = tensor(step.residual);
+      auto [norm, sum] = step.call.fuse(tensor(step.x), residual, tensor(step.weight));
+      give(0, std::move(norm));
+      give(1, std::move(sum));
     }
   }
 
@@ -828,6 +873,7 @@ class Program {
     TORCH_CHECK_VALUE(op.is_list || op.results.size() <= returned, op.handle.operator_name().name,
                       " has ", returned, " results, wanted ", op.results.size());
     if (add_linear(op)) return;
+    if (add_collective(op)) return;
     Step step{Kind::op};
     step.value = static_cast<int32_t>(operators_.size());
     operators_.push_back(std::move(op));
@@ -882,6 +928,59 @@ class Program {
     return true;
   }
 
+  // False where it is none, or one of those with more arguments.
+  bool add_collective(const Operator& op) {
+    const std::string& called = op.handle.operator_name().name;
+    const bool fused = called == "splitpoint::allreduce_rmsnorm" &&
+                       op.handle.operator_name().overload_name == "both";
+    if (!fused && called != "splitpoint::all_reduce") return false;
+    const size_t tensors = fused ? 3 : 1;
+    std::array<Operand, 3> operands{kNone, kNone, kNone};
+    for (size_t i = 0; i < op.arguments.size(); ++i) {
+      const OpArgument& each = op.arguments[i];
+      const bool none = each.kind == OpArgument::Kind::constant && each.constant.isNone();
+      if (i >= tensors) {
+        if (each.kind != OpArgument::Kind::constant) return false;
+      } else if (each.kind == OpArgument::Kind::tensor) {
+        operands[i] = each.items[0];
+      } else if (!none || i != 1) {
+        return false;
+      }
+    }
+    const auto constant = [&](size_t i) -> const c10::IValue& { return op.arguments[i].constant; };
+    const auto text = [&](size_t i) { return constant(i).toStringRef(); };
+    CollectiveStep made{
+        fused ? Collective(text(3), text(6), constant(4).toDouble(), constant(5).toDouble())
+              : Collective(text(1), text(2)),
+        operands[0], operands[1], operands[2], {kNone, kNone}};
+    std::copy(op.results.begin(), op.results.end(), made.results.begin());
+    Step step{Kind::collective};
+    step.value = static_cast<int32_t>(collectives_.size());
+    collectives_.push_back(std::move(made));
+    steps_.push_back(step);
+    return true;
+  }
+
+  // Finds the collectives that may write over what they read: it is freed right after them, and
+  // is not given to them twice.
+  void note_last_reads() {
+    for (size_t at = 0; at < steps_.size(); ++at) {
+      if (steps_[at].kind != Kind::collective) continue;
+      CollectiveStep& each = collectives_[steps_[at].value];
+      const auto freed = [&](Operand operand) {
+        for (size_t next = at + 1; next < steps_.size() && steps_[next].kind == Kind::free; ++next) {
+          const auto first = words_.begin() + steps_[next].first;
+          const auto last = first + steps_[next].count;
+          if (std::find(first, last, operand) != last) return true;
+        }
+        return false;
+      };
+      const bool fused = each.call.has_norm();
+      each.last = freed(each.x) && each.x != each.residual && each.x != each.weight &&
+                  (!fused || (freed(each.residual) && each.residual != each.weight));
+    }
+  }
+
   const size_t inputs_, bound_;
   std::vector<Step> steps_;
   std::vector<int32_t> words_;
@@ -890,6 +989,7 @@ class Program {
   std::vector<void*> kernels_;
   std::vector<Operator> operators_;
   std::vector<Linear> linear_;
+  std::vector<CollectiveStep> collectives_;
   std::vector<Operand> outputs_;
   // Only while it is made:
   std::vector<int32_t> registers_;  // how many names each has
