@@ -116,11 +116,11 @@ constexpr std::array<CallWords, sizeof...(N)> callers(std::index_sequence<N...>)
 
 constexpr auto kCallers = callers(std::make_index_sequence<kMostArguments + 1>{});
 
-void* kernel_of(const std::string& path) {
+void* kernel_of(const std::string& path, const std::string& name) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library, "a kernel cannot be loaded: ", dlerror());
-  void* found = dlsym(library, "kernel");
-  TORCH_CHECK(found, path, " has no function 'kernel'");
+  void* found = dlsym(library, name.c_str());
+  TORCH_CHECK(found, path, " has no function '", name, "'");
   return found;  // the library stays: Python has it too
 }
 
@@ -191,8 +191,9 @@ class Program {
       : inputs_(inputs), bound_(bound) {
     for (const py::handle piece : pieces) {
       std::vector<int32_t> indices;
-      for (const py::handle path : piece["kernels"]) {
-        kernels_.push_back(kernel_of(py::cast<std::string>(path)));
+      for (const py::handle kernel : piece["kernels"]) {
+        const auto [path, name] = py::cast<std::pair<std::string, std::string>>(kernel);
+        kernels_.push_back(kernel_of(path, name));
         indices.push_back(static_cast<int32_t>(kernels_.size()) - 1);
       }
       piece_kernels_.push_back(std::move(indices));
