@@ -55,14 +55,14 @@ def test_kernels_with_the_same_names_in_them_are_one_library() -> None:
     assert [kernel.can_join for kernel in built] == [True, True, True, True, False, True]
     names: dict[str, object] = {}
     twice.put(names, "before")
-    build(built)
+    build(built, workers=2)
     twice.put(names, "after")
     assert names["before"] is names["after"] is twice.function is again.function
     assert [result(kernel)[3] for kernel in built[:5]] == [6, 6, 9, 9, 12]
     with pytest.raises(RuntimeError, match="kernel: 4"):
         result(throws)
     places = [_torch_cpp.kernel_place(kernel) for kernel in built]
-    assert len({path for path, _ in places}) == 2
+    assert [len({path for path, _ in places}), places[0][0]] == [3, places[1][0]]
     assert len({symbol for _, symbol in places}) == 5
     assert places[4][1] == "kernel"
 

@@ -27,6 +27,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from ._torch_codegen import dtype_rules_made_once
 from ._torch_cpp import Kernel, waiting_kernels
 from ._torch_guards import GuardScope, NotPortable, expressions
 from ._torch_isa import quick_isa_checks
@@ -768,6 +769,7 @@ def inductor_compile(
         # What it would keep holds no metadata of the graph, only the finished callable.
         functorch_config.patch(enable_autograd_cache=False),
         quick_isa_checks(),
+        dtype_rules_made_once(),
         waiting_kernels() as kernels,
     ):
         artifact = inductor.standalone_compile(

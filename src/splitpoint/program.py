@@ -85,7 +85,7 @@ class Program:
         self.stand_in = stand_in
         self.when_compiled = when_compiled
         self.background = Background(self._compile_in_background)
-        self.compiler = PieceCompiler(store, config.passes)
+        self.compiler = PieceCompiler(store, config.passes, config.compile_workers)
         self.notes = tuple(notes)
         self.counts = Counts()
         self.weights = PackedWeights()

@@ -32,8 +32,10 @@ class Batch:
     in whatever order they come to the same pieces.
     """
 
-    def __init__(self, store: Store | None) -> None:
+    def __init__(self, store: Store | None, workers: int | None = None) -> None:
+        """`workers` are as `Config.compile_workers`."""
         self._store = store
+        self._workers = workers
         self._waiting: list[Waiting] = []
         self._locks = contextlib.ExitStack()
         self._locked: set[str] = set()
@@ -69,7 +71,8 @@ class Batch:
         waiting, self._waiting = self._waiting, []
         try:
             try:
-                _torch_cpp.build([kernel for each in waiting for kernel in each.compiled.waiting])
+                kernels = [kernel for each in waiting for kernel in each.compiled.waiting]
+                _torch_cpp.build(kernels, self._workers)
             except _torch_cpp.BuildFailed:
                 self._one_by_one(waiting)
             else:

@@ -41,6 +41,8 @@ class PieceCompiler:
 
     store: Store | None
     passes: Sequence[Pass]
+    workers: int | None = None
+    """As `Config.compile_workers`."""
     libraries: artifact.Libraries = field(default_factory=artifact.Libraries)
     _batch: Batch | None = None
 
@@ -55,7 +57,7 @@ class PieceCompiler:
         if self._batch is not None:
             yield
             return
-        self._batch = batch = Batch(self.store)
+        self._batch = batch = Batch(self.store, self.workers)
         try:
             yield
         except SplitpointError:  # of one piece; the others are good
