@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ def table(rules: Any) -> dict[str, Any]:
 
 
 def test_the_table_of_dtypes_is_the_same_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("torch._inductor.compile_fx")  # fills in what rules are made from
     from torch._inductor import utils
     from torch._inductor.dtype_propagation import DtypePropagationOpsHandler as Rules
 
