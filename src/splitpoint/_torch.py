@@ -28,6 +28,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from ._torch_build import whole_files
+from ._torch_codegen import dtype_rules_made_once
+from ._torch_cpp import Kernel, waiting_kernels
 from ._torch_guards import GuardScope, NotPortable, expressions
 from ._torch_isa import quick_isa_checks
 from ._torch_tracing import traces_alone
@@ -720,6 +722,8 @@ class InductorGraph:
     """Inputs that the graph updates in place."""
     wrapped: str
     """What the wrappers have to do at a call, or ""."""
+    kernels: tuple[Kernel, ...]
+    """C++ kernels that are to be built before a call."""
 
 
 def inductor_compile(
@@ -769,6 +773,8 @@ def inductor_compile(
         quick_isa_checks(),
         traces_alone(),
         whole_files(),
+        dtype_rules_made_once(),
+        waiting_kernels() as kernels,
     ):
         artifact = inductor.standalone_compile(
             graph_module,
@@ -783,15 +789,22 @@ def inductor_compile(
     # The artifact's own __call__ does nothing but forward to this, at 1 us a piece.
     call: Callable[..., Sequence[Any]] = artifact._compiled_fn
     if len(made) != 1:
-        return InductorGraph(call, "", {}, (), f"{len(made)} graphs instead of one")
+        more = f"{len(made)} graphs instead of one"
+        return InductorGraph(call, "", {}, (), more, tuple(kernels))
     graph, metadata = made[0]
     function = getattr(graph.current_callable, "__func__", graph.current_callable)
+    names = getattr(function, "__globals__", {})
+    for name, value in list(names.items()):
+        if isinstance(value, Kernel):
+            value.put(names, name)
+            kernels.append(value)  # Inductor may have had the module from before
     return InductorGraph(
         call,
         getattr(graph, "source_code", ""),
-        getattr(function, "__globals__", {}),
+        names,
         tuple(metadata.mutated_graph_handled_indices) if metadata else (),
         _wrapped(graph, metadata),
+        tuple(dict.fromkeys(kernels)),
     )
 
 

@@ -12,7 +12,7 @@ import importlib
 import re
 import types
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class GuardScope:
     """The other parameters: what a call passes."""
     closure: Mapping[str, types.CellType]
     globals: dict[str, Any]
+    rooted: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
+    """What is known of names already: guards share them, and are gone through several times."""
 
 
 _OF_THE_CALL = frozenset(
@@ -116,6 +118,15 @@ def _rooted(name: str, scope: GuardScope) -> str | None:
     """A guard's name over the roots of `expressions`; None when it is about an argument."""
     if not name:
         return ""
+    if name not in scope.rooted:
+        code = _parsed(name, scope)
+        if "G[" in name:  # it depends on what the globals are now
+            return code
+        scope.rooted[name] = code
+    return scope.rooted[name]
+
+
+def _parsed(name: str, scope: GuardScope) -> str | None:
     try:
         tree = ast.parse(name, mode="eval")
     except SyntaxError as error:

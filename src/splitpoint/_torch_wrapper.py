@@ -160,8 +160,8 @@ def quick_state() -> tuple[Any, ...]:
     )
 
 
-def load_kernel(path: Path, name: str) -> Callable[..., Any]:
-    """The function of a C++ kernel's shared library. `name` tells it from other libraries.
+def load_kernel(path: Path, name: str, symbol: str) -> Callable[..., Any]:
+    """A function of a shared library of C++ kernels. `name` tells it from other libraries.
 
     Raises:
         ImportError: when it cannot be loaded.
@@ -171,18 +171,18 @@ def load_kernel(path: Path, name: str) -> Callable[..., Any]:
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(
         guards._torchinductor_pyobject_tensor_data_ptr
     )
-    loader = importlib.machinery.ExtensionFileLoader(f"{name}.kernel", str(path))
+    loader = importlib.machinery.ExtensionFileLoader(f"{name}.{symbol}", str(path))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    kernel: Callable[..., Any] = module.kernel
+    kernel: Callable[..., Any] = getattr(module, symbol)
     return kernel
 
 
-def kernel_library(kernel: Callable[..., Any]) -> Path:
-    """The shared library that a C++ kernel comes from."""
-    return Path(kernel.__self__.__file__)  # type: ignore[attr-defined]
+def kernel_place(kernel: Callable[..., Any]) -> tuple[str, str]:
+    """The path of the shared library that a C++ kernel comes from, and its name there."""
+    return kernel.__self__.__file__, kernel.__name__  # type: ignore[attr-defined]
 
 
 def state() -> dict[str, Any]:

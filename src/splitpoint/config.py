@@ -112,6 +112,10 @@ class Config:
     """Compile in a thread while calls are served: a size whose range is not compiled yet by the
     compiled graph of a range that holds it too, or by the model itself. The first call captures
     and starts compiling all ranges or, with `lazy`, each when its first call comes."""
+    compile_workers: int | None = None
+    """How many C++ compilers may run at once, each over a part of the kernels that a start needs.
+    More take less time, and more CPU time, as each reads the same headers; 1 takes the least. None
+    for one every 16 kernels, and no more than there are cores (`TORCHINDUCTOR_COMPILE_THREADS`)."""
     hint: Hint = "end"
     """The size inside each range that the compiler tunes for."""
     module_guards: ModuleGuards = "every_call"
@@ -166,6 +170,10 @@ class Config:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
                 raise InvalidField(f"{name} must be a number of 0 or more, got {value!r}")
+        if (workers := self.compile_workers) is not None and (
+            isinstance(workers, bool) or not isinstance(workers, int) or workers < 1
+        ):
+            raise InvalidField(f"compile_workers must be 1 or more, or None, got {workers!r}")
         for name in ("lazy", "background", "free_original_weights"):
             if not isinstance(value := getattr(self, name), bool):
                 raise InvalidField(f"{name} must be True or False, got {value!r}")

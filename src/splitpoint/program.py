@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,7 +85,7 @@ class Program:
         self.stand_in = stand_in
         self.when_compiled = when_compiled
         self.background = Background(self._compile_in_background)
-        self.compiler = PieceCompiler(store, config.passes)
+        self.compiler = PieceCompiler(store, config.passes, config.compile_workers)
         self.notes = tuple(notes)
         self.counts = Counts()
         self.weights = PackedWeights()
@@ -210,8 +210,10 @@ class Program:
                 self.background.want(index)
             return
         self.choice.choose([lane for lane in self.lanes if lane and lane.run is None])
-        for index in tqdm(todo, desc="compiling ranges", unit="range", disable=None):
-            self.compile(index)
+        ranges = tqdm(todo, desc="compiling ranges", unit="range", disable=None)
+        with self._compiling:
+            for index in self._compile(ranges):
+                self._finish(index)
 
     def compile(self, index: int) -> None:
         """Compile a lane, splitting it where its graphs turn out not to be valid.
@@ -221,7 +223,7 @@ class Program:
             CompileError: when the compiler fails.
         """
         with self._compiling:
-            for made in self._prepare(index):
+            for made in self._compile([index]):
                 self._finish(made)
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -246,7 +248,7 @@ class Program:
 
     def _compile_in_background(self, index: int) -> None:
         with rare_collection(), self._compiling:
-            for made in self._prepare(index, self.background.check_stop):
+            for made in self._compile([index], self.background.check_stop):
                 lane = self.lanes[made - 1]
                 assert lane is not None
                 assert lane.body is not None
@@ -261,14 +263,28 @@ class Program:
         if all(lane is None or lane.body is not None for lane in self.lanes):
             self.when_compiled(self)
 
-    def _prepare(self, index: int, check_stop: Callable[[], None] = lambda: None) -> list[int]:
-        """Compile what a lane runs; the table entries of the lanes that have it, several where
-        it was split."""
+    def _compile(
+        self, indices: Iterable[int], check_stop: Callable[[], None] = lambda: None
+    ) -> list[int]:
+        """Compile what lanes run, as far as that was not done; the table entries of the lanes that
+        have it, several for one that was split."""
+        bodies: dict[int, Body] = {}
+        with self.compiler.together():
+            for index in indices:
+                bodies |= self._prepare(index, check_stop)
+        for index, body in bodies.items():  # only now are its kernels there
+            lane = self.lanes[index - 1]
+            assert lane is not None
+            lane.body = body
+        return list(bodies)
+
+    def _prepare(self, index: int, check_stop: Callable[[], None]) -> dict[int, Body]:
+        """What a lane is to run, or the parts that it was split into, by table entry."""
         lane = self.lanes[index - 1]
         if lane is None:
-            return []  # split before
+            return {}  # split before
         if lane.body is not None:
-            return [index]  # another thread was first
+            return {index: lane.body}  # another thread was first
         compiled: dict[str, CompiledPiece] = {}
         assumptions: list[Assumption] = []
         try:
@@ -282,13 +298,16 @@ class Program:
             with self._lock:
                 self.lanes[index - 1] = None
                 added = [self._add(part) for part in parts]
-            return [made for part in added for made in self._prepare(part, check_stop)]
+            parted: dict[int, Body] = {}
+            for part in added:
+                parted |= self._prepare(part, check_stop)
+            return parted
         lane.planned = replace(lane.planned, collectives=self._collectives(lane))
         lane.assumptions = tuple(assumptions)
         graph = lane.graph
         split = attention.rewrite(graph.split, lane.attention or {})
-        lane.body = stitch(split, graph.inputs, compiled, graph.argument_count, graph.result)
-        return [index]
+        body = stitch(split, graph.inputs, compiled, graph.argument_count, graph.result)
+        return {index: body}
 
     def _finish(self, index: int) -> None:
         """Let a lane that was prepared run."""

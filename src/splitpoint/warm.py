@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from .module_watch import CheckRest
 from .passes.manager import MatchCount
 from .program import Program
 from .ranges import Plan
+from .store.artifact import Libraries, Missing
 from .store.code import short
 from .store.constants import NotKept, decode, encode
 from .store.key import digest, environment
@@ -226,7 +227,7 @@ def _entry(store: Store, program: Program, regions: Regions, roots: Roots) -> di
                 "kernels": {str(s): name for s, name in (lane.kernels or {}).items()},
             }
         )
-    libraries = {each for piece in pieces.values() for each in piece["kernels"].values()}
+    libraries = {each for piece in pieces.values() for each, _ in piece["kernels"].values()}
     path = kernels.loaded_library()
     library = store.write_object(path.read_bytes()) if path is not None else None
     return {
@@ -296,13 +297,9 @@ def _load(
             continue
         try:
             return _Loader(store, entry, config, roots, checker).run()
-        except (_Missing, LookupError, ImportError, OSError, AttributeError, TypeError) as why:
+        except (Missing, LookupError, ImportError, OSError, AttributeError, TypeError) as why:
             log.warning("store: model %s cannot be used here: %s", variant[:16], why)
     return None
-
-
-class _Missing(Exception):
-    """Something that a manifest refers to is not there."""
 
 
 @dataclass
@@ -312,6 +309,7 @@ class _Loader:
     config: Config
     roots: Roots
     checker: Checker
+    libraries: Libraries = field(default_factory=Libraries)
     _paths: dict[str, Path] = field(default_factory=dict)
     """Of the objects checked so far."""
 
@@ -358,20 +356,15 @@ class _Loader:
             try:
                 kernels.load_from(self.object(own))
             except KernelBuildError as error:
-                raise _Missing(str(error)) from error
+                raise Missing(str(error)) from error
         if any(op.startswith("splitpoint_onednn::") for op in operators):
             _onednn()
-        libraries: dict[str, Callable[..., Any]] = {}
-        for each in sorted({d for piece in pieces.values() for d in piece["kernels"].values()}):
-            libraries[each] = _torch_wrapper.load_kernel(
-                self.object(each), f"splitpoint_{each[:16]}"
-            )
         found = {}
         for key, piece in pieces.items():
             wrapper = Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"])
             native = self.config.runner == "native" and piece["steps"]
             bind = wrapper.bind_when_called if native else wrapper.bind
-            found[key] = bind({name: libraries[each] for name, each in piece["kernels"].items()})
+            found[key] = bind({name: self.kernel(at) for name, at in piece["kernels"].items()})
         return found
 
     def steps(self, row: Mapping[str, Any]) -> dict[str, PieceSteps]:
@@ -380,15 +373,21 @@ class _Loader:
         for name, value in row["names"].items():
             if value[0] == "piece" and (steps := self.entry["pieces"][value[1]]["steps"]):
                 kernels_ = self.entry["pieces"][value[1]]["kernels"]
-                paths = (str(self.object(kernels_[each])) for each in steps["kernels"])
-                found[name] = PieceSteps(steps, tuple(paths))
+                found[name] = self.piece_steps(steps, kernels_)
         return found
+
+    def piece_steps(self, steps: Mapping[str, Any], at: Mapping[str, Sequence[str]]) -> PieceSteps:
+        called = [self.kernel(at[name]) for name in steps["kernels"]]
+        return PieceSteps(steps, lambda: [_torch_wrapper.kernel_place(each) for each in called])
+
+    def kernel(self, at: Sequence[str]) -> Callable[..., Any]:
+        return self.libraries.kernel(self.store, *at)
 
     def object(self, digest_: str) -> Path:
         if digest_ not in self._paths:
             path = self.store.object(digest_)
             if path is None:
-                raise _Missing(f"the library {digest_} is not there")
+                raise Missing(f"the library {digest_} is not there")
             self._paths[digest_] = path
         return self._paths[digest_]
 

@@ -81,7 +81,7 @@ def both(
         {"p_0": wrapper.bind({"cpp_fused_0": function})},
         (),
         (["piece", "p_0", names, made], None),
-        {"p_0": PieceSteps(data, (path,) * len(data["kernels"]))},
+        {"p_0": PieceSteps(data, lambda: [(path, "kernel")] * len(data["kernels"]))},
     )
     fast = native(body)
     assert fast is not None
@@ -384,6 +384,11 @@ def test_the_library_of_the_kernel_must_be_there(
 ) -> None:
     make = program_type()
     assert make is not None
-    piece = {"parameters": [], "steps": [], "outputs": [], "kernels": [str(tmp_path / "no.so")]}
+    piece = {
+        "parameters": [],
+        "steps": [],
+        "outputs": [],
+        "kernels": [(str(tmp_path / "no.so"), "kernel")],
+    }
     with pytest.raises(RuntimeError, match=r"no\.so"):
         make([piece], [], 0, 0, [])

@@ -266,6 +266,7 @@ CONFIG_FIELDS: dict[str, Any] = {
 CONFIG_WITHOUT_EFFECT: dict[str, Any] = {
     "on_out_of_plan": "eager",
     "linear_budget_s": 1.0,
+    "compile_workers": 3,
     "lazy": True,
     "background": True,
     "module_guards": "first_call",

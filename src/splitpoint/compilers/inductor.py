@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import _torch, _torch_wrapper
+from .. import _torch
+from .._torch_cpp import Kernel, kernel_place
 from ..errors import CompileError, SplitpointError, UnknownInductorOption
 from ..graph.assumptions import Assumption, read
 from ..graph.pieces import Piece
@@ -36,6 +37,8 @@ class Compiled:
     """What `call` is made of, where that is known."""
     steps: PieceSteps | None = None
     """What `call` does, where the runner in C++ can do it."""
+    waiting: tuple[Kernel, ...] = ()
+    """Kernels that are to be built; one that is not is built when it is first called."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,17 @@ def compile_piece(
     bare = _bare(graph, {index + inputs_before for index in trusted}, piece)
     call = graph.call if bare is None else bare.call
     steps = None if bare is None else piece_steps(bare.steps, bare.kernels)
-    return Compiled(call, read(found), tuple(manager.matches(_torch.take_notes())), bare, steps)
+    matches = tuple(manager.matches(_torch.take_notes()))
+    return Compiled(call, read(found), matches, bare, steps, graph.kernels)
 
 
 def piece_steps(
     steps: Mapping[str, Any] | None, kernels: Mapping[str, Callable[..., Any]]
 ) -> PieceSteps | None:
-    """The steps of a piece with the libraries of its kernels."""
+    """The steps of a piece with its kernels."""
     if steps is None:
         return None
-    libraries = (str(_torch_wrapper.kernel_library(kernels[name])) for name in steps["kernels"])
-    return PieceSteps(steps, tuple(libraries))
+    return PieceSteps(steps, lambda: [kernel_place(kernels[name]) for name in steps["kernels"]])
 
 
 def _bare(graph: _torch.InductorGraph, trusted: Collection[int], piece: Piece) -> Bare | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SplitpointError
 from ..graph.assumptions import Assumption
 from ..passes.base import Pass
 from ..passes.manager import MatchCount, PassManager
@@ -14,6 +16,7 @@ from ..ranges import PlannedRange, Range
 from ..store import artifact, key
 from ..store.store import Store
 from . import inductor
+from .batch import Batch, Waiting
 
 if TYPE_CHECKING:
     from ..graph.pieces import Piece
@@ -27,7 +30,7 @@ class Result:
 
     compiled: inductor.Compiled
     key: str | None
-    """Its key in the store; None when it cannot be kept there."""
+    """Its key in the store; None when there is none. It need not be there: writing may fail."""
     loaded: bool
     """Whether it was not compiled now."""
 
@@ -38,8 +41,33 @@ class PieceCompiler:
 
     store: Store | None
     passes: Sequence[Pass]
-    kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
-    """Loaded kernels by digest."""
+    workers: int | None = None
+    """As `Config.compile_workers`."""
+    libraries: artifact.Libraries = field(default_factory=artifact.Libraries)
+    _batch: Batch | None = None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, pieces are compiled but for their kernels in C++, which are built, and kept, at
+        the end of the outermost of these contexts: one run of the C++ compiler for all.
+
+        Raises:
+            CompileError: when the C++ compiler fails.
+        """
+        if self._batch is not None:
+            yield
+            return
+        self._batch = batch = Batch(self.store, self.workers)
+        try:
+            yield
+        except SplitpointError:  # of one piece; the others are good
+            batch.finish()
+            raise
+        else:
+            batch.finish()
+        finally:
+            batch.close()
+            self._batch = None
 
     def compile(
         self,
@@ -55,30 +83,33 @@ class PieceCompiler:
         Raises:
             CompileError, PassError: as `inductor.compile_piece`.
         """
+        with self.together():
+            assert self._batch is not None
+            return self._through(self._batch, piece, planned, options, trusted)
+
+    def _through(
+        self,
+        batch: Batch,
+        piece: Piece,
+        planned: PlannedRange,
+        options: Mapping[str, Any],
+        trusted: Sequence[int],
+    ) -> Result:
+        what = f"piece {piece.fingerprint} for {planned.range}"
         name = self._key(piece, planned, options, trusted)
         if self.store is None or name is None:
-            return Result(self._compile(piece, planned, options, trusted), None, False)
+            compiled = self._compile(piece, planned, options, trusted)
+            batch.add(Waiting(what, compiled))
+            return Result(compiled, None, False)
         digest, fields = name
         if (found := self._load(self.store, digest, piece, planned)) is not None:
             return Result(found, digest, True)
-        with self.store.lock(digest) as held:
-            found = self._load(self.store, digest, piece, planned) if held else None
-            if found is not None:
-                return Result(found, digest, True)
-            compiled = self._compile(piece, planned, options, trusted)
-            kept = compiled.bare is not None and artifact.keep(
-                self.store,
-                digest,
-                fields,
-                compiled.bare.wrapper,
-                compiled.bare.kernels,
-                {
-                    "assumptions": [[a.code, a.origin] for a in compiled.assumptions],
-                    "matches": [m.kept() for m in compiled.matches],
-                    "steps": compiled.bare.steps,
-                },
-            )
-        return Result(compiled, digest if kept else None, False)
+        found = self._load(self.store, digest, piece, planned) if batch.lock(digest) else None
+        if found is not None:
+            return Result(found, digest, True)
+        compiled = self._compile(piece, planned, options, trusted)
+        batch.add(Waiting(what, compiled, digest, fields))
+        return Result(compiled, digest, False)
 
     def _compile(
         self,
@@ -112,7 +143,7 @@ class PieceCompiler:
     def _load(
         self, store: Store, digest: str, piece: Piece, planned: PlannedRange
     ) -> inductor.Compiled | None:
-        found = artifact.load(store, digest, self.kernels)
+        found = artifact.load(store, digest, self.libraries)
         if found is None:
             return None
         return read_artifact(found, piece.fingerprint, planned.range)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _torch_wrapper
+from .._torch_cpp import Kernel
 
 _BUILTINS = frozenset({"abs", "bool", "float", "int", "len", "max", "min", "range", "round"})
 _UNCHECKED_OPS = ("torch.ops.splitpoint.", "torch.ops.splitpoint_onednn.")
@@ -45,6 +46,9 @@ class Wrapper:
         """
         names = self._names(kernels)
         exec(_code(self.source), names)
+        for name in self.kernels:
+            if isinstance(kernel := kernels[name], Kernel):
+                kernel.put(names, name)
         call: Callable[..., Any] = names["call"]
         return call
 

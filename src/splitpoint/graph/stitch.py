@@ -35,8 +35,9 @@ class PieceSteps:
 
     data: Mapping[str, Any]
     """What `runner.pieces.piece_steps` returned."""
-    libraries: tuple[str, ...]
-    """The path of each kernel's shared library."""
+    places: Callable[[], list[tuple[str, str]]]
+    """Where its kernels are, once they are built, in the order of `data["kernels"]`: the path of a
+    shared library and a name in it."""
 
 
 @dataclass(frozen=True)

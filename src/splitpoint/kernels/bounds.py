@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, linear
+from .reference import ACTIVATIONS, finish, linear
 
 U32 = 2.0**-24
 """Unit roundoff of float32: half a unit in the last of 24 places."""
@@ -39,7 +39,29 @@ def bounds(
     bf16 and int8 products themselves are exact in float32). vdpbf16ps rounds after each product
     too and takes subnormals as zero, which TINY covers. Scaling and the bias round once each.
     """
-    befores = linear(x, weights, scales, biases)
+    return Expected.of(
+        x,
+        weights,
+        scales=scales,
+        biases=biases,
+        residual=residual,
+        activation=activation,
+        gated=gated,
+    ).allowed
+
+
+def _bounds(
+    exact: Sequence[Tensor],
+    befores: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    residual: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> list[Tensor]:
+    """`bounds`, for results that are `exact` and, `before` the activation, these."""
     errors = []
     for index, weight in enumerate(weights):
         magnitude = x.double().abs() @ weight.double().abs().t()
@@ -56,7 +78,6 @@ def bounds(
         gate = ACTIVATIONS[activation](befores[0]).abs()
         activated = [activated[0] * (befores[1].abs() + errors[1]) + gate * errors[1]]
         activated[0] += U32 * (gate * befores[1]).abs()
-    exact = linear(x, weights, scales, biases, residual, activation, gated)
     result = []
     for error, value in zip(activated, exact, strict=True):
         if residual is not None:
@@ -90,9 +111,20 @@ class Expected:
     dtype: torch.dtype
 
     @staticmethod
-    def of(x: Tensor, weights: Sequence[Tensor], **rest: Any) -> Expected:
-        """For inputs and weights; `rest` is as for `linear`."""
-        return Expected(linear(x, weights, **rest), bounds(x, weights, **rest), x.dtype)
+    def of(
+        x: Tensor,
+        weights: Sequence[Tensor],
+        scales: Sequence[Tensor] = (),
+        biases: Sequence[Tensor] = (),
+        residual: Tensor | None = None,
+        activation: str = "none",
+        gated: bool = False,
+    ) -> Expected:
+        """For inputs and weights as for `linear`."""
+        befores = linear(x, weights, scales, biases)
+        exact = finish(befores, residual, activation, gated)
+        allowed = _bounds(exact, befores, x, weights, scales, biases, residual, activation, gated)
+        return Expected(exact, allowed, x.dtype)
 
     def exceeded(self, ys: Sequence[Tensor]) -> float:
         """The worst error of outputs as a multiple of its bound; infinite where one is no

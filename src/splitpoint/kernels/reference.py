@@ -39,6 +39,13 @@ def linear(
         products = [y * scale.double() for y, scale in zip(products, scales, strict=True)]
     if biases:
         products = [y + bias.double() for y, bias in zip(products, biases, strict=True)]
+    return finish(products, residual, activation, gated)
+
+
+def finish(
+    products: Sequence[Tensor], residual: Tensor | None, activation: str, gated: bool
+) -> list[Tensor]:
+    """What `linear` makes of its products, scaled and with their biases."""
     if gated:
         gate, up = products
         results = [ACTIVATIONS[activation](gate) * up]

@@ -142,11 +142,11 @@ constexpr std::array<CallWords, sizeof...(N)> callers(std::index_sequence<N...>)
 
 constexpr auto kCallers = callers(std::make_index_sequence<kMostArguments + 1>{});
 
-void* kernel_of(const std::string& path) {
+void* kernel_of(const std::string& path, const std::string& name) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   TORCH_CHECK(library, "a kernel cannot be loaded: ", dlerror());
-  void* found = dlsym(library, "kernel");
-  TORCH_CHECK(found, path, " has no function 'kernel'");
+  void* found = dlsym(library, name.c_str());
+  TORCH_CHECK(found, path, " has no function '", name, "'");
   return found;  // the library stays: Python has it too
 }
 
@@ -700,9 +700,10 @@ class Program {
   Piece read_piece(const py::handle& given) {
     Piece made;
     std::vector<int32_t> kernels;
-    for (const py::handle path : given["kernels"]) {
+    for (const py::handle kernel : given["kernels"]) {
+      const auto [path, name] = py::cast<std::pair<std::string, std::string>>(kernel);
       kernels.push_back(static_cast<int32_t>(kernels_.size()));
-      kernels_.push_back(kernel_of(py::cast<std::string>(path)));
+      kernels_.push_back(kernel_of(path, name));
     }
     const auto slot = [&](const py::handle& of) {
       const int32_t found = py::cast<int32_t>(of);

@@ -172,7 +172,7 @@ def _piece(given: PieceSteps) -> dict[str, Any]:
             steps.append([*step[:3], _constants(step[3]), named])
         else:
             steps.append(step)
-    return {**given.data, "steps": steps, "kernels": list(given.libraries)}
+    return {**given.data, "steps": steps, "kernels": given.places()}
 
 
 def _constants(value: Any) -> Any:

@@ -8,16 +8,48 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .. import _torch_wrapper
+from .._torch_cpp import kernel_place
 from ..compilers.wrapper import Wrapper
 from .store import Store
 
 log = logging.getLogger("splitpoint")
 
 KIND = "pieces"
+
+
+class Missing(Exception):
+    """An object that an entry refers to is not in the store, or damaged."""
+
+
+@dataclass
+class Libraries:
+    """The libraries of kernels that were loaded from a store, each checked once."""
+
+    _paths: dict[str, Path] = field(default_factory=dict)
+    _kernels: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
+
+    def kernel(self, store: Store, digest: str, symbol: str) -> Callable[..., Any]:
+        """A kernel by the digest of its library and its name there.
+
+        Raises:
+            Missing: when the store does not have the library.
+            ImportError, AttributeError: when it cannot be loaded.
+        """
+        if digest not in self._paths:
+            path = store.object(digest)
+            if path is None:
+                raise Missing(f"the library {digest} is not there")
+            self._paths[digest] = path
+        if (digest, symbol) not in self._kernels:
+            self._kernels[digest, symbol] = _torch_wrapper.load_kernel(
+                self._paths[digest], f"splitpoint_{digest[:16]}", symbol
+            )
+        return self._kernels[digest, symbol]
 
 
 @dataclass(frozen=True)
@@ -39,48 +71,43 @@ def keep(
     kernels: Mapping[str, Callable[..., Any]],
     facts: Mapping[str, Any],
 ) -> bool:
-    """Keep a compiled piece with some facts (JSON); False when that is not possible."""
+    """Keep a compiled piece, whose kernels are built, with some facts (JSON); False when that is
+    not possible."""
+    places: dict[str, tuple[str, str]] = {}
     digests: dict[str, str] = {}
     for name in wrapper.kernels:
         try:
-            data = _torch_wrapper.kernel_library(kernels[name]).read_bytes()
+            path, symbol = kernel_place(kernels[name])
+            digest = digests.get(path) or store.write_object(Path(path).read_bytes())
         except (AttributeError, TypeError, OSError) as error:
             log.info("store: the library of kernel %s cannot be read: %s", name, error)
             return False
-        digest = store.write_object(data)
         if digest is None:
             return False
-        digests[name] = digest
+        digests[path] = digest
+        places[name] = (digest, symbol)
     entry = {
         **facts,
         "fields": dict(fields),
         "source": wrapper.source,
         "operators": dict(wrapper.operators),
-        "kernels": digests,
+        "kernels": places,
         "objects": sorted(set(digests.values())),
     }
     return store.write(KIND, key, entry)
 
 
-def load(store: Store, key: str, loaded: dict[str, Callable[..., Any]]) -> Artifact | None:
-    """A kept piece, or None when there is none that can be used here.
-
-    `loaded` holds kernels by digest; those loaded now are added.
-    """
+def load(store: Store, key: str, libraries: Libraries) -> Artifact | None:
+    """A kept piece, or None when there is none that can be used here."""
     entry = store.read(KIND, key)
     if entry is None:
         return None
     try:
-        kernels = {}
-        for name, digest in entry["kernels"].items():
-            if digest not in loaded:
-                path = store.object(digest)
-                if path is None:
-                    return None
-                loaded[digest] = _torch_wrapper.load_kernel(path, f"splitpoint_{digest[:16]}")
-            kernels[name] = loaded[digest]
+        kernels = {name: libraries.kernel(store, *at) for name, at in entry["kernels"].items()}
         wrapper = Wrapper(entry["source"], tuple(kernels), entry["operators"])
         return Artifact(wrapper.bind(kernels), kernels, entry)
+    except Missing:
+        return None
     except (ImportError, LookupError, OSError, TypeError, AttributeError, SyntaxError) as error:
         log.warning("store: piece %s cannot be used here: %s", key[:16], error)
         return None

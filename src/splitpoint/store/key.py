@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..graph.pieces import Piece
     from ..ranges import PlannedRange
 
-FORMAT = 1
+FORMAT = 2
 """Counts up when what is stored changes its meaning."""
 
 _NO_PART = frozenset(

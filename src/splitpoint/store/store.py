@@ -246,8 +246,9 @@ class Store:
         return True
 
     @contextlib.contextmanager
-    def lock(self, key: str) -> Iterator[bool]:
-        """Hold the lock of a key; False where there is none, or the wait took too long.
+    def lock(self, key: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock of a key; False where there is none, or the wait took too long. If not
+        to `wait`, False also while another process holds it.
 
         A lock falls when its holder ends, however it ends; the next process then takes over.
         """
@@ -269,6 +270,8 @@ class Store:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     held = True
                 except BlockingIOError:
+                    if not wait:
+                        break
                     if time.monotonic() >= end:
                         log.warning(
                             "store: another process has held %s for %.0f s; this one goes on "
