@@ -310,8 +310,6 @@ class _Loader:
     roots: Roots
     checker: Checker
     libraries: Libraries = field(default_factory=Libraries)
-    _paths: dict[str, Path] = field(default_factory=dict)
-    """Of the objects checked so far."""
 
     def run(self) -> tuple[Program, Regions]:
         entry = self.entry
@@ -384,12 +382,10 @@ class _Loader:
         return self.libraries.kernel(self.store, *at)
 
     def object(self, digest_: str) -> Path:
-        if digest_ not in self._paths:
-            path = self.store.object(digest_)
-            if path is None:
-                raise Missing(f"the library {digest_} is not there")
-            self._paths[digest_] = path
-        return self._paths[digest_]
+        path = self.store.object(digest_)
+        if path is None:
+            raise Missing(f"the library {digest_} is not there")
+        return path
 
     def graph(
         self, data: Mapping[str, Any], check_facts: Callable[[], bool], check_rest: CheckRest
