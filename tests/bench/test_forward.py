@@ -72,7 +72,7 @@ class TestReport:
 
     def test_json(self, report: ForwardReport):
         data = json.loads(report.to_json())
-        assert set(data) == {"environment", "rows"}
+        assert set(data) == {"environment", "rows", "verdicts"}
         assert [set(row) for row in data["rows"]] == [ROW_FIELDS] * len(SIZES)
         for row in data["rows"]:
             assert row["best_single_ms"] == row["singles"][row["best_single"]]["ms"]
