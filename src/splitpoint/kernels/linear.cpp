@@ -7,12 +7,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "glue.h"
+#include "linear.h"
 
 namespace splitpoint {
 namespace {
@@ -87,10 +87,10 @@ constexpr int64_t kValuesWorthAThread = 65536;  // only copied
 constexpr int64_t kRowsWorthAThread = 64;
 
 // Runs layers of the same x: the column blocks of all of them are shared out as one row of work.
-void run_parallel(const std::vector<LinearArgs>& layers,
+void run_parallel(c10::ArrayRef<LinearArgs> layers,
                   void (*kernel)(const LinearArgs&, const Part&), int64_t weight_bytes) {
   const int64_t t = layers[0].t;
-  std::vector<int64_t> ends;  // of each layer's blocks
+  c10::SmallVector<int64_t, 3> ends;  // of each layer's blocks
   double products = 0;
   for (const LinearArgs& a : layers) {
     ends.push_back((ends.empty() ? 0 : ends.back()) + ceil_div(a.n, kBlock));
@@ -136,14 +136,14 @@ constexpr int64_t kCompetingRows = 8;
 
 // --- arguments -------------------------------------------------------------------------
 
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
+DType dtype_of(at::ScalarType type, const char* name) {
+  switch (type) {
     case at::kFloat: return DType::f32;
     case at::kBFloat16: return DType::bf16;
     case at::kChar: return DType::i8;
     default:
       TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or int8, got ",
-                       tensor.scalar_type());
+                       type);
   }
 }
 
@@ -187,55 +187,36 @@ const Tensor* each_of(at::TensorList list, size_t i, size_t count, const char* n
   return list.empty() ? nullptr : &list[i];
 }
 
-// What the linear operators are given, beside x.
-struct Given {
-  at::TensorList weights;
-  std::optional<at::IntArrayRef> n;  // of packed weights
-  at::TensorList scales, biases;
-  const std::optional<Tensor>& residual;
-  std::string_view activation;
-  bool gated;
-};
+}  // namespace
 
-std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
-  const KernelTable* table = kernels_in_use();
-  const bool packed = given.n.has_value();
+LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGiven& given) {
+  LinearLayers made;
+  made.packed = given.n.has_value();
   const size_t count = given.weights.size();
-  TORCH_CHECK_VALUE(x_given.dim() > 0, "x must be [..., k], got no dimension");
   TORCH_CHECK_VALUE(count > 0 && (!given.gated || count == 2), "there must be ",
                     given.gated ? "two weights, of the gate and of what it gates" : "a weight",
                     ", got ", count);
-  TORCH_CHECK_VALUE(!packed || given.n->size() == count, "n must hold the columns of each weight");
-  const DType type = dtype_of(x_given, "x");
-  const DType w_type = dtype_of(given.weights[0], "weight");
-  at::DimVector shape(x_given.sizes());  // of a result, but for its last dimension
-  const int64_t k = shape.back();
-  shape.pop_back();
-  const int64_t t = c10::multiply_integers(shape);
-  shape.push_back(0);
+  TORCH_CHECK_VALUE(!made.packed || given.n->size() == count,
+                    "n must hold the columns of each weight");
+  const DType type = dtype_of(scalar_type, "x");
+  const DType w_type = dtype_of(given.weights[0].scalar_type(), "weight");
   LinearArgs common{};
-  common.t = t, common.k = k;
+  common.k = k;
   common.x_type = type, common.y_type = type, common.w_type = w_type;
   common.activation = activation_of(given.activation);
   common.gated = given.gated;
-
-  std::vector<LinearArgs> layers;
-  std::vector<Tensor> outputs;
-  std::vector<c10::MaybeOwned<Tensor>> held;
-  layers.reserve(count), outputs.reserve(count), held.reserve(2 * count);
-  int64_t weight_bytes = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& weight = given.weights[i];
     TORCH_CHECK_TYPE(type != DType::i8 && (w_type == DType::i8 || w_type == type) &&
                          weight.scalar_type() == given.weights[0].scalar_type(),
                      "x must be float32 or bfloat16 and the weights of its dtype or int8, got ",
-                     x_given.scalar_type(), " and ", weight.scalar_type());
+                     scalar_type, " and ", weight.scalar_type());
     TORCH_CHECK_VALUE(weight.is_contiguous(), "the weight must be contiguous");
-    TORCH_CHECK_VALUE(packed || weight.dim() == 2, "weight must be [n, k], got ", weight.dim(),
-                      " dimensions");
-    const int64_t n = packed ? (*given.n)[i] : weight.size(0);
+    TORCH_CHECK_VALUE(made.packed || weight.dim() == 2, "weight must be [n, k], got ",
+                      weight.dim(), " dimensions");
+    const int64_t n = made.packed ? (*given.n)[i] : weight.size(0);
     TORCH_CHECK_VALUE(n >= 0, "n must not be negative, got ", n);
-    if (packed) {
+    if (made.packed) {
       const int64_t blocks = ceil_div(n, kBlock), even = ceil_div(k, 2);
       const bool fits =
           w_type == DType::bf16
@@ -248,49 +229,58 @@ std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
                         k, " and ", n, " columns: pack_weight() makes it");
     } else {
       TORCH_CHECK_VALUE(weight.size(1) == k, "a weight of shape ", weight.sizes(),
-                        " does not fit x of shape ", x_given.sizes());
+                        " does not fit x of ", k, " columns");
     }
     Product product{weight.const_data_ptr(), nullptr, nullptr};
-    weight_bytes += static_cast<int64_t>(weight.nbytes());
+    made.weight_bytes += static_cast<int64_t>(weight.nbytes());
     TORCH_CHECK_VALUE(given.scales.empty() == (w_type != DType::i8),
                       "an int8 weight needs its scale, and no other weight has one");
     if (const Tensor* scale = each_of(given.scales, i, count, "scales")) {
       TORCH_CHECK_VALUE(
           scale->scalar_type() == at::kFloat && scale->dim() == 1 && scale->size(0) == n,
           "scale must be float32 [", n, "]");
-      held.push_back(scale->expect_contiguous());
-      product.scale = static_cast<const float*>(held.back()->const_data_ptr());
+      made.held.push_back(scale->expect_contiguous());
+      product.scale = static_cast<const float*>(made.held.back()->const_data_ptr());
     }
     if (const Tensor* bias = each_of(given.biases, i, count, "biases")) {
-      TORCH_CHECK_VALUE(bias->scalar_type() == x_given.scalar_type() && bias->dim() == 1 &&
-                            bias->size(0) == n,
-                        "bias must be of x's dtype and [", n, "]");
-      held.push_back(bias->expect_contiguous());
-      product.bias = held.back()->const_data_ptr();
+      TORCH_CHECK_VALUE(
+          bias->scalar_type() == scalar_type && bias->dim() == 1 && bias->size(0) == n,
+          "bias must be of x's dtype and [", n, "]");
+      made.held.push_back(bias->expect_contiguous());
+      product.bias = made.held.back()->const_data_ptr();
     }
     if (given.gated && i == 1) {
-      TORCH_CHECK_VALUE(n == layers[0].n, "a gate of ", layers[0].n, " columns cannot gate ", n);
-      layers[0].second = product;
+      LinearArgs& gate = made.layers[0];
+      TORCH_CHECK_VALUE(n == gate.n, "a gate of ", gate.n, " columns cannot gate ", n);
+      gate.second = product;
       break;
     }
     LinearArgs a = common;
-    a.n = n;
+    a.n = a.y_stride = n;
     a.first = product;
-    shape.back() = n;
-    outputs.push_back(at::empty(shape, x_given.options()));
-    a.y = outputs.back().mutable_data_ptr();
-    a.y_stride = n;
-    layers.push_back(a);
+    made.layers.push_back(a);
   }
+  return made;
+}
+
+void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* residual_given,
+                at::ArrayRef<Tensor> y) {
+  const KernelTable* table = kernels_in_use();
+  c10::SmallVector<LinearArgs, 3> layers = made.layers;
+  LinearArgs& first = layers[0];
+  const int64_t k = first.k;
+  const int64_t t = c10::multiply_integers(x_given.sizes().slice(0, x_given.dim() - 1));
+  const bool bf16 = first.x_type == DType::bf16;
+
   std::optional<Rows> residual;
-  if (given.residual) {
+  if (residual_given) {
     TORCH_CHECK_VALUE(layers.size() == 1, "only a single result can have a residual added");
-    TORCH_CHECK_VALUE(given.residual->scalar_type() == x_given.scalar_type() &&
-                          given.residual->sizes() == outputs[0].sizes(),
-                      "residual must be of x's dtype and ", outputs[0].sizes());
-    residual.emplace(*given.residual);
-    layers[0].residual = residual->data;
-    layers[0].residual_stride = residual->stride;
+    TORCH_CHECK_VALUE(residual_given->scalar_type() == x_given.scalar_type() &&
+                          residual_given->sizes() == y[0].sizes(),
+                      "residual must be of x's dtype and ", y[0].sizes());
+    residual.emplace(*residual_given);
+    first.residual = residual->data;
+    first.residual_stride = residual->stride;
   }
   const Rows x(x_given);
   const void* x_data = x.data;
@@ -299,9 +289,9 @@ std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
   // x is copied where the kernels cannot use it as it is: bf16 without bf16 instructions, and
   // rows so far apart that they would all compete for the same few cache lines.
   const bool widens =
-      type == DType::bf16 && (!table->dots_bf16 || (!packed && w_type == DType::i8));
-  const int64_t item = type == DType::f32 || widens ? 4 : 2;
-  const bool spreads = packed && t >= kCompetingRows && k * item >= kAliasBytes / 4 &&
+      bf16 && (!table->dots_bf16 || (!made.packed && first.w_type == DType::i8));
+  const int64_t item = !bf16 || widens ? 4 : 2;
+  const bool spreads = made.packed && t >= kCompetingRows && k * item >= kAliasBytes / 4 &&
                        (widens ? k : x_stride) * item % (kAliasBytes / 4) == 0;
   Tensor copy;
   if (widens || spreads) {
@@ -326,33 +316,52 @@ std::vector<Tensor> run(const Tensor& x_given, const Given& given) {
     x_data = to;
     x_stride = stride;
   }
-  for (LinearArgs& a : layers) {
+  for (size_t i = 0; i < layers.size(); ++i) {
+    LinearArgs& a = layers[i];
+    a.t = t;
+    a.y = y[i].mutable_data_ptr();
     a.x = x_data;
     a.x_stride = x_stride;
     if (widens) a.x_type = DType::f32;
   }
-  run_parallel(layers, packed ? table->packed : table->gemv, weight_bytes);
-  return outputs;
+  run_parallel(layers, made.packed ? table->packed : table->gemv, made.weight_bytes);
 }
 
+namespace {
+
 // --- operators -------------------------------------------------------------------------
+
+std::vector<Tensor> run(const Tensor& x, const LinearGiven& given,
+                        const std::optional<Tensor>& residual) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must be [..., k], got no dimension");
+  const LinearLayers made = linear_layers(x.scalar_type(), x.size(-1), given);
+  at::DimVector shape(x.sizes());
+  std::vector<Tensor> results;
+  results.reserve(made.layers.size());
+  for (const LinearArgs& layer : made.layers) {
+    shape.back() = layer.n;
+    results.push_back(at::empty(shape, x.options()));
+  }
+  run_linear(made, x, residual ? &*residual : nullptr, results);
+  return results;
+}
 
 std::vector<Tensor> linear_packed(const Tensor& x, at::TensorList weights, at::IntArrayRef n,
                                   at::TensorList scales, at::TensorList biases,
                                   const std::optional<Tensor>& residual,
                                   std::string_view activation, bool gated) {
-  return run(x, {weights, n, scales, biases, residual, activation, gated});
+  return run(x, {weights, n, scales, biases, activation, gated}, residual);
 }
 
 std::vector<Tensor> linear_gemv(const Tensor& x, at::TensorList weights, at::TensorList scales,
                                 at::TensorList biases, const std::optional<Tensor>& residual,
                                 std::string_view activation, bool gated) {
-  return run(x, {weights, std::nullopt, scales, biases, residual, activation, gated});
+  return run(x, {weights, std::nullopt, scales, biases, activation, gated}, residual);
 }
 
 Tensor pack_weight(const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.dim() == 2, "weight must be [n, k], got ", weight.dim(), " dimensions");
-  const DType type = dtype_of(weight, "weight");
+  const DType type = dtype_of(weight.scalar_type(), "weight");
   const int64_t rows = weight.size(0), k = weight.size(1), even = ceil_div(k, 2);
   const int64_t blocks = ceil_div(rows, kBlock);
   const auto contiguous = weight.expect_contiguous();

@@ -27,6 +27,8 @@
 #include <utility>
 #include <vector>
 
+#include "linear.h"
+#include "pool.h"
 #include "runner_collective.h"
 
 // As in torch/csrc/jit/python/pybind_utils.h, whose other declarations take seconds to compile.
@@ -165,7 +167,7 @@ struct Step {
   at::ScalarType dtype = at::kFloat;
   Operand dst = 0, src = 0;
   int32_t first = 0, count = 0;  // in `words`: dimensions, kernel arguments or operands
-  int32_t value = 0;             // of `values`; of kernels, operators, layers or collectives
+  int32_t value = 0;             // of `values`; of kernels, operators, layers, collectives or layouts
   int32_t text = -1;             // of `texts`
 };
 
@@ -217,6 +219,30 @@ struct Linear {
   std::string activation;
   bool gated;
   std::vector<Operand> results;
+  std::vector<int32_t> layouts;  // of the results
+};
+
+// A linear layer with its weights. `ready` are the layers for an x of `type` and [..., k], where
+// nothing but packed weights is read: these are the package's own copies, which never change
+// their place. What a module holds is looked at in each call.
+struct BoundLinear {
+  std::array<std::vector<Tensor>, 3> lists;
+  std::optional<LinearLayers> ready;
+  at::ScalarType type = at::kFloat;
+  int64_t k = 0;
+
+  BoundLinear(const Linear& layer, const std::vector<Tensor>& tensors) {
+    for (size_t i = 0; i < lists.size(); ++i) {
+      for (const Operand operand : layer.lists[i]) lists[i].push_back(tensors[~operand]);
+    }
+    if (!layer.packed || !lists[1].empty() || !lists[2].empty()) return;
+    const Tensor& weight = lists[0].at(0);  // [blocks, k, 32], or [blocks, k / 2, 32, 2]
+    if (weight.dim() != 3 && weight.dim() != 4) return;
+    type = weight.scalar_type();
+    k = weight.size(1) * (weight.dim() == 4 ? 2 : 1);
+    ready = linear_layers(type, k,
+                          {lists[0], layer.n, lists[1], lists[2], layer.activation, layer.gated});
+  }
 };
 
 // A collective of this package between values of the run.
@@ -231,7 +257,7 @@ struct CollectiveStep {
 // that run meanwhile go on with theirs.
 struct Binding {
   std::vector<Tensor> tensors;
-  std::vector<std::array<std::vector<Tensor>, 3>> linear;  // the lists of each linear layer
+  std::vector<BoundLinear> linear;
 };
 
 class Program {
@@ -256,13 +282,7 @@ class Program {
 
   std::shared_ptr<const Binding> bind(std::vector<Tensor> tensors) const {
     auto made = std::make_shared<Binding>();
-    for (const Linear& each : linear_) {
-      std::array<std::vector<Tensor>, 3> lists;
-      for (size_t i = 0; i < lists.size(); ++i) {
-        for (const Operand operand : each.lists[i]) lists[i].push_back(tensors[~operand]);
-      }
-      made->linear.push_back(std::move(lists));
-    }
+    for (const Linear& each : linear_) made->linear.emplace_back(each, tensors);
     made->tensors = std::move(tensors);
     return made;
   }
@@ -278,7 +298,18 @@ class Program {
 
   size_t frame_size() const { return registers_.size(); }
 
-  void run(int64_t size, Frame& frame, const Binding& binding, const Tensor* arguments) const {
+  void run(int64_t size, Frame& frame, const Binding& binding, const Tensor* arguments) {
+    std::unique_ptr<Pool> pool = pool_.take();
+    pool->prepare(size, layouts_.size());
+    run(size, frame, binding, arguments, *pool);
+    pool_.put_back(std::move(pool));
+  }
+
+ private:
+  // --- running -------------------------------------------------------------------------
+
+  void run(int64_t size, Frame& frame, const Binding& binding, const Tensor* arguments,
+           Pool& pool) const {
     c10::SmallVector<int64_t, 128> values(values_.size());
     for (size_t i = 0; i < values_.size(); ++i) values[i] = values_[i](size);
     const auto tensor = [&](Operand operand) -> const Tensor& {
@@ -295,8 +326,11 @@ class Program {
     for (const Step& step : steps_) {
       switch (step.kind) {
         case Kind::empty: {
-          const auto [sizes, strides] = gather(step);
-          frame[step.dst] = Tensor(at::detail::empty_strided_cpu(sizes, strides, step.dtype));
+          Tensor& made = frame[step.dst] = pool.take(step.value);
+          if (!made.defined()) {
+            const auto [sizes, strides] = gather(step);
+            made = Tensor(at::detail::empty_strided_cpu(sizes, strides, step.dtype));
+          }
           break;
         }
         case Kind::view: {
@@ -332,13 +366,21 @@ class Program {
           call_operator(operators_[step.value], frame, values.data(), tensor);
           break;
         case Kind::linear:
-          call_linear(linear_[step.value], binding.linear[step.value], frame, tensor);
+          call_linear(linear_[step.value], binding.linear[step.value], frame, pool, tensor);
           break;
         case Kind::collective:
           call_collective(collectives_[step.value], frame, tensor);
           break;
         case Kind::free:
-          for (int32_t i = 0; i < step.count; ++i) frame[words_[step.first + i]].reset();
+          for (int32_t i = 0; i < step.count; ++i) {
+            Tensor& dead = frame[words_[step.first + 2 * i]];
+            const int32_t layout = words_[step.first + 2 * i + 1];
+            if (layout == kNone) {
+              dead.reset();
+            } else {
+              pool.park(std::move(dead), layout);
+            }
+          }
           break;
         case Kind::bump:
           for (int32_t i = 0; i < step.count; ++i) {
@@ -349,9 +391,6 @@ class Program {
       }
     }
   }
-
- private:
-  // --- running -------------------------------------------------------------------------
 
   static void call_kernel(void* kernel, const Word* words, int32_t count) {
     try {
@@ -416,19 +455,47 @@ class Program {
   }
 
   template <class F>
-  static void call_linear(const Linear& layer, const std::array<std::vector<Tensor>, 3>& lists,
-                          Frame& frame, const F& tensor) {
+  static void call_linear(const Linear& layer, const BoundLinear& bound, Frame& frame, Pool& pool,
+                          const F& tensor) {
+    const Tensor& x = tensor(layer.x);
+    if (bound.ready && !c10::GradMode::is_enabled() && x.scalar_type() == bound.type &&
+        x.dim() > 0 && x.size(-1) == bound.k) {
+      c10::SmallVector<Tensor, 3> y;
+      for (size_t i = 0; i < bound.ready->layers.size(); ++i) {
+        y.push_back(linear_result(x, bound.ready->layers[i].n, layer.layouts[i], pool));
+      }
+      const Tensor* residual = layer.residual == kNone ? nullptr : &tensor(layer.residual);
+      run_linear(*bound.ready, x, residual, y);
+      for (size_t i = 0; i < layer.results.size(); ++i) {
+        if (layer.results[i] != kNone) frame[layer.results[i]] = std::move(y[i]);
+      }
+      return;
+    }
     std::optional<Tensor> residual;
     if (layer.residual != kNone) residual = tensor(layer.residual);
     const PastAutograd past;
+    const auto& lists = bound.lists;
     std::vector<Tensor> found =
-        layer.packed ? layer.packed->call(tensor(layer.x), lists[0], layer.n, lists[1], lists[2],
-                                          residual, layer.activation, layer.gated)
-                     : layer.gemv->call(tensor(layer.x), lists[0], lists[1], lists[2], residual,
+        layer.packed ? layer.packed->call(x, lists[0], layer.n, lists[1], lists[2], residual,
+                                          layer.activation, layer.gated)
+                     : layer.gemv->call(x, lists[0], lists[1], lists[2], residual,
                                         layer.activation, layer.gated);
     for (size_t i = 0; i < layer.results.size(); ++i) {
       if (layer.results[i] != kNone) frame[layer.results[i]] = std::move(found.at(i));
     }
+  }
+
+  // Contiguous, of x's dtype and sizes but for the last one, n.
+  static Tensor linear_result(const Tensor& x, int64_t n, int32_t layout, Pool& pool) {
+    Tensor kept = pool.take(layout);
+    const auto rows = x.sizes().slice(0, x.dim() - 1);
+    if (kept.defined() && kept.scalar_type() == x.scalar_type() && kept.dim() == x.dim() &&
+        kept.sizes().slice(0, x.dim() - 1) == rows) {
+      return kept;
+    }
+    at::DimVector sizes(rows);
+    sizes.push_back(n);
+    return Tensor(at::detail::empty_cpu(sizes, x.scalar_type()));
   }
 
   template <class F>
@@ -518,6 +585,12 @@ class Program {
     TORCH_CHECK_VALUE(step.words.size() == 2 * half, "as many strides as sizes are needed");
   }
 
+  // A number for tensors that differ in nothing but what they hold, at one size.
+  int32_t layout(std::vector<int32_t> key) {
+    return layouts_.try_emplace(std::move(key), static_cast<int32_t>(layouts_.size()))
+        .first->second;
+  }
+
   int32_t text(const py::handle& what) {
     if (what.is_none()) return -1;
     texts_.push_back(py::cast<std::string>(what));
@@ -528,30 +601,33 @@ class Program {
   // it points to is still in the cache.
   Operand take() {
     if (free_.empty()) {
-      registers_.push_back(1);
+      registers_.push_back({1});
       return static_cast<Operand>(registers_.size()) - 1;
     }
     const Operand found = free_.back();
     free_.pop_back();
-    registers_[found] = 1;
+    registers_[found] = {1};
     return found;
   }
 
   void name(Operand operand) {
-    if (operand >= 0) ++registers_[operand];
+    if (operand >= 0) ++registers_[operand].names;
   }
 
   void drop(Operand operand, std::vector<int32_t>& dead) {
-    if (operand < 0 || operand == kNone || --registers_[operand] > 0) return;
+    if (operand < 0 || --registers_[operand].names > 0) return;
+    const Register last = registers_[operand];
     free_.push_back(operand);
     dead.push_back(operand);
+    dead.push_back(last.layout);
+    drop(last.viewed, dead);
   }
 
   void release(const std::vector<int32_t>& dead) {
     if (dead.empty()) return;
     Step step{Kind::free};
     step.first = static_cast<int32_t>(words_.size());
-    step.count = static_cast<int32_t>(dead.size());
+    step.count = static_cast<int32_t>(dead.size() / 2);
     words_.insert(words_.end(), dead.begin(), dead.end());
     steps_.push_back(step);
   }
@@ -686,10 +762,13 @@ class Program {
         break;
       case Kind::empty:
         made.dst = slots[made.dst] = take();
+        registers_[made.dst].layout = made.value;
         break;
       case Kind::view:
         made.src = filled(slots, made.src);
+        name(made.src);  // before a register is taken: it must stay, and goes with its last view
         made.dst = slots[made.dst] = take();
+        registers_[made.dst].viewed = made.src;
         break;
       default:
         made.src = filled(slots, made.src);
@@ -731,6 +810,9 @@ class Program {
       made.dtype = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
       dims(read, step[3], step[4]);
       made.dst = slot(step[1]);
+      std::vector<int32_t> key = read.words;
+      key.push_back(static_cast<int32_t>(made.dtype));
+      made.value = layout(std::move(key));
     } else if (kind == "view") {
       made.kind = Kind::view;
       made.src = slot(step[2]);
@@ -917,6 +999,12 @@ class Program {
     made.activation = take_next().constant.toStringRef();
     made.gated = take_next().constant.toBool();
     made.results = op.results;
+    for (const int64_t n : made.n) {
+      made.layouts.push_back(layout({kNone, static_cast<int32_t>(n)}));
+    }
+    for (size_t i = 0; i < made.results.size() && i < made.layouts.size(); ++i) {
+      if (made.results[i] != kNone) registers_[made.results[i]].layout = made.layouts[i];
+    }
     if (packed) {
       made.packed = op.handle.typed<LinearPacked>();
     } else {
@@ -970,9 +1058,9 @@ class Program {
       CollectiveStep& each = collectives_[steps_[at].value];
       const auto freed = [&](Operand operand) {
         for (size_t next = at + 1; next < steps_.size() && steps_[next].kind == Kind::free; ++next) {
-          const auto first = words_.begin() + steps_[next].first;
-          const auto last = first + steps_[next].count;
-          if (std::find(first, last, operand) != last) return true;
+          for (int32_t i = 0; i < steps_[next].count; ++i) {
+            if (words_[steps_[next].first + 2 * i] == operand) return true;
+          }
         }
         return false;
       };
@@ -992,8 +1080,15 @@ class Program {
   std::vector<Linear> linear_;
   std::vector<CollectiveStep> collectives_;
   std::vector<Operand> outputs_;
+  std::map<std::vector<int32_t>, int32_t> layouts_;
+  SparePool pool_;
   // Only while it is made:
-  std::vector<int32_t> registers_;  // how many names each has
+  struct Register {
+    int32_t names;
+    int32_t layout = kNone;    // of the tensor it holds, where another step could use it again
+    Operand viewed = kNone;    // the register whose memory it views
+  };
+  std::vector<Register> registers_;
   std::vector<Operand> free_;
   std::unordered_map<std::string, int32_t> value_index_;
   std::unordered_map<int32_t, Operand> outer_;
@@ -1019,7 +1114,7 @@ PyObject* program_call(PyObject* self, PyObject* const* args, size_t nargsf, PyO
   HANDLE_TH_ERRORS
   const auto* me = reinterpret_cast<PyProgram*>(self);
   const size_t count = PyVectorcall_NARGS(nargsf);
-  const Program& program = *me->program;
+  Program& program = *me->program;
   TORCH_CHECK_TYPE(count == program.inputs() + 1 && names == nullptr, "a program takes the size and ",
                    program.inputs(), " tensors");
   const int64_t size = PyLong_AsLongLong(args[0]);
