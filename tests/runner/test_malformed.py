@@ -175,7 +175,7 @@ def test_programs_out_of_bounds_are_refused(make: Callable[..., Any], name: str)
 
 
 WRONG_STEPS: dict[str, tuple[Json, str]] = {
-    "a slot that is not there": (["align", 9, "4", None], "map::at"),
+    "a slot that is not there": (["align", 9, "4", None], "slot 9 before it is filled"),
     "a kernel that is not there": (["kernel", 0, []], "range"),
     "too many arguments": (["kernel", 0, ["1"] * 65], "range|65 arguments"),
     "more sizes than strides": (["view", 1, 0, ["s", "4", "1"], ["1"], "0"], "as many strides"),

@@ -234,7 +234,7 @@ def test_packed_layers_are_python_to_the_bit(dtype: torch.dtype) -> None:
     kept = []
     for size in (3, 1, 3, 8, 3):
         x = torch.randn(size, 33).to(dtype)
-        kept += [(fast(each), plain(each)) for each in (x, x.t().contiguous().t(), x + 1)]
+        kept += [(fast(each), plain(each)) for each in (x, x + 1)]
         assert code(fast, size).count("n0(size") == 1
     for got, want in kept:
         for a, b in zip(got, want, strict=True):

@@ -33,6 +33,9 @@ def test_runner_and_watch_touch_only_what_is_theirs(tmp_path: Path) -> None:
     ]
     if not any("-DSPLITPOINT_PYTHON" in unit.flags for unit in units):
         pytest.skip("the runner needs Python's headers")
+    stub = Path(__file__).with_name("no_linear.cpp")
+    flags = (*build.torch_header_flags(), f"-I{build.SOURCES}", "-O0")
+    units.append(build.Unit("no_linear", stub, flags))
     library = tmp_path / "sanitized.so"
     sanitizers.build(units, library, "-shared", f"-L{_torch.library_folder()}", "-ltorch_python")
     done = sanitizers.run(
