@@ -32,9 +32,9 @@ _INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b.*$", re.MULTILINE)
 BUILDS_BEFORE_PRECOMPILED_HEADERS = 5
 """Reading the headers takes 1.5 CPU s, making precompiled ones 5.7, reading those 0.4."""
 
-KERNELS_A_WORKER = 16
-"""Two compilers over 16 kernels each take two thirds of the time of one over all, and a third more
-CPU time."""
+KERNELS_A_FILE = 16
+"""Most kernels in a file. More would save CPU time, but a compiler inlines less in a large file;
+12 kernels of a model were seen to come out as those built one by one."""
 
 
 class BuildFailed(Exception):
@@ -117,8 +117,8 @@ def build(kernels: Sequence[Kernel], workers: int | None = None) -> None:
 
     Args:
         kernels: those that are built already stay as they are.
-        workers: how many compilers may run at once, each over a file of its own; None for one
-            every `KERNELS_A_WORKER`, and no more than Inductor would have.
+        workers: how many compilers may run at once, and how many files there are at least; None
+            for as many as Inductor would have, over no more files than there must be.
 
     Raises:
         BuildFailed: when the compiler fails; no telling whose fault it is if there are several.
@@ -152,10 +152,9 @@ def build(kernels: Sequence[Kernel], workers: int | None = None) -> None:
 
 def _parts(kernels: Sequence[Kernel], workers: int | None) -> list[list[Kernel]]:
     """The kernels of each file, which take about as long: in turn, the longest first."""
-    if workers is None:
-        workers = min(math.ceil(len(kernels) / KERNELS_A_WORKER), _cores())
+    count = max(math.ceil(len(kernels) / KERNELS_A_FILE), min(workers or 1, len(kernels)))
     ordered = sorted(kernels, key=lambda kernel: (-len(kernel.source), kernel.symbol))
-    return [ordered[first::workers] for first in range(min(workers, len(ordered)))]
+    return [ordered[first::count] for first in range(count)]
 
 
 def _cores() -> int:

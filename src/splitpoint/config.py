@@ -113,9 +113,10 @@ class Config:
     compiled graph of a range that holds it too, or by the model itself. The first call captures
     and starts compiling all ranges or, with `lazy`, each when its first call comes."""
     compile_workers: int | None = None
-    """How many C++ compilers may run at once, each over a part of the kernels that a start needs.
-    More take less time, and more CPU time, as each reads the same headers; 1 takes the least. None
-    for one every 16 kernels, and no more than there are cores (`TORCHINDUCTOR_COMPILE_THREADS`)."""
+    """How many C++ compilers may run at once, and into how many files the kernels that a start
+    needs are divided at least: more take less time, and more CPU time, as each file reads the same
+    headers. None for as many compilers as there are cores (`TORCHINDUCTOR_COMPILE_THREADS`), and a
+    file for every 16 kernels."""
     hint: Hint = "end"
     """The size inside each range that the compiler tunes for."""
     module_guards: ModuleGuards = "every_call"
