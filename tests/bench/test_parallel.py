@@ -21,7 +21,12 @@ def test_two_ranks_are_timed_three_ways_after_a_check(tmp_path, capsys):
     assert set(report["ms"]["4"]) == {"gloo", "shm unfused", "shm fused"}
     assert report["norms"] == 2 * tiny.LAYERS
     assert report["fused"]["[4,4]"] == 2 * tiny.LAYERS
-    assert report["saved"]["4"].keys() == {"ms", "error_ms", "predicted_ms"}
+    assert report["saved"]["4"].keys() == {
+        "ms",
+        "error_ms",
+        "predicted_ms",
+        "predicted_error_ms",
+    }
     assert report["saved"]["4"]["error_ms"] > 0
     assert 0 < report["difference"]["4"] < 1e-4
     assert f"Fused of {2 * tiny.LAYERS} all-reduce + norm" in capsys.readouterr().out
