@@ -209,6 +209,7 @@ class _Chain(nn.Module):
         self.layers = model.layers[:CHAIN]
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        layer: Any  # a list of modules does not say of which
         for layer in self.layers:
             gate, up = F.linear(x, layer.gate_up).chunk(2, dim=-1)
             residual = residual + layer.down(F.silu(gate) * up)
