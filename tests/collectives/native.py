@@ -40,7 +40,7 @@ def both(wrapper: Wrapper, outputs: int) -> tuple[Call, Call]:
         {"p_0": wrapper.bind({})},
         (),
         (["piece", "p_0", names, made], None),
-        {"p_0": PieceSteps(data, ())},
+        {"p_0": PieceSteps(data, list)},
     )
     fast = native(body)
     assert fast is not None
