@@ -240,6 +240,16 @@ def test_packed_layers_are_python_to_the_bit(dtype: torch.dtype) -> None:
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
             assert a.stride() == b.stride()
+    x = torch.randn(3, 33).to(dtype)
+    seen = [kernels_in_profile(call, x) for call in (fast, plain)]
+    assert seen[0] == seen[1] > 0
+
+
+def kernels_in_profile(call: Any, x: torch.Tensor) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        call(x)
+    return sum(event.name == "splitpoint::linear_packed" for event in profile.events())
 
 
 class Counting(torch.nn.Module):

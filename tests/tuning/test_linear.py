@@ -62,3 +62,23 @@ def test_a_models_own_weights_are_what_plain_variants_are_timed_on() -> None:
     assert len(plain) == len(packed) == 256
     calls = weights.calls(2, ["inductor", "gemv", "packed"])
     assert set(calls) == {"inductor", "gemv", "packed"}
+
+
+def test_a_weight_larger_than_the_cache_is_not_copied_but_put_out_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels.load()
+    monkeypatch.setattr("splitpoint.tuning.linear.COLD_BYTES", 64 * 32 * 4)
+    shape = LinearShape(columns=(64,), k=32, dtype=torch.float32)
+    own = [[torch.nn.Parameter(torch.randn(64, 32))]]
+    large, small = Weights(shape, own), Weights(dataclasses.replace(shape, columns=(32,)))
+    assert [each[0].data_ptr() for each in large.copies("gemv")] == [own[0][0].data_ptr()]
+    assert len(small.copies("gemv")) == 2
+
+    def reads(weights: Weights) -> int:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profile:
+            weights.evict()
+        return sum(event.name == "splitpoint::read_memory" for event in profile.events())
+
+    assert (reads(large), reads(small)) == (1, 0)

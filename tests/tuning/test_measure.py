@@ -85,6 +85,20 @@ def test_turns_are_taken_and_the_first_turn_goes_round():
     assert "".join(fake.calls) == "abc" + "abc" + "bca" + "cab"
 
 
+def test_what_comes_before_a_part_is_called_each_time_and_not_timed():
+    fake = FakeTime()
+    timings = interleave(
+        {name: fake.takes(name, 1.0) for name in "ab"},
+        clock=fake.clock,
+        budget_s=1e-3,
+        repeats=3,
+        warm_up=0,
+        before=fake.takes("-", 100.0),
+    )
+    assert "".join(fake.calls) == "ab" + "-a-b" + "-b-a" + "-a-b"
+    assert {timing.median_s for timing in timings.values()} == {1.0}
+
+
 def test_a_slow_one_does_not_cost_the_others_their_rounds():
     fake = FakeTime()
     callables = {"fast": fake.takes("f", 0.1), "slow": fake.takes("s", 5.0)}

@@ -43,8 +43,9 @@ def native(body: Body) -> Native | None:
         end = next((i for i in range(at, len(known)) if not known[i]), len(known))
         later = {name for line in body.lines[end:] for name in _LOCAL.findall(line)}
         part = _Part(body, operators, body.steps[at:end], later)
+        arguments = part.program()
         try:
-            program = make(*part.program())
+            program = make(*arguments)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             log.warning("a range runs in Python, because the runner refuses it: %s", error)
             return None
