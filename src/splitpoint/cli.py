@@ -208,6 +208,8 @@ def bench_parallel(args: argparse.Namespace) -> None:
         threads=args.threads,
         budget_s=args.seconds,
         layers=args.layers,
+        starts=args.starts,
+        say=_say,
     )
     print(report)
     if args.json:

@@ -24,6 +24,7 @@ from .shared import (
     run_arguments,
     seconds,
     some_of,
+    two_or_more,
     verb,
 )
 
@@ -226,7 +227,9 @@ def add_bench_parallel(verbs: Any, run: Verb) -> None:
         """\
 Splits a model of the Llama family over N processes and times a forward pass three ways, in turns:
 all-reduces by gloo; by shared memory, with the norm apart; and fused. Checks the logits of each
-against one rank first. Random ids, no KV cache, logits of the last token.""",
+against one rank first. Random ids, no KV cache, logits of the last token. Linear layers are packed
+and attention is by rows unless the configuration says otherwise, so that the ways differ in nothing
+else.""",
         """\
 examples:
   splitpoint bench parallel smollm2
@@ -249,6 +252,14 @@ examples:
         default=2.0,
         metavar="S",
         help="time given to each way at each size, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--starts",
+        type=two_or_more,
+        default=3,
+        metavar="N",
+        help="how often the ranks are started, at least 2; what is saved is given with its "
+        "standard error over the starts (default: %(default)s)",
     )
     policy_argument(parser)
     parser.add_argument(

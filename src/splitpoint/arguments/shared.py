@@ -183,6 +183,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def two_or_more(text: str) -> int:
+    """An integer of 2 or more."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 2 or more")
+    return int(text)
+
+
 def byte_count(text: str) -> int:
     """A number of bytes, such as 512M."""
     unit = {"K": 10, "M": 20, "G": 30}.get(text[-1:].upper(), 0)

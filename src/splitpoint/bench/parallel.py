@@ -6,29 +6,34 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import CompiledModel, Config, _torch_distributed, compile
+from .. import CompiledModel, Config, _torch_distributed, compile, program
 from ..collectives import workspace
 from ..collectives.launch import run_ranks
 from ..collectives.policy import Policy
 from ..errors import OutputMismatch, RankFailed
 from ..models import DTYPES
+from ..packing import PackedWeights
 from ..passes.allreduce_rmsnorm import AllReduceRMSNorm
 from ..passes.base import Pass
 from ..passes.shared_memory import SharedMemoryAllReduce
-from ..ranges import align
+from ..ranges import Plan, align
 from ..tensor_parallel import TensorParallelLlama, load
 from .environment import environment
+
+Say = Callable[[str], None]
 
 GLOO, UNFUSED, FUSED = "gloo", "shm unfused", "shm fused"
 TIMEOUT_S = 600.0
@@ -39,24 +44,31 @@ MORE_THAN_ALONE, FLOOR = 3.0, 1e-4
 and what is allowed in any case; relative to the largest logit. Sums over ranks round elsewhere."""
 GLOO_TURNS = 20
 """How often a forward pass by gloo is timed."""
-CHAIN = 8
-"""MLPs with the all-reduce and norm after each in the graph that predictions are made of."""
-CHAIN_S = 1.0
-"""Seconds that each way of the chain is given at each size."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Milliseconds of a forward pass that fusing saves over norms apart, both in shared memory."""
+    """Milliseconds of a forward pass that fusing saves over norms apart, both in shared memory.
+
+    Each start of the ranks gives the median of the differences between neighbouring turns; this is
+    the mean over the starts and its standard error. Where things lie in memory differs from start
+    to start by more than turns differ.
+    """
 
     ms: float
-    """The median of the differences between neighbouring turns."""
     error_ms: float
-    """The standard error of that median."""
     predicted_ms: float
-    """The model's norms times what one saves after an MLP, in the same run. Weights must be read
+    """The model's norms times what one saves after an MLP, in the same starts. Weights must be read
     between norms: where nothing else runs, all that a norm apart touches stays in the caches."""
     predicted_error_ms: float
+
+    @classmethod
+    def over(cls, starts: Sequence[tuple[float, float]]) -> Saved:
+        """Of what each of at least two starts measured and predicted."""
+        figures = []
+        for each in zip(*starts, strict=True):
+            figures += [statistics.mean(each), statistics.stdev(each) / math.sqrt(len(each))]
+        return cls(*figures)
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,11 @@ class ParallelReport:
     environment: dict[str, Any]
     model: str
     ms: dict[int, dict[str, float]]
-    """By size and way: the median over calls of the slowest rank."""
+    """By size and way: the median over starts of the median over calls of the slowest rank."""
     fused: dict[str, int]
     """By range: all-reduces that are fused, equal pieces counted each."""
+    starts: int
+    """How often the ranks were started."""
     norms: int
     """All-reduces of the model that a norm follows: two a layer."""
     saved: dict[int, Saved]
@@ -122,10 +136,10 @@ class ParallelReport:
                 "",
                 "Medians of the slowest rank, the three in turns. Unfused: all-reduce in shared",
                 "memory, then the norm as Inductor makes it. Saved: unfused less fused, the median",
-                "of the differences turn by turn, and its standard error. Predicted: what one norm",
-                f"saves in a graph of the first layers' MLPs with a norm after each, times "
-                f"{self.norms}.",
-                "Logits: fused, to one rank in fp32.",
+                "of the differences turn by turn; predicted: what one norm saves in a graph of the",
+                f"layers' MLPs with a norm after each, times {self.norms}; both the mean over "
+                f"{self.starts} starts",
+                "and its standard error. Logits: fused, to one rank in fp32.",
             ]
         )
 
@@ -141,28 +155,67 @@ def run(
     threads: int,
     budget_s: float,
     layers: int | None,
+    starts: int = 3,
+    say: Say = lambda line: None,
 ) -> ParallelReport:
-    """Start the ranks, check the logits of each way against one rank's, and time the ways.
+    """Start the ranks, check the logits of each way against one rank's, and time the ways; that
+    `starts` times, at least two.
 
     Raises:
         OutputMismatch: when logits differ by more than rounding.
         RankFailed, WorkspaceError: as they come up.
     """
-    answers = run_ranks(
-        ranks,
-        threads,
-        measure,
-        (model, dtype, config.to_json(), policy.to_json(), list(sizes), budget_s, layers),
+    told: list[Measured] = []
+    with tempfile.TemporaryDirectory(prefix="splitpoint-bench-") as folder:
+        kept = replace(settled(config), cache_dir=folder)
+        job = (model, dtype, kept.to_json(), policy.to_json(), list(sizes), budget_s, layers)
+        for start in range(starts):
+            say(f"start {start + 1} of {starts} ...")
+            answers = run_ranks(ranks, threads, measure, job)
+            if any(answer != answers[0] for answer in answers):
+                raise RankFailed("the ranks disagree on what was measured")
+            told.append(answers[0])
+    ways = told[0].ms[sizes[0]]
+    return ParallelReport(
+        environment() | {"ranks": ranks, "threads": threads, "dtype": dtype},
+        model,
+        {
+            size: {way: statistics.median(each.ms[size][way] for each in told) for way in ways}
+            for size in sizes
+        },
+        told[0].fused,
+        starts,
+        told[0].norms,
+        {size: Saved.over([each.saved[size] for each in told]) for size in sizes},
+        {size: max(each.difference[size] for each in told) for size in sizes},
     )
-    if any(answer[0] != answers[0][0] for answer in answers):
-        raise RankFailed("the ranks disagree on what was measured")
-    ms, fused, norms, saved, difference = answers[0]
-    known = environment() | {"ranks": ranks, "threads": threads, "dtype": dtype}
-    return ParallelReport(known, model, ms, fused, norms, saved, difference)
 
 
-def measure(job: tuple[Any, ...]) -> tuple[Any, ...]:
-    """On a rank: what `ParallelReport` holds."""
+def settled(config: Config) -> Config:
+    """The same with nothing left to measure: what is fused and what is not must not come to differ
+    in other kernels. Those named are what decode sizes get by measuring as a rule."""
+    ranges = [entry.range for entry in Plan.from_config(config).entries]
+    if config.linear == "auto":
+        config = replace(config, linear={f"{r.start}-{r.end}": "packed" for r in ranges})
+    if config.attention == "auto":
+        config = replace(config, attention={f"{r.start}-{r.end}": "rowwise" for r in ranges})
+    return config
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one start of the ranks found, as in `ParallelReport`; the same on every rank."""
+
+    ms: dict[int, dict[str, float]]
+    fused: dict[str, int]
+    norms: int
+    saved: dict[int, tuple[float, float]]
+    """By size: milliseconds measured, and predicted."""
+    difference: dict[int, float]
+
+
+def measure(job: tuple[Any, ...]) -> Measured:
+    """On a rank."""
     name, dtype, config_text, policy_text, sizes, budget_s, layers = job
     group = dist.group.WORLD
     assert group is not None
@@ -170,6 +223,7 @@ def measure(job: tuple[Any, ...]) -> tuple[Any, ...]:
     model, _ = load(name, DTYPES[dtype], group, layers=layers)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(_one_copy())
         # Which all-reduces go where is decided when a graph is compiled.
         gloo = _compiled(model, config, ())
         _first_calls(gloo, sizes)
@@ -184,7 +238,7 @@ def measure(job: tuple[Any, ...]) -> tuple[Any, ...]:
         matched = {str(range_): count for range_, count in counts.items()}
         norms = 2 * len(model.layers)
         chains = _chains(model, config, policy)
-        share = norms / min(CHAIN, len(model.layers))
+        share = norms / len(model.layers)
         ms, saved = {}, {}
         for size in sizes:
             samples = _samples(
@@ -194,10 +248,18 @@ def measure(job: tuple[Any, ...]) -> tuple[Any, ...]:
             given = _chain_inputs(size, model)
             for chain in chains.values():
                 chain(*given)
-            apart = _samples({way: _of(chain, given) for way, chain in chains.items()}, CHAIN_S)
-            predicted, off = (share * each for each in _difference(apart))
-            saved[size] = Saved(*_difference(samples), predicted, off)
-        return ms, matched, norms, saved, difference
+            apart = _samples({way: _of(chain, given) for way, chain in chains.items()}, budget_s)
+            saved[size] = _difference(samples), share * _difference(apart)
+        return Measured(ms, matched, norms, saved, difference)
+
+
+@contextmanager
+def _one_copy() -> Iterator[None]:
+    """What is compiled within reads the same packed weights: of two copies in different places one
+    may be faster by more than norms are."""
+    weights = PackedWeights()
+    with patch.object(program, "PackedWeights", lambda: weights):
+        yield
 
 
 class _Chain(nn.Module):
@@ -206,7 +268,7 @@ class _Chain(nn.Module):
 
     def __init__(self, model: TensorParallelLlama) -> None:
         super().__init__()
-        self.layers = model.layers[:CHAIN]
+        self.layers = model.layers
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         layer: Any  # a list of modules does not say of which
@@ -235,12 +297,10 @@ def _chain_inputs(size: int, model: TensorParallelLlama) -> tuple[Tensor, Tensor
     return x, residual
 
 
-def _difference(samples: Mapping[str, Sequence[float]]) -> tuple[float, float]:
-    """What fusing saves, in milliseconds: the median over the turns, and its standard error."""
-    differences = [1e3 * (a - b) for a, b in zip(samples[UNFUSED], samples[FUSED], strict=True)]
-    low, median, high = statistics.quantiles(differences, n=4, method="inclusive")
-    # Of a median, from the quartiles, as if the differences were normal.
-    return median, 1.2533 * (high - low) / 1.349 / math.sqrt(len(differences))
+def _difference(samples: Mapping[str, Sequence[float]]) -> float:
+    """Milliseconds that fusing saves: the median over the turns."""
+    turns = zip(samples[UNFUSED], samples[FUSED], strict=True)
+    return 1e3 * statistics.median(unfused - fused for unfused, fused in turns)
 
 
 def _compiled(model: nn.Module, config: Config, passes: tuple[Pass, ...]) -> CompiledModel:
