@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +28,10 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from ._torch_build import whole_files
+from ._torch_checks import Checks
 from ._torch_codegen import dtype_rules_made_once
 from ._torch_cpp import Kernel, waiting_kernels
-from ._torch_guards import GuardScope, NotPortable, expressions
+from ._torch_guards import GuardScope
 from ._torch_isa import quick_isa_checks
 from ._torch_tracing import traces_alone
 
@@ -311,16 +312,8 @@ class DynamoCapture:
     """Fetches the graph inputs anew from the module, closures and example arguments."""
     result: Callable[[Sequence[Any]], Any]
     """What the callable returns for given graph outputs."""
-    check: Callable[[], bool]
-    """Whether everything that was guarded still is as it was."""
-    check_rest: Callable[[torch.nn.Module, Collection[int], Sees], Callable[[], bool]]
-    """`check` without what a watch over a module tree, and over the tensors with these ids,
-    sees anyway, and without the expressions (`_torch_guards.expressions`) that are seen."""
-    explain: Callable[[], str]
-    """Which guard no longer holds."""
-    read: Callable[[Collection[int]], dict[str, None]]
-    """What tracing read, as expressions (`_torch_guards.expressions`), without the tensors
-    with these ids."""
+    checks: Checks
+    """What was guarded."""
     traced_code: tuple[Any, ...]
     """The code objects that tracing went through."""
     dimensions: frozenset[sympy.Symbol]
@@ -329,10 +322,6 @@ class DynamoCapture:
     """What tracing took for granted, given what the symbols mean."""
     side_effects: tuple[str, ...]
     """Sources of the Python objects the callable changes, as Dynamo names them."""
-
-
-Sees = Callable[[str, GuardScope], bool]
-"""Whether changes of an expression's value are seen elsewhere."""
 
 
 class DynamoFailure(Exception):
@@ -369,59 +358,6 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     maybe_mark_dynamic(tensor, dim)
 
 
-_IN_TREE = re.compile(
-    r"(?:\._modules(?:\['[^']*'\])?)*"
-    r"(?:\.(?:_parameters|_buffers)(?:\['[^']*'\])?|\.\w+)?$"
-)
-"""What follows a module's name in the name of something that its tree's dicts hold."""
-
-_CONSTANTS = (bool, int, float, str, type(None), type, torch.dtype, torch.device)
-
-
-def _not_covered(
-    entries: Sequence[Any], module: torch.nn.Module, tensors: Collection[int]
-) -> list[bool]:
-    """Which guards depend on more than the dicts of a module's tree and the tensors watched."""
-    roots = {_plain_name(entry.name) for entry in entries if entry.value is module}
-
-    def in_tree(name: str) -> bool:
-        return any(
-            name.startswith(root) and _IN_TREE.match(name[len(root) :]) is not None
-            for root in roots
-        )
-
-    def covered(entry: Any) -> bool:
-        if not in_tree(_plain_name(entry.name)):
-            return False
-        value = entry.value
-        if isinstance(value, torch.Tensor):
-            if id(value) not in tensors:
-                return False
-            other = getattr(entry.orig_guard.create_fn, "keywords", {}).get("source_b")
-            return other is None or in_tree(_plain_name(other.name))
-        # A dict of the tree is compared as a whole; of other containers (a list, a
-        # configuration object) only which one it is.
-        return isinstance(value, (*_CONSTANTS, torch.nn.Module)) or entry.name.endswith(
-            ("._modules", "._parameters", "._buffers")
-        )
-
-    return [not covered(entry) for entry in entries]
-
-
-def _seen(entry: Any, scope: GuardScope, tensors: Collection[int], sees: Sees) -> str | None:
-    """The expression of a guard if what it depends on is seen elsewhere."""
-    try:
-        found = expressions([entry], scope, tensors)
-    except NotPortable:
-        return None
-    return next((code for code in found if sees(code, scope)), None)
-
-
-def _plain_name(name: str) -> str:
-    """`self.layers` for `L['self'].layers`: guards are named either way."""
-    return re.sub(r"^L\['(\w+)'\]", r"\1", name)
-
-
 def dynamo_capture(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> DynamoCapture:
@@ -441,10 +377,9 @@ def dynamo_capture(
         get_traced_fn,
     )
     from torch._dynamo.exc import TorchDynamoException
-    from torch._dynamo.hooks import Hooks
     from torch._dynamo.source import TensorProperty, TensorPropertySource
-    from torch._dynamo.utils import dynamo_timed, get_metrics_context
-    from torch._guards import TracingContext, tracing
+    from torch._dynamo.utils import get_metrics_context
+    from torch._guards import TracingContext
 
     with (
         compile_lock(),
@@ -501,38 +436,6 @@ def dynamo_capture(
     frame_locals = _get_frame(function, args, dict(kwargs)).locals
     cells = tuple(zip(traced.__code__.co_freevars, traced.__closure__ or (), strict=True))
 
-    def build(keep: Callable[[Sequence[Any]], Sequence[bool]] | None = None) -> Any:
-        for guard in captured.output_graph.guards:  # what an earlier build left on them
-            guard.guard_types = guard.guarded_class_weakref = None
-            guard.code_list = guard.obj_weakref = None
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            dynamo_config.patch(skip_nnmodule_hook_guards=False),
-            tracing(context),
-            get_metrics_context(),
-            dynamo_timed("splitpoint_build_guards", log_pt2_compile_event=True),
-        ):
-            hooks = Hooks(guard_filter_fn=keep)
-            return captured.build_guards(traced.__code__, hooks=hooks).guard_manager
-
-    manager = build()
-
-    def checker(manager: Any) -> Callable[[], bool]:
-        holds = manager.check
-
-        def check() -> bool:
-            for name, cell in cells:  # a closure's variables may have been set anew
-                frame_locals[name] = cell.cell_contents
-            if torch.is_inference_mode_enabled():
-                with torch.inference_mode(False), torch.no_grad():
-                    return bool(holds(frame_locals))
-            return bool(holds(frame_locals))
-
-        return check
-
-    collected: list[Any] = []
-
     code = traced.__code__
     parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     own = parameters[0] if isinstance(owner, torch.nn.Module) and parameters else None
@@ -543,36 +446,7 @@ def dynamo_capture(
         dict(cells),
         captured.f_globals,
     )
-    kept: list[tuple[list[str], Callable[[], bool]]] = []
-    """What was seen elsewhere when guards were last built, and the check of the others."""
-
-    def check_rest(
-        module: torch.nn.Module, tensors: Collection[int], sees: Sees
-    ) -> Callable[[], bool]:
-        if kept and all(sees(code, scope) for code in kept[0][0]):
-            return kept[0][1]
-        seen: list[str] = []
-
-        def keep(entries: Sequence[Any]) -> Sequence[bool]:
-            collected[:] = entries
-            rest = _not_covered(entries, module, tensors)
-            for index, entry in enumerate(entries):
-                if rest[index] and (code := _seen(entry, scope, tensors, sees)) is not None:
-                    seen.append(code)
-                    rest[index] = False
-            return rest
-
-        kept[:] = [(seen, checker(build(keep)))]
-        return kept[0][1]
-
-    def read(bound: Collection[int]) -> dict[str, None]:
-        def keep(entries: Sequence[Any]) -> Sequence[bool]:
-            collected[:] = entries
-            return [False] * len(entries)
-
-        if not collected:
-            build(keep)
-        return expressions(collected, scope, bound)
+    checks = Checks(code, captured, context, frame_locals, cells, scope)
 
     own_args = args if owner is None else (owner, *args)
 
@@ -594,19 +468,12 @@ def dynamo_capture(
     def result(outputs: Sequence[Any]) -> Any:
         return run_bytecode(lambda *_: outputs)
 
-    def explain() -> str:
-        with torch.inference_mode(False), torch.no_grad():
-            return "; ".join(manager.check_verbose(frame_locals).verbose_code_parts)
-
     return DynamoCapture(
         graph_module,
         placeholders,
         inputs,
         result,
-        checker(manager),
-        check_rest,
-        explain,
-        read,
+        checks,
         tuple(captured.traced_code),
         frozenset(
             symbol

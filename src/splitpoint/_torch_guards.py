@@ -126,7 +126,16 @@ def _rooted(name: str, scope: GuardScope) -> str | None:
     return scope.rooted[name]
 
 
+_LAST_STEP = re.compile(r"(?<=[\w\])])(\.[a-zA-Z_]\w*|\['[\w.-]*'\]|\[\d\])$", re.ASCII)
+"""What a name does last to something that may have a name of its own; `ast.unparse` writes it
+the same way."""
+
+
 def _parsed(name: str, scope: GuardScope) -> str | None:
+    # Names are long paths, of which most guards share all but the last step.
+    if (step := _LAST_STEP.search(name)) and (start := name[: step.start()]) not in ("L", "G"):
+        code = _rooted(start, scope)
+        return None if code is None else code + step[1]
     try:
         tree = ast.parse(name, mode="eval")
     except SyntaxError as error:

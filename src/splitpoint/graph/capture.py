@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .. import _torch
+from .._torch_checks import Sees
 from .._torch_guards import GuardScope
 from ..errors import CaptureError, SideEffect, UnsupportedGraph
 from .assumptions import Assumption, read
@@ -151,7 +152,7 @@ def capture(
     def check_rest(
         module: torch.nn.Module, tensors: Collection[int], reads: Reads | None
     ) -> Callable[[], bool]:
-        rest = dynamo.check_rest(module, tensors, _seen_by(reads))
+        rest = dynamo.checks.rest(module, tensors, _seen_by(reads))
         if reads is None:
             return lambda: methods.holds() and rest()
         methods.note(reads)
@@ -178,18 +179,18 @@ def capture(
         ),
         symbols,
         fetch,
-        lambda: methods.holds() and dynamo.check(),
+        lambda: methods.holds() and dynamo.checks.check(),
         check_rest,
         owner,
-        lambda: methods.explain() or dynamo.explain(),
-        dynamo.read,
+        lambda: methods.explain() or dynamo.checks.explain(),
+        dynamo.checks.read,
         dynamo.traced_code,
         tuple(names),
         lambda tensors: held(owner, tensors),
     )
 
 
-def _seen_by(reads: Reads | None) -> _torch.Sees:
+def _seen_by(reads: Reads | None) -> Sees:
     names: dict[str, Any] = {}
 
     def sees(code: str, scope: GuardScope) -> bool:
