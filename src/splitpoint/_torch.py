@@ -33,7 +33,7 @@ from ._torch_codegen import dtype_rules_made_once
 from ._torch_cpp import Kernel, waiting_kernels
 from ._torch_guards import GuardScope
 from ._torch_isa import quick_isa_checks
-from ._torch_tracing import traces_alone
+from ._torch_tracing import no_source_lines, traces_alone
 
 if TYPE_CHECKING:
     import sympy
@@ -394,6 +394,7 @@ def dynamo_capture(
             side_effect_replay_policy="warn",
         ),
         get_metrics_context(),
+        no_source_lines(),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

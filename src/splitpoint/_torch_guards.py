@@ -126,16 +126,22 @@ def _rooted(name: str, scope: GuardScope) -> str | None:
     return scope.rooted[name]
 
 
-_LAST_STEP = re.compile(r"(?<=[\w\])])(\.[a-zA-Z_]\w*|\['[\w.-]*'\]|\[\d\])$", re.ASCII)
-"""What a name does last to something that may have a name of its own; `ast.unparse` writes it
-the same way."""
+_LAST_STEP = re.compile(
+    r"(.*(?:[\])]|\b[a-zA-Z_]\w*))(\.[a-zA-Z_]\w*|\['[\w.-]*'\]|\[(?:0|[1-9]\d*)\])", re.ASCII
+)
+"""A name that ends in a step from something else, which `ast.unparse` writes the same way."""
 
 
 def _parsed(name: str, scope: GuardScope) -> str | None:
     # Names are long paths, of which most guards share all but the last step.
-    if (step := _LAST_STEP.search(name)) and (start := name[: step.start()]) not in ("L", "G"):
-        code = _rooted(start, scope)
-        return None if code is None else code + step[1]
+    if (match := _LAST_STEP.fullmatch(name)) and match[1] not in ("L", "G"):
+        code = _rooted(match[1], scope)
+        return None if code is None else code + match[2]
+    return _parsed_whole(name, scope)
+
+
+def _parsed_whole(name: str, scope: GuardScope) -> str | None:
+    """What `_parsed` says, at once."""
     try:
         tree = ast.parse(name, mode="eval")
     except SyntaxError as error:

@@ -6,9 +6,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-RARE = (100_000, 50, 1_000)
-"""Thresholds under which the youngest objects are searched now and then, and the oldest, which
-are most of the process, hardly ever."""
+RARE = (2_000_000, 50, 1_000)
+"""Thresholds under which the youngest objects are searched now and then, so that garbage stays
+under some 200 MB, and the oldest, which are most of the process, hardly ever."""
 
 
 @contextlib.contextmanager
@@ -22,19 +22,25 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():  # what a program froze stays frozen
-                gc.freeze()
-                gc.unfreeze()
+            _make_all_old()
             gc.enable()
 
 
 @contextlib.contextmanager
 def rare_collection() -> Iterator[None]:
     """For capturing and compiling, which make millions of objects that stay until the end: 6 %
-    of the time would go into searching them."""
+    of the time would go into searching them. What is young in the end counts as old afterwards,
+    and is searched when Python next searches everything."""
     before = gc.get_threshold()
     gc.set_threshold(*RARE)
     try:
         yield
     finally:
+        _make_all_old()
         gc.set_threshold(*before)
+
+
+def _make_all_old() -> None:
+    if not gc.get_freeze_count():  # what a program froze stays frozen
+        gc.freeze()
+        gc.unfreeze()
