@@ -50,7 +50,7 @@ class Checks:
         self._arguments = arguments
         self._cells = cells
         self._scope = scope
-        self._guards = sorted(captured.output_graph.guards)
+        self._guards = sorted(captured.output_graph.guards, key=lambda guard: guard.sort_key())
         self._all = self._build(self._guards)
         self.check = self._checker(self._all)
         """Whether everything that was guarded still is as it was."""
