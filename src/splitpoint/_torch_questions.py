@@ -3,8 +3,9 @@
 Torch asks its ShapeEnv whether something holds for every size, and leaves an optimisation out
 where it cannot tell. What a wider range answers holds in a narrower one too; so only the questions
 that the wider one leaves open can have another answer there. Sizes are also estimated by the hint,
-to order what is fused and reused, and for two decisions in C++ loops: how they are tiled, and
-whether threads share them.
+to order what is fused and reused, and for two decisions in C++ loops: how they are tiled, which
+counts as decided otherwise for every other hint, and whether threads share them, which is decided
+for the other hints as well.
 Checked on torch 2.13.0. Modules of Inductor are imported inside the functions that need them.
 """
 
@@ -15,8 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
-
-import torch
 
 if TYPE_CHECKING:
     import sympy
@@ -34,19 +33,22 @@ class Questions:
     """The ShapeEnv of the compile."""
     size: sympy.Symbol
     """Its size."""
-    goes_by_hint: bool = False
-    """Whether loops were written for the hint."""
+    hints: frozenset[int] = frozenset()
+    """Other sizes to tune for."""
+    otherwise: set[int] = field(default_factory=set)
+    """Those for which loops would be written otherwise."""
     open: dict[_Question, None] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         """Note what is asked inside."""
         from torch._inductor import index_propagation, sizevars
-        from torch._inductor.codegen.cpp import CppKernelProxy
+        from torch._inductor.codegen.cpp import CppKernel, CppKernelProxy
         from torch._inductor.sizevars import SizeVarAllocator
         from torch.fx.experimental import symbolic_shapes
 
-        writing = [False]
+        writing = False
+        pretended: int | None = None
         evaluate = type(self.env)._maybe_evaluate_static
 
         def note_open(
@@ -84,25 +86,42 @@ class Questions:
 
         def codegen(original: Callable[..., Any]) -> Callable[..., Any]:
             def write(*args: Any) -> Any:
-                writing[0] = True
+                nonlocal writing
+                writing = True
                 try:
                     return original(*args)
                 finally:
-                    writing[0] = False
+                    writing = False
 
             return write
 
+        def share(original: Callable[..., Any]) -> Callable[..., Any]:
+            def decide_depth(*args: Any) -> Any:
+                nonlocal pretended
+                decided = original(*args)
+                try:
+                    for pretended in self.hints:
+                        if original(*args) != decided:
+                            self.otherwise.add(pretended)
+                finally:
+                    pretended = None
+                return decided
+
+            return decide_depth
+
         def hint(original: Callable[..., int]) -> Callable[..., int]:
             def estimate(sizes: Any, expr: Any, fallback: int | None = None) -> int:
-                if writing[0] and self.size in getattr(expr, "free_symbols", ()):
-                    self.goes_by_hint = True
+                if getattr(expr, "free_symbols", ()):
+                    whole = sizes.remove_precomputed_replacements(expr)
+                    if writing and self.size in whole.free_symbols:
+                        self.otherwise |= self.hints
+                    if pretended is not None:
+                        return original(sizes, whole.subs(self.size, pretended), fallback)
                 return original(sizes, expr, fallback)
 
             return estimate
 
         known = unless_hint_disproves(sizevars.statically_known_true)
-        if torch.get_num_threads() > 1:
-            self.goes_by_hint = True
         with (
             patch.object(self.env, "_maybe_evaluate_static", note_open),
             patch.object(sizevars, "statically_known_true", known),
@@ -111,6 +130,9 @@ class Questions:
             patch.object(symbolic_shapes, "_sym_node_hint_disproves", lambda *_, **__: False),
             patch.object(
                 CppKernelProxy, "codegen_functions", codegen(CppKernelProxy.codegen_functions)
+            ),
+            patch.object(
+                CppKernel, "decide_parallel_depth", share(CppKernel.decide_parallel_depth)
             ),
             patch.object(
                 SizeVarAllocator, "optimization_hint", hint(SizeVarAllocator.optimization_hint)

@@ -100,7 +100,8 @@ def compile_piece(
     questions = None
     if parts:
         (size,) = shapes.symbols
-        questions = Questions(shapes.env, size)
+        hints = frozenset(part.hint for part in parts) - {planned.hint}
+        questions = Questions(shapes.env, size, hints)
     _torch.take_notes()  # what a compile left behind that failed
     try:
         graph = _torch.inductor_compile(
@@ -130,22 +131,15 @@ def compile_piece(
     assumed = read(found)
     serves: tuple[Range, ...] = ()
     if questions is not None and bare is not None:
-        serves = tuple(part.range for part in parts if _is_same(questions, planned, part, assumed))
+        serves = tuple(part.range for part in parts if _is_same(questions, part, assumed))
     return Compiled(call, assumed, matches, bare, steps, graph.kernels, serves)
 
 
-def _is_same(
-    questions: Questions,
-    whole: PlannedRange,
-    part: PlannedRange,
-    assumed: Sequence[Assumption],
-) -> bool:
+def _is_same(questions: Questions, part: PlannedRange, assumed: Sequence[Assumption]) -> bool:
     """Whether the code of a range is what a part of it would be given: as long as it is right
     there, and the part's bounds and hint decide nothing otherwise."""
     sizes = range(part.range.start, part.range.end + 1)
-    if questions.goes_by_hint and part.hint != whole.hint:
-        return False
-    if len(valid(assumed, sizes)) < len(sizes):
+    if part.hint in questions.otherwise or len(valid(assumed, sizes)) < len(sizes):
         return False
     own = _torch.range_shapes(part.range.start, part.range.end, part.hint)
     return not questions.answered_by(own.env)

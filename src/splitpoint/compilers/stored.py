@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import CompileError, SplitpointError
 from ..graph.assumptions import Assumption
 from ..passes.base import Pass
@@ -106,10 +104,8 @@ class PieceCompiler:
         manager = PassManager(self.passes, piece.fingerprint, planned.range)
         if planned.range.is_single_size or not all(p.asks_torch for p in manager.passes):
             return None
-        # With several threads the hint says which loops they share.
-        hint = planned.hint if torch.get_num_threads() > 1 else None
         settings = {**planned.options, **options}
-        what = [piece.fingerprint, manager.uuid(), settings, sorted(trusted), hint]
+        what = [piece.fingerprint, manager.uuid(), settings, sorted(trusted)]
         return json.dumps(what, sort_keys=True, default=repr)
 
     def compile(
