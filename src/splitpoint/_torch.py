@@ -33,6 +33,7 @@ from ._torch_codegen import dtype_rules_made_once
 from ._torch_cpp import Kernel, waiting_kernels
 from ._torch_guards import GuardScope
 from ._torch_isa import quick_isa_checks
+from ._torch_questions import Questions
 from ._torch_tracing import no_source_lines, traces_alone
 
 if TYPE_CHECKING:
@@ -334,7 +335,7 @@ class _Fetched(Exception):
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence a logger that prints the traceback of an error which is raised as well."""
+    """Silence a logger: of an error that is raised as well, or of what is known."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:
@@ -601,12 +602,14 @@ def inductor_compile(
     graph_pass: Callable[[fx.Graph], None],
     graph_pass_uuid: str,
     options: Mapping[str, Any],
+    questions: Questions | None = None,
 ) -> InductorGraph:
     """Compile a graph for one range; the module itself is left as it is.
 
     `graph_pass` runs before Inductor's own post-grad passes. Its uuid, which must hold all
     that distinguishes ranges, goes into Inductor's cache keys: they would otherwise take
-    the graph of another range or hint for this one.
+    the graph of another range or hint for this one. `questions` notes what is asked about the
+    size, for which the graph must not come from a cache.
     """
     import torch._functorch.config as functorch_config
     import torch._inductor as inductor
@@ -642,7 +645,9 @@ def inductor_compile(
         traces_alone(),
         whole_files(),
         dtype_rules_made_once(),
+        questions.noted() if questions is not None else contextlib.nullcontext(),
         waiting_kernels() as kernels,
+        _quiet("torch._inductor.standalone_compile"),  # that without its cache it keeps nothing
     ):
         artifact = inductor.standalone_compile(
             graph_module,
@@ -651,7 +656,11 @@ def inductor_compile(
             fake_mode=shapes.fake_mode,
             options={
                 "inner_compile": compile_inner,
-                "config_patches": {**options, "post_grad_custom_pre_pass": Adapter()},
+                "config_patches": {
+                    **options,
+                    "post_grad_custom_pre_pass": Adapter(),
+                    **({"fx_graph_cache": False} if questions is not None else {}),
+                },
             },
         )
     # The artifact's own __call__ does nothing but forward to this, at 1 us a piece.

@@ -50,7 +50,7 @@ class Stats:
     unique_pieces: int = 0
     """Pieces that differ: what is compiled, once per range."""
     compilations: int = 0
-    """Pieces compiled, ranges counted each."""
+    """Pieces compiled, ranges counted each, also those that share code."""
     loads: int = 0
     """Compiled pieces taken from the store, ranges counted each."""
     dispatches: dict[Range, int] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from .graph.pieces import CallPiece, Split
 from .graph.stitch import Body, Stitched
 from .module_watch import CheckRest, ModuleWatch, Rest
 from .passes.attention import AttentionShape
+from .passes.linear import Prepared
 from .passes.linear_sites import LinearShape, Site, find
 from .ranges import PlannedRange
 
@@ -110,5 +111,7 @@ class Lane:
     """What `run` does; there before it where another thread compiled it."""
     assumptions: tuple[Assumption, ...] = ()
     """What `run` needs of the size, beyond the bounds of the range."""
+    prepared: dict[str, tuple[Prepared, list[int]]] = field(default_factory=dict)
+    """By piece: it with the kernels chosen, and which of its inputs need no check at a call."""
     artifacts: dict[str, str | None] = field(default_factory=dict)
     """By piece: the key of its artifact in the store; None where it could not be kept."""

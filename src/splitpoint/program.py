@@ -209,11 +209,21 @@ class Program:
             for index in todo:
                 self.background.want(index)
             return
-        self.choice.choose([lane for lane in self.lanes if lane and lane.run is None])
+        lanes = [lane for lane in self.lanes if lane and lane.run is None]
+        self.choice.choose(lanes)
+        self._announce(lanes)
         ranges = tqdm(todo, desc="compiling ranges", unit="range", disable=None)
         with self._compiling:
             for index in self._compile(ranges):
                 self._finish(index)
+
+    def _announce(self, lanes: Sequence[Lane]) -> None:
+        """Tell the compiler what lanes will ask for."""
+        if self.config.backend != "eager":
+            for lane in lanes:
+                for piece in lane.graph.split.pieces.values():
+                    prepared, trusted = _prepared(piece, lane)
+                    self.compiler.expect(prepared.piece, lane.planned, prepared.options, trusted)
 
     def compile(self, index: int) -> None:
         """Compile a lane, splitting it where its graphs turn out not to be valid.
@@ -344,10 +354,7 @@ class Program:
             lane.artifacts[piece.fingerprint] = None
 
             return CompiledPiece(eager.compile_piece(piece), linear.unchanged(piece).sources), ()
-        bound = lane.graph.bound_of[piece.fingerprint]
-        prepared = linear.rewrite(piece, bound, lane.kernels or {})
-        # Guards see a change of what the module holds; what else comes may be anything.
-        trusted = [i for i, (source, _) in enumerate(prepared.sources) if source in bound]
+        prepared, trusted = _prepared(piece, lane)
         made = self.compiler.compile(prepared.piece, lane.planned, prepared.options, trusted)
         compiled = made.compiled
         self.counts.compilations += not made.loaded
@@ -533,6 +540,17 @@ class Program:
                 f"captured: {graph.explain()}. Change it back, or call reset() to capture and "
                 f"compile anew"
             )
+
+
+def _prepared(piece: Piece, lane: Lane) -> tuple[linear.Prepared, list[int]]:
+    """A piece with the kernels of a lane, and which of its inputs need no check at a call."""
+    if piece.fingerprint not in lane.prepared:
+        bound = lane.graph.bound_of[piece.fingerprint]
+        prepared = linear.rewrite(piece, bound, lane.kernels or {})
+        # Guards see a change of what the module holds; what else comes may be anything.
+        trusted = [i for i, (source, _) in enumerate(prepared.sources) if source in bound]
+        lane.prepared[piece.fingerprint] = prepared, trusted
+    return lane.prepared[piece.fingerprint]
 
 
 def lanes_of(

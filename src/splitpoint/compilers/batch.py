@@ -108,6 +108,7 @@ class Batch:
                 "assumptions": [[a.code, a.origin] for a in compiled.assumptions],
                 "matches": [m.kept() for m in compiled.matches],
                 "steps": compiled.bare.steps,
+                "serves": [[part.start, part.end] for part in compiled.serves],
             },
         )
 

@@ -10,13 +10,14 @@ from typing import Any
 
 from .. import _torch
 from .._torch_cpp import Kernel, kernel_place
+from .._torch_questions import Questions
 from ..errors import CompileError, SplitpointError, UnknownInductorOption
-from ..graph.assumptions import Assumption, read
+from ..graph.assumptions import Assumption, read, valid
 from ..graph.pieces import Piece
 from ..graph.stitch import PieceSteps
 from ..passes.base import Pass
 from ..passes.manager import MatchCount, PassManager
-from ..ranges import PlannedRange
+from ..ranges import PlannedRange, Range
 from ..runner.pieces import NoStep
 from ..runner.pieces import piece_steps as steps_of
 from .wrapper import NotPlain, Wrapper, read_wrapper
@@ -39,6 +40,9 @@ class Compiled:
     """What `call` does, where the runner in C++ can do it."""
     waiting: tuple[Kernel, ...] = ()
     """Kernels that are to be built; one that is not is built when it is first called."""
+    serves: tuple[Range, ...] = ()
+    """Parts of the range that need no compile of their own: their bounds and hint would decide
+    nothing otherwise (`_torch_questions`)."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,11 @@ def compile_piece(
     passes: Sequence[Pass],
     options: Mapping[str, Any] | None = None,
     trusted: Collection[int] = (),
+    parts: Sequence[PlannedRange] = (),
 ) -> Compiled:
     """Compile a piece for one line of the plan, in a ShapeEnv of its own; `options` are added
-    to those of the plan. The tensor inputs `trusted` are checked before each call.
+    to those of the plan. The tensor inputs `trusted` are checked before each call. `parts` are
+    narrower ranges that would be compiled with the same options and passes.
 
     Raises:
         CompileError: when Inductor fails; the cause says why.
@@ -91,6 +97,11 @@ def compile_piece(
     # Inductor's cache keys know neither range nor hint, and would serve this range the
     # graph of another.
     uuid = json.dumps([str(range_), planned.hint, manager.uuid()])
+    questions = None
+    if parts:
+        (size,) = shapes.symbols
+        hints = frozenset(part.hint for part in parts) - {planned.hint}
+        questions = Questions(shapes.env, size, hints)
     _torch.take_notes()  # what a compile left behind that failed
     try:
         graph = _torch.inductor_compile(
@@ -100,6 +111,7 @@ def compile_piece(
             manager,
             uuid,
             {**planned.options, **(options or {})},
+            questions,
         )
     except SplitpointError:
         raise
@@ -116,7 +128,21 @@ def compile_piece(
     call = graph.call if bare is None else bare.call
     steps = None if bare is None else piece_steps(bare.steps, bare.kernels)
     matches = tuple(manager.matches(_torch.take_notes()))
-    return Compiled(call, read(found), matches, bare, steps, graph.kernels)
+    assumed = read(found)
+    serves: tuple[Range, ...] = ()
+    if questions is not None and bare is not None:
+        serves = tuple(part.range for part in parts if _is_same(questions, part, assumed))
+    return Compiled(call, assumed, matches, bare, steps, graph.kernels, serves)
+
+
+def _is_same(questions: Questions, part: PlannedRange, assumed: Sequence[Assumption]) -> bool:
+    """Whether the code of a range is what a part of it would be given: as long as it is right
+    there, and the part's bounds and hint decide nothing otherwise."""
+    sizes = range(part.range.start, part.range.end + 1)
+    if part.hint in questions.otherwise or len(valid(assumed, sizes)) < len(sizes):
+        return False
+    own = _torch.range_shapes(part.range.start, part.range.end, part.hint)
+    return not questions.answered_by(own.env)
 
 
 def piece_steps(

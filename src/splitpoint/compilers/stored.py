@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SplitpointError
+from ..errors import CompileError, SplitpointError
 from ..graph.assumptions import Assumption
 from ..passes.base import Pass
 from ..passes.manager import MatchCount, PassManager
@@ -35,6 +36,10 @@ class Result:
     """Whether it was not compiled now."""
 
 
+class _NotAsOne(Exception):
+    """Several ranges cannot be compiled as one; says why."""
+
+
 @dataclass
 class PieceCompiler:
     """Compiles pieces, through a store where there is one."""
@@ -45,6 +50,10 @@ class PieceCompiler:
     """As `Config.compile_workers`."""
     libraries: artifact.Libraries = field(default_factory=artifact.Libraries)
     _batch: Batch | None = None
+    _alike: dict[str, list[PlannedRange]] = field(default_factory=dict)
+    """Ranges that differ in bounds and hint only, by what is compiled for them."""
+    _shared: dict[str, Result | None] = field(default_factory=dict)
+    """What was compiled for all of them; None where that failed."""
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -69,6 +78,36 @@ class PieceCompiler:
             batch.close()
             self._batch = None
 
+    def expect(
+        self,
+        piece: Piece,
+        planned: PlannedRange,
+        options: Mapping[str, Any],
+        trusted: Sequence[int],
+    ) -> None:
+        """Announce a call of `compile`. Ranges that are announced for the same piece, with the
+        same kernels, options and passes, are compiled as one; each whose own bounds would change
+        nothing in that code has it, the others are compiled on their own."""
+        name = self._what(piece, planned, options, trusted)
+        if name is not None:
+            self._alike.setdefault(name, []).append(planned)
+
+    def _what(
+        self,
+        piece: Piece,
+        planned: PlannedRange,
+        options: Mapping[str, Any],
+        trusted: Sequence[int],
+    ) -> str | None:
+        """What is compiled for a range, apart from its bounds and hint; None when they may mean
+        more than what torch answers about sizes."""
+        manager = PassManager(self.passes, piece.fingerprint, planned.range)
+        if planned.range.is_single_size or not all(p.asks_torch for p in manager.passes):
+            return None
+        settings = {**planned.options, **options}
+        what = [piece.fingerprint, manager.uuid(), settings, sorted(trusted)]
+        return json.dumps(what, sort_keys=True, default=repr)
+
     def compile(
         self,
         piece: Piece,
@@ -85,7 +124,33 @@ class PieceCompiler:
         """
         with self.together():
             assert self._batch is not None
+            name = self._what(piece, planned, options, trusted)
+            parts = self._alike.get(name, []) if name is not None else []
+            if name is not None and len(parts) > 1 and planned in parts:
+                if name not in self._shared:
+                    self._shared[name] = self._for_all(self._batch, piece, parts, options, trusted)
+                found = self._shared[name]
+                if found is not None and planned.range in found.compiled.serves:
+                    return _for_range(found, planned.range)
             return self._through(self._batch, piece, planned, options, trusted)
+
+    def _for_all(
+        self,
+        batch: Batch,
+        piece: Piece,
+        parts: Sequence[PlannedRange],
+        options: Mapping[str, Any],
+        trusted: Sequence[int],
+    ) -> Result | None:
+        """The piece for several lines of the plan; None where only their own compiles may work."""
+        last = max(parts, key=lambda part: part.range.end)
+        first = min(part.range.start for part in parts)
+        around = replace(last, range=Range(first, last.range.end))
+        try:
+            return self._through(batch, piece, around, options, trusted, parts)
+        except _NotAsOne as why:
+            log.info("ranges of piece %s are compiled one by one: %s", piece.fingerprint, why)
+            return None
 
     def _through(
         self,
@@ -94,12 +159,14 @@ class PieceCompiler:
         planned: PlannedRange,
         options: Mapping[str, Any],
         trusted: Sequence[int],
+        parts: Sequence[PlannedRange] = (),
     ) -> Result:
         what = f"piece {piece.fingerprint} for {planned.range}"
-        name = self._key(piece, planned, options, trusted)
+        name = self._key(piece, planned, options, trusted, parts)
         if self.store is None or name is None:
-            compiled = self._compile(piece, planned, options, trusted)
-            batch.add(Waiting(what, compiled))
+            compiled = self._compile(piece, planned, options, trusted, parts)
+            if compiled.serves or not parts:
+                batch.add(Waiting(what, compiled))
             return Result(compiled, None, False)
         digest, fields = name
         if (found := self._load(self.store, digest, piece, planned)) is not None:
@@ -107,8 +174,9 @@ class PieceCompiler:
         found = self._load(self.store, digest, piece, planned) if batch.lock(digest) else None
         if found is not None:
             return Result(found, digest, True)
-        compiled = self._compile(piece, planned, options, trusted)
-        batch.add(Waiting(what, compiled, digest, fields))
+        compiled = self._compile(piece, planned, options, trusted, parts)
+        if compiled.serves or not parts:
+            batch.add(Waiting(what, compiled, digest, fields))
         return Result(compiled, digest, False)
 
     def _compile(
@@ -117,8 +185,14 @@ class PieceCompiler:
         planned: PlannedRange,
         options: Mapping[str, Any],
         trusted: Sequence[int],
+        parts: Sequence[PlannedRange],
     ) -> inductor.Compiled:
-        return inductor.compile_piece(piece, planned, self.passes, options, trusted)
+        try:
+            return inductor.compile_piece(piece, planned, self.passes, options, trusted, parts)
+        except CompileError as error:
+            if parts:
+                raise _NotAsOne(str(error)) from error
+            raise
 
     def _key(
         self,
@@ -126,6 +200,7 @@ class PieceCompiler:
         planned: PlannedRange,
         options: Mapping[str, Any],
         trusted: Sequence[int],
+        parts: Sequence[PlannedRange] = (),
     ) -> tuple[str, dict[str, str]] | None:
         if self.store is None:
             return None
@@ -137,7 +212,7 @@ class PieceCompiler:
             log.info("store: piece %s is not kept: it has %s", piece.fingerprint, why)
             return None
         uuid = PassManager(self.passes, piece.fingerprint, planned.range).uuid()
-        fields = key.piece_fields(piece, description, planned, uuid, options, trusted)
+        fields = key.piece_fields(piece, description, [planned, *parts], uuid, options, trusted)
         return key.digest(fields), fields
 
     def _load(
@@ -154,4 +229,11 @@ def read_artifact(found: artifact.Artifact, fingerprint: str, range_: Range) -> 
     assumptions = tuple(Assumption(code, origin) for code, origin in found.entry["assumptions"])
     matches = tuple(MatchCount.from_kept(m, fingerprint, range_) for m in found.entry["matches"])
     steps = inductor.piece_steps(found.entry["steps"], found.kernels)
-    return inductor.Compiled(found.call, assumptions, matches, steps=steps)
+    serves = tuple(Range(start, end) for start, end in found.entry["serves"])
+    return inductor.Compiled(found.call, assumptions, matches, steps=steps, serves=serves)
+
+
+def _for_range(found: Result, range_: Range) -> Result:
+    """What was compiled for several ranges, as one of them has it."""
+    matches = tuple(replace(match, range=range_) for match in found.compiled.matches)
+    return replace(found, compiled=replace(found.compiled, matches=matches))

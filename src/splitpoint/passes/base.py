@@ -63,6 +63,11 @@ class Pass:
     answers for the range.
     """
 
+    asks_torch: bool = False
+    """Whether all that a pass knows of the range is what torch so answers (`statically_known_true`
+    and its like): no `current_range()`, no bounds, no hints. Ranges that have the same answers may
+    then share one compile, for which the pass runs once, over the sizes of them all."""
+
     @property
     def name(self) -> str:
         """What the plan and the statistics call the pass."""

@@ -53,6 +53,8 @@ NOOPS: dict[str, Callable[[fx.Node, torch.Tensor, torch.Tensor], bool]] = {
 class NoopElimination(Pass):
     """Remove views, slices, expands and casts that change nothing for the range."""
 
+    asks_torch = True
+
     def __call__(self, graph: fx.Graph) -> int:
         """Rewrite the graph in place and return how many operations were removed."""
         removed = 0

@@ -59,17 +59,18 @@ def environment() -> dict[str, str]:
 def piece_fields(
     piece: Piece,
     description: str,
-    planned: PlannedRange,
+    planned: Sequence[PlannedRange],
     passes: str,
     options: Mapping[str, Any],
     trusted: Sequence[int],
 ) -> dict[str, str]:
-    """The fields of a piece compiled for one line of a plan.
+    """The fields of a compiled piece.
 
     Args:
         piece: what is compiled.
         description: what it computes (`graph.pieces.describe`).
-        planned: its range, hint and options.
+        planned: the line of the plan that it is compiled for: range, hint and options. After it,
+            where it was made for several, these.
         passes: what identifies the passes and their settings.
         options: further Inductor options.
         trusted: inputs that are not checked by the compiled code.
@@ -78,10 +79,10 @@ def piece_fields(
         **environment(),
         "piece": short(description),
         "takes_size": str(piece.takes_size),
-        "range": str(planned.range),
-        "hint": str(planned.hint),
+        "range": " ".join(str(each.range) for each in planned),
+        "hint": " ".join(str(each.hint) for each in planned),
         "passes": passes,
-        "options": json.dumps({**planned.options, **options}, sort_keys=True, default=repr),
+        "options": json.dumps({**planned[0].options, **options}, sort_keys=True, default=repr),
         "unchecked_inputs": str(sorted(trusted)),
     }
 
