@@ -195,27 +195,31 @@ inline void finish_row(const FusedArgs& a, int64_t row, float* total, float squa
   }
 }
 
+// The longest rows of which two leave room for more in the first-level cache.
+inline constexpr int64_t kLongestBehind = 2048;
+
 // A row is finished after the next one is summed: what comes between, the sum of a register's lanes
-// and a root, takes longer than a processor can look ahead.
+// and a root, takes longer than a processor can look ahead. For long rows that is nothing beside
+// the rest, and a second row of sums would only take cache.
 template <class T, class R, bool kResidual, int kRanks>
 inline void fused_rows(const FusedArgs& a, int64_t row0, int64_t row1) {
   static thread_local RowBuffer buffers[2];
-  float* totals[2] = {buffers[0].of(a.hidden), buffers[1].of(a.hidden)};
-  const auto finish = [&](int64_t row, float squares) {
-    if (!a.norm && !a.quantised) return;
-    float* total = totals[row & 1];
-    a.weight_type == Element::f32 ? finish_row<T, float>(a, row, total, squares)
-                                  : finish_row<T, T>(a, row, total, squares);
-  };
-  float before = 0;
-  for (int64_t row = row0; row < row1; ++row) {
-    const float squares =
-        a.residual_out ? sum_row<T, R, kResidual, true, kRanks>(a, row, totals[row & 1])
-                       : sum_row<T, R, kResidual, false, kRanks>(a, row, totals[row & 1]);
-    if (row > row0) finish(row - 1, before);
-    before = squares;
+  const int64_t behind = a.hidden <= kLongestBehind ? 1 : 0;
+  float* totals[2] = {buffers[0].of(a.hidden), behind ? buffers[1].of(a.hidden) : nullptr};
+  float squares[2];
+  for (int64_t row = row0; row < row1 + behind; ++row) {
+    if (row < row1) {
+      float* total = totals[row & behind];
+      squares[row & behind] = a.residual_out
+                                  ? sum_row<T, R, kResidual, true, kRanks>(a, row, total)
+                                  : sum_row<T, R, kResidual, false, kRanks>(a, row, total);
+    }
+    const int64_t ready = row - behind;
+    if (ready < row0 || (!a.norm && !a.quantised)) continue;
+    float* total = totals[ready & behind];
+    a.weight_type == Element::f32 ? finish_row<T, float>(a, ready, total, squares[ready & behind])
+                                  : finish_row<T, T>(a, ready, total, squares[ready & behind]);
   }
-  if (row1 > row0) finish(row1 - 1, before);
 }
 
 template <class T, class R, bool kResidual>
