@@ -179,7 +179,7 @@ def bench_collective(args: argparse.Namespace) -> None:
     from .bench.picture import check_outputs
 
     check_outputs(png=args.png, json=args.json)
-    report = _measure_collectives(args, args.policy)
+    report = _measure_collectives(args, args.baselines, args.policy)
     print(report)
     if args.json:
         args.json.write_text(report.to_json() + "\n")
@@ -244,7 +244,9 @@ def tune_collective(args: argparse.Namespace) -> None:
 
     for path in (args.policy, args.json):
         check_outputs(json=path)
-    tuned = from_table(args.table) if args.table else from_report(_measure_collectives(args))
+    tuned = (
+        from_table(args.table) if args.table else from_report(_measure_collectives(args, ["gloo"]))
+    )
     print(tuned)
     args.policy.write_text(tuned.policy.to_json() + "\n")
     if args.json:
@@ -332,7 +334,9 @@ VERBS = {
 # --- what their arguments mean ---------------------------------------------------------
 
 
-def _measure_collectives(args: argparse.Namespace, policy: Path | None = None) -> CollectiveReport:
+def _measure_collectives(
+    args: argparse.Namespace, baselines: Sequence[str], policy: Path | None = None
+) -> CollectiveReport:
     from .bench.collective_report import DTYPES, run
     from .run import read_policy
 
@@ -347,6 +351,8 @@ def _measure_collectives(args: argparse.Namespace, policy: Path | None = None) -
         budget_s=args.seconds,
         say=_say,
         policy=read_policy(policy),
+        baselines=baselines,
+        starts=args.starts,
     )
 
 

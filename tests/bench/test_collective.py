@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from splitpoint.bench import collective, vllm_shm
 from splitpoint.bench.collective import (
+    BASELINES,
     FUSED,
     IN_PLACE,
     ONE_SHOT,
@@ -23,7 +24,7 @@ from splitpoint.bench.collective import (
 )
 from splitpoint.bench.collective_report import CollectiveReport, run, save_pictures
 from splitpoint.collectives.launch import run_ranks
-from splitpoint.collectives.policy import seed_policy
+from splitpoint.collectives.policy import Entry, Interval, Key, Policy, seed_policy
 from splitpoint.errors import OutputMismatch, RankFailed
 
 SETTING = Setting(2, 64, 3, torch.float32, True, "none")
@@ -52,6 +53,7 @@ def test_every_variant_is_verified_and_timed(tmp_path: Path) -> None:
     assert set(FUSED) < plain
     assert {name for name in plain if not name.endswith(IN_PLACE)} == quantised
     assert (VLLM + IN_PLACE in plain) is (vllm_shm.unavailable() is None)
+    assert {name for names in BASELINES.values() for name in names} - {VLLM} < plain
     rows = json.loads(report.to_json())["rows"]
     assert len(rows) == len(plain) + len(quantised)
     assert all(row["ms"] > 0 and row["bursts"] >= 5 for row in rows)
@@ -83,7 +85,7 @@ def test_tables_are_laid_out_as_public_ones_are() -> None:
     assert "| Fused one-shot               |    0.0200 |   20.00x |\n" in text
     summary = text.split("### Fused against the rest")[1]
     assert "20.0x |            1.50x |" in summary
-    assert "| one_shot |       0.0 % |" in summary
+    assert "| one_shot | 0.0 ± 0.0 % |" in summary
     assert "within 5 % of the best variant in 1 of 1 configurations" in summary
 
 
@@ -91,8 +93,43 @@ def test_a_policy_that_chooses_the_slower_one_is_told_how_far_it_is_behind() -> 
     setting = Setting(2, 1024, 32, torch.bfloat16, True, "none")
     times = {STANDARD: 4e-4, ONE_SHOT: 3e-5, ONE_SHOT + IN_PLACE: 2.4e-5, TWO_SHOT: 2e-5}
     rows = tuple(Row(setting, name, seconds, 0.1, 9, 4) for name, seconds in times.items())
-    algorithm, behind = CollectiveReport({}, rows, seed_policy()).choice(setting)
-    assert (algorithm, behind) == ("one_shot", pytest.approx(0.2))
+    choice = CollectiveReport({}, rows, seed_policy()).choice(setting)
+    assert choice.algorithm == "one_shot"
+    assert choice.behind == pytest.approx(0.2)
+    # Both have a quartile range of 10 % over 9 bursts.
+    assert choice.error == pytest.approx(2**0.5 * 0.929 * 0.1 / 3, rel=1e-3)
+
+
+def test_starts_of_the_processes_are_compared_each_in_itself() -> None:
+    setting = Setting(2, 1024, 32, torch.bfloat16, True, "none")
+    # The machine is twice as slow in the second start, which says nothing of the choice.
+    times = [(1.1e-5, 1e-5), (2e-5, 2.2e-5), (1.2e-5, 1e-5)]
+    starts = [
+        [
+            Row(setting, name, s, 0.1, 9, 4)
+            for name, s in zip((ONE_SHOT, TWO_SHOT), pair, strict=True)
+        ]
+        for pair in times
+    ]
+    rows = collective.over_starts(starts)
+    assert [row.median_s for row in rows] == [1.2e-5, 1e-5]
+    report = CollectiveReport({}, tuple(rows), seed_policy())
+    choice = report.choice(setting)
+    assert choice.behind == pytest.approx(0.1)
+    assert choice.error == pytest.approx(0.1)
+    assert str(choice) == "10.0 ± 10.0 %"
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    setting = Setting(2, 1024, 32, torch.bfloat16, True, "none")
+    rows = tuple(Row(setting, name, 2e-5, 0.1, 9, 4) for name in FUSED)
+    standard = Entry(Key("cpu", 2), (Interval(None, "standard"),), "measured", "a test")
+    env = {"threads": 1, "cores": 2, "torch": "2", "cpu": "a CPU", "cpu_capability": "AVX"}
+    report = CollectiveReport(env, rows, Policy((standard,)))
+    text = str(report)
+    assert "| standard | not measured |" in text
+    assert "The policy's choices were not measured." in text
+    assert json.loads(report.to_json())["rows"][0]["speedup"] is None
 
 
 def spoilt() -> None:

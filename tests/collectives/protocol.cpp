@@ -20,8 +20,6 @@ void alone(int64_t count, int64_t, void (*run)(int64_t, int64_t, void*), void* c
   run(0, count, context);
 }
 
-void copy(char* to, const char* from, int64_t bytes) { std::memcpy(to, from, bytes); }
-
 int value(int rank, int call, int64_t at) {
   return rank * 1000003 + call * 977 + static_cast<int>(at) * 31;
 }
@@ -38,7 +36,6 @@ void run_rank(char* segment, int rank, int ranks, int calls) {
     if (own() % 512 == 0) usleep(200);
   };
   NormTable table{};
-  table.copy = copy;
   const Copier copier{&table, alone, false};
   for (int call_number = 0; call_number < calls; ++call_number) {
     const int64_t count = alike() % 400;

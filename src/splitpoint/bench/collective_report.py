@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from ..collectives.launch import run_ranks
 from ..collectives.policy import QUANTS, Algorithm, Key, Policy, Quant, seed_policy
 from . import collective, vllm_shm
 from .collective import (
+    BASELINES,
     FUSED,
     IN_PLACE,
     NATIVE,
@@ -51,6 +54,25 @@ NEAR = 0.05
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The policy's choice for a setting, beside what was measured."""
+
+    algorithm: Algorithm
+    behind: float
+    """How much longer it takes than the best variant, relatively, each in its fastest form
+    (functional or in place); the median over the starts of the processes. NaN where the choice
+    was not measured."""
+    error: float
+    """Of `behind`: half its range over the starts of the processes, or where there was one, the
+    standard error that the two times have by their bursts."""
+
+    def __str__(self) -> str:
+        if math.isnan(self.behind):
+            return "not measured"
+        return f"{100 * self.behind:.1f} ± {100 * self.error:.1f} %"
+
+
+@dataclass(frozen=True)
 class CollectiveReport:
     """What each variant took in each setting; `print` it for Markdown."""
 
@@ -73,14 +95,29 @@ class CollectiveReport:
         """Seconds a call, by variant."""
         return {row.variant: row.median_s for row in self.rows if row.setting == setting}
 
-    def choice(self, setting: Setting) -> tuple[str, float]:
-        """The policy's algorithm for a setting, and how much longer it takes than the best
-        variant, relatively; each in its fastest form (functional or in place)."""
-        times = self.times(setting)
+    def choice(self, setting: Setting) -> Choice:
+        """What the policy chooses for a setting, and how far that is behind the best."""
+        rows = [row for row in self.rows if row.setting == setting]
         algorithm = self.policy.choose(key_of(setting), setting.bytes)[0]
         name = next(name for name, a in VARIANTS.items() if a == algorithm)
-        own = min(time for variant, time in times.items() if variant in (name, name + IN_PLACE))
-        return algorithm, own / min(times.values()) - 1
+        names = (name, name + IN_PLACE)
+        if not any(row.variant in names for row in rows):
+            return Choice(algorithm, math.nan, math.nan)
+        # Each start of the processes is compared in itself.
+        starts = [
+            min(time for variant, time in times.items() if variant in names) / min(times.values())
+            for start in range(max(1, *(len(row.starts_s) for row in rows)))
+            for times in [
+                {r.variant: r.starts_s[start] if r.starts_s else r.median_s for r in rows}
+            ]
+        ]
+        if len(starts) > 1:
+            error = (max(starts) - min(starts)) / 2
+        else:
+            best = min(rows, key=lambda row: row.median_s)
+            own = min((r for r in rows if r.variant in names), key=lambda row: row.median_s)
+            error = 0.0 if best is own else math.hypot(best.error, own.error)
+        return Choice(algorithm, statistics.median(starts) - 1, error)
 
     def to_json(self) -> str:
         """`{"environment": {...}, "rows": [...], "choices": [...]}`, times in milliseconds."""
@@ -92,14 +129,16 @@ class CollectiveReport:
                 "spread": row.spread,
                 "bursts": row.bursts,
                 "calls": row.calls,
-                "speedup": self.times(row.setting)[STANDARD] / row.median_s,
+                "starts_ms": [1e3 * each for each in row.starts_s],
+                "speedup": over / row.median_s if over is not None else None,
             }
             for row in self.rows
+            for over in [self.times(row.setting).get(STANDARD)]
         ]
         choices = [
-            _named(setting) | {"algorithm": algorithm, "behind": behind}
+            _named(setting)
+            | {k: None if v != v else v for k, v in asdict(self.choice(setting)).items()}
             for setting in self.settings
-            for algorithm, behind in [self.choice(setting)]
         ]
         return json.dumps(
             {"environment": self.environment, "rows": rows, "choices": choices}, indent=2
@@ -122,7 +161,8 @@ class CollectiveReport:
             "Medians of what the slowest rank took, variants in turns, inputs in the caches; every",
             "variant was compared with float64 first. Standard and Native Compiled reduce by gloo.",
             "In place, the norm overwrites the input and the sum the residual. Policy: which",
-            "algorithm it chooses; behind best: how much longer that takes than the fastest.",
+            "algorithm it chooses; behind best: how much longer that takes than the fastest, with",
+            _error_text(env.get("starts", 1)),
         ]
         return "\n".join(lines)
 
@@ -139,9 +179,12 @@ def run(
     budget_s: float,
     say: Callable[[str], None],
     policy: Policy | None = None,
+    baselines: Collection[str] = tuple(BASELINES),
+    starts: int = 1,
 ) -> CollectiveReport:
-    """Start as many processes as each of `ranks` says, one after the other, and measure there.
-    Compare with what `policy`, completed by the seeds, would choose.
+    """Start as many processes as each of `ranks` says, one after the other and each so many
+    times, and measure there. Compare with `baselines` (see `BASELINES`), and with what `policy`,
+    completed by the seeds, would choose.
 
     Raises:
         OutputMismatch: when a variant is wrong.
@@ -157,15 +200,23 @@ def run(
                 residual, quants, hidden, tokens
             )
         ]
-        answers = run_ranks(count, threads, collective.measure, settings, budget_s, TIMEOUT_S)
-        rows += collective.same_on_all(answers)
+        measured = [
+            collective.same_on_all(
+                run_ranks(
+                    count, threads, collective.measure, settings, baselines, budget_s, TIMEOUT_S
+                )
+            )
+            for _ in range(starts)
+        ]
+        rows += collective.over_starts(measured)
     return CollectiveReport(
         environment()
         | {
             "threads": threads,
             "budget_s": budget_s,
             "eps": collective.EPS,
-            "vllm": vllm_shm.unavailable(),
+            "starts": starts,
+            "vllm": vllm_shm.unavailable() if "vllm" in baselines else None,
         },
         tuple(rows),
         (policy or Policy()).over(seed_policy()),
@@ -183,18 +234,21 @@ def save_pictures(report: CollectiveReport, path: Path) -> list[Path]:
         ranks, hidden, dtype, residual, quant = group
         settings = [each for each in report.settings if _group(each) == group]
         times = [report.times(each) for each in settings]
-        series = {
-            name: [find(each) * 1e3 for each in times]
-            for name, find in (
-                ("gloo, then norm", lambda each: each[STANDARD]),
-                ("shm, then norm", lambda each: min(_those(each, UNFUSED))),
-                ("one-shot", lambda each: each[ONE_SHOT]),
-                ("two-shot", lambda each: each[TWO_SHOT]),
-                ("in place", lambda each: min(_those(each, _IN_PLACE), default=float("nan"))),
-            )
+        curves = {
+            "gloo, then norm": (STANDARD,),
+            "shm, then norm": UNFUSED,
+            "one-shot": (ONE_SHOT,),
+            "two-shot": (TWO_SHOT,),
+            "in place": _IN_PLACE,
         }
-        if quant != "none":
-            del series["in place"]
+        series = {
+            name: [
+                1e3 * (each[variants[0]] if len(variants) == 1 else min(_those(each, variants)))
+                for each in times
+            ]
+            for name, variants in curves.items()
+            if any(_those(times[0], variants))
+        }
         name = str(dtype).removeprefix("torch.")
         target = path
         if len(report.groups) > 1:
@@ -256,7 +310,7 @@ def _configuration(setting: Setting, times: dict[str, float]) -> list[str]:
     dtype = str(setting.dtype).removeprefix("torch.")
     cells = [("Operation", "Time (ms)", "Speedup")]
     for variant, seconds in times.items():
-        speedup = "baseline" if variant == STANDARD else f"{times[STANDARD] / seconds:.2f}x"
+        speedup = "baseline" if variant == STANDARD else _over(times.get(STANDARD), seconds, 2)
         cells.append((variant, f"{seconds * 1e3:.4f}", speedup))
     return [
         f"### Configuration: seq_len={setting.tokens}, dtype={dtype}, "
@@ -289,7 +343,7 @@ def _summary(report: CollectiveReport) -> list[str]:
     for setting in report.settings:
         times = report.times(setting)
         best = min((name for name in FUSED if name in times), key=times.__getitem__)
-        algorithm, behind = report.choice(setting)
+        choice = report.choice(setting)
         cells.append(
             (
                 str(setting.ranks),
@@ -300,11 +354,11 @@ def _summary(report: CollectiveReport) -> list[str]:
                 setting.quant,
                 best.removeprefix("Fused "),
                 f"{times[best] * 1e3:.4f}",
-                f"{times[STANDARD] / times[best]:.1f}x",
-                f"{min(_those(times, UNFUSED)) / times[best]:.2f}x",
-                f"{theirs / times[best]:.2f}x" if (theirs := times.get(VLLM + IN_PLACE)) else "-",
-                algorithm,
-                f"{100 * behind:.1f} %",
+                _over(times.get(STANDARD), times[best], 1),
+                _over(min(_those(times, UNFUSED), default=None), times[best], 2),
+                _over(times.get(VLLM + IN_PLACE), times[best], 2),
+                choice.algorithm,
+                str(choice),
             )
         )
     return _markdown(cells, right={0, 1, 2, 3, 7, 8, 9, 10, 12})
@@ -312,14 +366,28 @@ def _summary(report: CollectiveReport) -> list[str]:
 
 def _distance(report: CollectiveReport) -> str:
     """In how many settings the policy's choice is as good as the best, and where it is worst."""
-    behind = {setting: report.choice(setting)[1] for setting in report.settings}
-    near = sum(each <= NEAR for each in behind.values())
-    worst = max(behind, key=behind.__getitem__)
+    choices = {setting: report.choice(setting) for setting in report.settings}
+    choices = {setting: each for setting, each in choices.items() if not math.isnan(each.behind)}
+    if not choices:
+        return "The policy's choices were not measured."
+    near = sum(each.behind <= NEAR for each in choices.values())
+    worst = max(choices, key=lambda setting: choices[setting].behind)
     return (
         f"The policy's choice is within {100 * NEAR:.0f} % of the best variant in {near} of "
-        f"{len(behind)} configurations; at worst {100 * behind[worst]:.1f} % behind, at "
+        f"{len(choices)} configurations; at worst {choices[worst]} behind, at "
         f"{worst.tokens} x {worst.hidden}, {worst.ranks} ranks" + _quantised(worst.quant) + "."
     )
+
+
+def _over(baseline: float | None, seconds: float, digits: int) -> str:
+    """How many times as long a baseline takes, where it was measured."""
+    return "-" if baseline is None else f"{baseline / seconds:.{digits}f}x"
+
+
+def _error_text(starts: int) -> str:
+    if starts > 1:
+        return f"half the range over {starts} starts of the processes, each compared in itself."
+    return "the standard error that the two medians have."
 
 
 def _bytes(count: int) -> str:

@@ -12,7 +12,6 @@ const NormTable SPLITPOINT_TABLE = {
     SPLITPOINT_ISA::run_fused,
     SPLITPOINT_ISA::run_sum,
     SPLITPOINT_ISA::run_add_bias,
-    SPLITPOINT_ISA::copy,
     SPLITPOINT_ISA::copy_past_caches,
 };
 

@@ -2,12 +2,13 @@
 // defined in reference.py.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
 
-#include "norm_vector.h"
+#include "norm_pairs.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
@@ -33,10 +34,10 @@ class RowBuffer {
 };
 
 template <class T, int kRanks>
-SPLITPOINT_INLINE Vec sum_at(const T* const* sources, int ranks, int64_t i) {
-  Vec sum = load(sources[0] + i);
+SPLITPOINT_INLINE Pair sum_pair(const T* const* sources, int ranks, int64_t i) {
+  Pair sum = load_pair<T>(sources[0] + i);
   const int count = kRanks ? kRanks : ranks;
-  for (int rank = 1; rank < count; ++rank) sum += load(sources[rank] + i);
+  for (int rank = 1; rank < count; ++rank) sum = sum + load_pair<T>(sources[rank] + i);
   return sum;
 }
 
@@ -47,9 +48,9 @@ SPLITPOINT_INLINE Vec sum_some(const T* const* sources, int ranks, int64_t i, in
   return sum;
 }
 
-// Sums a row into `total` and returns the sum of its squares. R is the residual's type; its sum
-// has that type too, with and without a residual.
-template <class T, class R, bool kResidual, int kRanks>
+// Sums a row into `total`, pairs in T's order, and returns the sum of its squares. R is the
+// residual's type; its sum has that type too, with and without a residual.
+template <class T, class R, bool kResidual, bool kKept, int kRanks>
 inline float sum_row(const FusedArgs& a, int64_t row, float* total) {
   const int64_t hidden = a.hidden, start = row * hidden;
   const T* sources[kMostRanks];
@@ -57,35 +58,35 @@ inline float sum_row(const FusedArgs& a, int64_t row, float* total) {
     sources[rank] = reinterpret_cast<const T*>(a.sources[rank]) + start;
   }
   const R* residual = kResidual ? static_cast<const R*>(a.residual) + start : nullptr;
-  R* kept = a.residual_out ? static_cast<R*>(a.residual_out) + start : nullptr;
-  Vec squares[4] = {};
+  R* kept = kKept ? static_cast<R*>(a.residual_out) + start : nullptr;
+  Pair squares[2] = {};
+  const auto pair_at = [&](int64_t at, Pair& squares) {
+    Pair sum = sum_pair<T, kRanks>(sources, a.ranks, at);
+    if constexpr (kResidual) sum = sum + load_pair<T>(residual + at);
+    if constexpr (kKept) store_pair<T>(kept + at, sum);
+    store(total + at, sum.first);
+    store(total + at + kLanes, sum.second);
+    squares = squares + sum * sum;
+  };
   int64_t i = 0;
-  for (; i + 4 * kLanes <= hidden; i += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const int64_t at = i + j * kLanes;
-      Vec sum = sum_at<T, kRanks>(sources, a.ranks, at);
-      if constexpr (kResidual) sum += load(residual + at);
-      if (kept) store(kept + at, sum);
-      store(total + at, sum);
-      squares[j] += sum * sum;
-    }
+  for (; i + 2 * kPair <= hidden; i += 2 * kPair) {
+    pair_at(i, squares[0]);
+    pair_at(i + kPair, squares[1]);
   }
-  for (; i + kLanes <= hidden; i += kLanes) {
-    Vec sum = sum_at<T, kRanks>(sources, a.ranks, i);
-    if constexpr (kResidual) sum += load(residual + i);
-    if (kept) store(kept + i, sum);
+  if (i + kPair <= hidden) {
+    pair_at(i, squares[0]);
+    i += kPair;
+  }
+  for (; i < hidden; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, hidden - i);
+    Vec sum = sum_some(sources, a.ranks, i, count);
+    if constexpr (kResidual) sum += load_some(residual + i, count);
+    if constexpr (kKept) store_some(kept + i, sum, count);
     store(total + i, sum);
-    squares[0] += sum * sum;
+    squares[0].first += sum * sum;
   }
-  if (i < hidden) {
-    Vec sum = sum_some(sources, a.ranks, i, hidden - i);
-    if constexpr (kResidual) sum += load_some(residual + i, hidden - i);
-    if (kept) store_some(kept + i, sum, hidden - i);
-    store(total + i, sum);
-    squares[0] += sum * sum;
-  }
-  return sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  const Pair all = squares[0] + squares[1];
+  return sum(all.first + all.second);
 }
 
 inline void quantise_fp8(const float* norm, int64_t hidden, float scale, uint8_t* to) {
@@ -139,33 +140,39 @@ inline void finish_row(const FusedArgs& a, int64_t row, float* total, float squa
   const Vec scale = splat(1.0f / std::sqrt(squares / static_cast<float>(hidden) + a.eps));
   T* norm = a.norm ? static_cast<T*>(a.norm) + row * hidden : nullptr;
   const W* weight = static_cast<const W*>(a.weight);
+  const auto norm_pair = [&](int64_t i) {
+    return Pair{load(total + i), load(total + i + kLanes)} * scale * load_pair<T>(weight + i);
+  };
+  const auto norm_some = [&](int64_t i, int64_t count) {
+    return load(total + i) * scale * load_some(weight + i, count);
+  };
+  int64_t i = 0;
   if (a.quant == Quant::none) {
-    int64_t i = 0;
-    for (; i + kLanes <= hidden; i += kLanes) {
-      store(norm + i, load(total + i) * scale * load(weight + i));
-    }
-    if (i < hidden) {
-      const Vec value = load(total + i) * scale * load_some(weight + i, hidden - i);
-      store_some(norm + i, value, hidden - i);
+#pragma GCC unroll 4
+    for (; i + kPair <= hidden; i += kPair) store_pair<T>(norm + i, norm_pair(i));
+    for (; i < hidden; i += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, hidden - i);
+      store_some(norm + i, norm_some(i, count), count);
     }
     return;
   }
-  // What is quantised is the norm as it is returned, rounded to its type.
+  // What is quantised is the norm as it is returned, rounded to its type; it lies in order.
   IntVec most{};
-  int64_t i = 0;
-  for (; i + kLanes <= hidden; i += kLanes) {
-    T rounded[kLanes];
-    store(rounded, load(total + i) * scale * load(weight + i));
+  for (; i + kPair <= hidden; i += kPair) {
+    T rounded[kPair];
+    store_pair<T>(rounded, norm_pair(i));
     if (norm) std::memcpy(norm + i, rounded, sizeof(rounded));
-    const Vec value = load(rounded);
-    store(total + i, value);
-    most = larger(most, (IntVec)value & 0x7fffffff);
+    const Pair value = load_pair<T>(rounded);
+    store_pair<T>(total + i, value);
+    most = larger(most, (IntVec)value.first & 0x7fffffff);
+    most = larger(most, (IntVec)value.second & 0x7fffffff);
   }
-  if (i < hidden) {
+  for (; i < hidden; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, hidden - i);
     T rounded[kLanes];
-    store(rounded, load(total + i) * scale * load_some(weight + i, hidden - i));
-    if (norm) std::memcpy(norm + i, rounded, (hidden - i) * sizeof(T));
-    const Vec value = load_some(rounded, hidden - i);
+    store(rounded, norm_some(i, count));
+    if (norm) std::memcpy(norm + i, rounded, count * sizeof(T));
+    const Vec value = load_some(rounded, count);
     store(total + i, value);
     most = larger(most, (IntVec)value & 0x7fffffff);
   }
@@ -188,15 +195,30 @@ inline void finish_row(const FusedArgs& a, int64_t row, float* total, float squa
   }
 }
 
+// The longest rows of which two leave room for more in the first-level cache.
+inline constexpr int64_t kLongestBehind = 2048;
+
+// A row is finished after the next one is summed: what comes between, the sum of a register's lanes
+// and a root, takes longer than a processor can look ahead. For long rows that is nothing beside
+// the rest, and a second row of sums would only take cache.
 template <class T, class R, bool kResidual, int kRanks>
 inline void fused_rows(const FusedArgs& a, int64_t row0, int64_t row1) {
-  static thread_local RowBuffer buffer;
-  float* total = buffer.of(a.hidden);
-  for (int64_t row = row0; row < row1; ++row) {
-    const float squares = sum_row<T, R, kResidual, kRanks>(a, row, total);
-    if (!a.norm && !a.quantised) continue;
-    a.weight_type == Element::f32 ? finish_row<T, float>(a, row, total, squares)
-                                  : finish_row<T, T>(a, row, total, squares);
+  static thread_local RowBuffer buffers[2];
+  const int64_t behind = a.hidden <= kLongestBehind ? 1 : 0;
+  float* totals[2] = {buffers[0].of(a.hidden), behind ? buffers[1].of(a.hidden) : nullptr};
+  float squares[2];
+  for (int64_t row = row0; row < row1 + behind; ++row) {
+    if (row < row1) {
+      float* total = totals[row & behind];
+      squares[row & behind] = a.residual_out
+                                  ? sum_row<T, R, kResidual, true, kRanks>(a, row, total)
+                                  : sum_row<T, R, kResidual, false, kRanks>(a, row, total);
+    }
+    const int64_t ready = row - behind;
+    if (ready < row0 || (!a.norm && !a.quantised)) continue;
+    float* total = totals[ready & behind];
+    a.weight_type == Element::f32 ? finish_row<T, float>(a, ready, total, squares[ready & behind])
+                                  : finish_row<T, T>(a, ready, total, squares[ready & behind]);
   }
 }
 
@@ -230,15 +252,14 @@ inline void sum_elements(const SumArgs& a, int64_t begin, int64_t end) {
   }
   T* out = static_cast<T*>(a.out);
   int64_t i = begin;
-  for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const int64_t at = i + j * kLanes;
-      store(out + at, sum_at<T, kRanks>(sources, a.ranks, at));
-    }
+#pragma GCC unroll 2
+  for (; i + kPair <= end; i += kPair) {
+    store_pair<T>(out + i, sum_pair<T, kRanks>(sources, a.ranks, i));
   }
-  for (; i + kLanes <= end; i += kLanes) store(out + i, sum_at<T, kRanks>(sources, a.ranks, i));
-  if (i < end) store_some(out + i, sum_some(sources, a.ranks, i, end - i), end - i);
+  for (; i < end; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, end - i);
+    store_some(out + i, sum_some(sources, a.ranks, i, count), count);
+  }
 }
 
 inline void run_sum(const SumArgs& a, int64_t begin, int64_t end) {
@@ -266,21 +287,6 @@ inline void run_add_bias(const void* from, Element element, float bias, float* t
     case Element::bf16: return run(Bf16{});
     case Element::f16: return run(Half{});
   }
-}
-
-// Spelt out because memcpy has notions of its own of how to go about large blocks.
-inline void copy(char* to, const char* from, int64_t bytes) {
-  constexpr int64_t kStep = 4 * sizeof(BitVec);
-  int64_t done = 0;
-  for (; done + kStep <= bytes; done += kStep) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const int64_t at = done + j * static_cast<int64_t>(sizeof(BitVec));
-      const BitVec value = load_bits<BitVec>(from + at);
-      __builtin_memcpy(to + at, &value, sizeof(value));
-    }
-  }
-  std::memcpy(to + done, from + done, bytes - done);
 }
 
 // Stores that skip the caches need whole aligned lines: what lies before and after them is copied

@@ -50,9 +50,7 @@ struct NormTable {
   void (*sum)(const SumArgs&, int64_t begin, int64_t end);
   // to[i] = from[i] + bias
   void (*add_bias)(const void* from, Element element, float bias, float* to, int64_t count);
-  // Into shared memory, through this core's caches or past them. In the second case another thread
-  // sees it only after store_fence().
-  void (*copy)(char* to, const char* from, int64_t bytes);
+  // Into shared memory, past this core's caches. Another thread sees it only after store_fence().
   void (*copy_past_caches)(char* to, const char* from, int64_t bytes);
 };
 

@@ -51,7 +51,7 @@ SPLITPOINT_INLINE void store(Half* to, Vec value) {
   __builtin_memcpy(to, &rounded, sizeof(rounded));
 }
 
-// The first `count` lanes, 0 < count < kLanes; the others are zero.
+// The first `count` lanes, 0 < count <= kLanes; the others are zero.
 template <class T>
 SPLITPOINT_INLINE Vec load_some(const T* from, int64_t count) {
   T lanes[kLanes] = {};
