@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from splitpoint.garbage import no_collection, rare_collection
+from splitpoint.garbage import RARE, no_collection, rare_collection
 
 both = pytest.mark.parametrize("fewer", [no_collection, rare_collection])
 
@@ -33,6 +33,17 @@ def test_what_is_made_sets_off_no_collection_inside_or_at_the_end(fewer):
     assert runs == []
     assert gc.isenabled()
     assert len(kept) > len(after)
+
+
+def test_thresholds_come_back_when_the_last_ends_in_whatever_order():
+    before = gc.get_threshold()
+    first, second = rare_collection(), rare_collection()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert gc.get_threshold() == RARE
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before
 
 
 @both

@@ -151,7 +151,8 @@ def test_arguments_refused_by_all_ranks_leave_the_group_as_it_was(
     assert [each.error for each in ranks.run(calls.make, [[FUSED, REDUCED]] * 2)] == ["", ""]
 
 
-SEED = "one_shot:524288,two_shot"
+LAST = 786_432
+SEED = f"one_shot:{LAST},two_shot"
 """What "auto" is for two ranks without quantisation."""
 
 
@@ -159,7 +160,7 @@ SEED = "one_shot:524288,two_shot"
     ("text", "rows"),
     [("one_shot:512,two_shot", 4), ("one_shot:512,two_shot", 5), ("two_shot:1,one_shot", 1)]
     + [("two_shot:128,one_shot:256,two_shot", rows) for rows in (1, 2, 3)]
-    + [("auto", rows) for rows in (1, 4096, 4097)],
+    + [("auto", rows) for rows in (1, LAST // 128, LAST // 128 + 1)],
 )
 def test_intervals_of_bytes_choose_as_they_do_in_python(
     attached: Callable[[int], Ranks], text: str, rows: int
