@@ -175,22 +175,25 @@ class TestCacheFolder:
 )
 @pytest.mark.slow
 @pytest.mark.processes
-def test_smollm2_is_converted_once_by_two_processes_at_once(tmp_path: Path):
+def test_smollm2_is_converted_once_by_two_ranks_at_once(tmp_path: Path):
     code = (
-        "import torch, splitpoint.models as m; model, tokenizer = m.load('smollm2', torch.float32);"
+        "import sys, torch; torch.distributed.init_process_group('gloo', init_method=sys.argv[1], "
+        "rank=int(sys.argv[2]), world_size=2);"
+        "import splitpoint.models as m; model, tokenizer = m.load('smollm2', torch.float32);"
         "text = tokenizer('The capital of France is', return_tensors='pt').input_ids;"
         "print(tokenizer.decode(model(input_ids=text).logits[0, -1].argmax()))"
     )
-    env = os.environ | {"SPLITPOINT_CACHE": str(tmp_path)}
+    env = os.environ | {"SPLITPOINT_CACHE": str(tmp_path), "GLOO_SOCKET_IFNAME": "lo"}
+    address = (tmp_path / "ranks").as_uri()
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", code, address, str(rank)],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(2)
+        for rank in range(2)
     ]
     results = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results

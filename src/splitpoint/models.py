@@ -229,6 +229,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             step()
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             step()
+            # In a process group only rank 0 would save, but each rank has a folder of its own.
+            model.should_save_on_this_rank = lambda is_main_process: is_main_process
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             step()
