@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 
 RARE = (2_000_000, 50, 1_000)
-"""Thresholds under which the youngest objects are searched now and then, so that garbage stays
-under some 200 MB, and the oldest, which are most of the process, hardly ever."""
+"""Thresholds under which the youngest objects are searched once two million are there, which bounds
+the garbage among them, and the oldest, which are most of the process, hardly ever."""
 
 _lock = threading.Lock()
 _before: list[tuple[int, int, int]] = []
