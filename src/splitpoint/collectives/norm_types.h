@@ -20,7 +20,7 @@ inline int64_t bytes_of(Element element) { return element == Element::f32 ? 4 : 
 // Rows of [rows, hidden], each pointer at row 0. What is not wanted is null.
 struct FusedArgs {
   const char* sources[kMostRanks];  // each rank's input, in rank order
-  int ranks;
+  int ranks, rank;                  // how many, and which of them this one is
   const void* residual;
   const void* weight;               // [hidden], the bias added
   void* norm;                       // of the input's type

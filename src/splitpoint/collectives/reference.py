@@ -151,18 +151,19 @@ def finish(
 ) -> Fused:
     """Residual add, RMSNorm and quantisation of a [..., hidden] sum over the ranks.
 
-    The sum with the residual is held in float32: it is rounded where it is returned, and the
-    norm is made of what it was before. The norm is rounded to the input's dtype, and quantised
-    after that.
+    The sum with the residual is made in float32 and rounded to the residual's dtype, or the
+    input's without one. The norm is that of the rounded sum, as in a model that adds before it
+    normalises; only its mean square is taken before rounding, as vLLM's operators do. The norm is
+    rounded to the input's dtype, and quantised after that.
     """
     total = reduced.float()
     if residual is not None:
         total = total + residual.float()
     mean_square = total.square().mean(dim=-1, keepdim=True)
-    norm = total * torch.rsqrt(mean_square + eps) * (weight.float() + weight_bias)
+    kept = total.to(reduced.dtype if residual is None else residual.dtype)
+    norm = kept.float() * torch.rsqrt(mean_square + eps) * (weight.float() + weight_bias)
     norm = norm.to(reduced.dtype)
     quantised, scales = quantise(norm, quant_scale, quant)
-    kept = total.to(reduced.dtype if residual is None else residual.dtype)
     return Fused(
         norm if want_norm else norm.new_empty(0),
         kept if want_residual else kept.new_empty(0),

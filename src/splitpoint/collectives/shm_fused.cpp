@@ -102,6 +102,7 @@ void run_fused(Workspace& workspace, const Fused& f) {
 
   FusedArgs args{};
   args.ranks = workspace.ranks();
+  args.rank = workspace.rank();
   args.hidden = hidden;
   args.eps = call.eps;
   args.quant_scale = f.quant_scale ? *f.quant_scale->const_data_ptr<float>() : 1.0f;
