@@ -183,7 +183,7 @@ def test_a_range_over_two_graphs_takes_that_of_its_largest_size_and_says_where_t
     assert not both.fused
     assert "split point at 128" in both.why
     cpu = seed_policy().decide(KEY, 2, Range(1, 8192))
-    assert (cpu.fused, cpu.algorithm) == (True, "one_shot:786432,two_shot")
+    assert (cpu.fused, cpu.algorithm) == (True, "one_shot:3145728,two_shot")
     assert "split point" not in cpu.why
 
 

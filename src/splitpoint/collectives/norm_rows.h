@@ -105,8 +105,8 @@ class RowSum {
   Pair squares_[2] = {};
 };
 
-// Has a row of the other ranks' inputs brought into the nearest cache. This rank's own are near:
-// they have just been copied for the others.
+// Has a row of the other ranks' inputs brought into the nearest cache, and into no other, since they
+// are read once. This rank's own are near: they have just been copied for the others.
 template <class T, int kRanks>
 class RowFetch {
  public:
@@ -120,8 +120,8 @@ class RowFetch {
     const int count = kRanks ? kRanks - 1 : count_;
     for (int other = 0; other < count; ++other) {
       const char* from = others_[other] + i * int64_t{sizeof(T)};
-      __builtin_prefetch(from);
-      if constexpr (kPair * sizeof(T) > 64) __builtin_prefetch(from + 64);
+      __builtin_prefetch(from, 0, 0);
+      if constexpr (kPair * sizeof(T) > 64) __builtin_prefetch(from + 64, 0, 0);
     }
   }
 

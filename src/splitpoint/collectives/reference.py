@@ -153,8 +153,8 @@ def finish(
 
     The sum with the residual is made in float32 and rounded to the residual's dtype, or the
     input's without one. The norm is that of the rounded sum, as in a model that adds before it
-    normalises; only its mean square is taken before rounding, as vLLM's operators do. The norm is
-    rounded to the input's dtype, and quantised after that.
+    normalises; only its mean square is taken before rounding, as vLLM's operator for the CPU does
+    it. The norm is rounded to the input's dtype, and quantised after that.
     """
     total = reduced.float()
     if residual is not None:

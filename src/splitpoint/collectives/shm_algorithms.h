@@ -176,18 +176,13 @@ void two_shot(Channel& channel, const Call& call, const Copier& copier, const Ch
     }
     char* slot = channel.slot(rank, Stage::results, chunk);
     const int64_t units = own.end - own.begin;
-    // Small steps, so that what is shared comes from the first-level cache.
-    const int64_t step = std::max<int64_t>(1, (16 << 10) / unit_bytes);
     spread(copier.parallel, units, grain_of(unit_bytes), [&](int64_t begin, int64_t end) {
-      for (int64_t from = begin; from < end; from += step) {
-        const int64_t to = std::min(from + step, end);
-        compute(sources, first, own.begin + from, own.begin + to);
-        results.in_slot(units, [&](const Result& each, int64_t offset) {
-          copier.put(slot + offset + from * each.unit_bytes,
-                     each.base + (first + own.begin + from) * each.unit_bytes,
-                     (to - from) * each.unit_bytes);
-        });
-      }
+      compute(sources, first, own.begin + begin, own.begin + end);
+      results.in_slot(units, [&](const Result& each, int64_t offset) {
+        copier.put(slot + offset + begin * each.unit_bytes,
+                   each.base + (first + own.begin + begin) * each.unit_bytes,
+                   (end - begin) * each.unit_bytes);
+      });
       copier.fence();
     });
     channel.publish(Stage::results, chunk);
