@@ -3,7 +3,7 @@
 Each all-reduce is followed through its users, step by step; what may stand at each step is a
 table of operators. The first step that fits nothing is the reason why an all-reduce does not
 match. Rounding between the steps (casts from and to bf16 and fp16) is looked through: the fused
-operator computes in fp32 and rounds once.
+operator computes in fp32 and rounds the sum and the norm, whether the model rounds there or not.
 """
 
 from __future__ import annotations
