@@ -13,8 +13,11 @@ import torch.distributed as dist
 from splitpoint.bench import collective, vllm_shm
 from splitpoint.bench.collective import (
     BASELINES,
+    FLOORS,
     FUSED,
     IN_PLACE,
+    MOVED,
+    MOVED_UNFUSED,
     ONE_SHOT,
     STANDARD,
     TWO_SHOT,
@@ -51,7 +54,8 @@ def test_every_variant_is_verified_and_timed(tmp_path: Path) -> None:
         for quant in ("none", "fp8_token")
     )
     assert set(FUSED) < plain
-    assert {name for name in plain if not name.endswith(IN_PLACE)} == quantised
+    assert {name for name in plain if not name.endswith(IN_PLACE)} - {*FLOORS} == quantised
+    assert {*FLOORS} < plain
     assert (VLLM + IN_PLACE in plain) is (vllm_shm.unavailable() is None)
     assert {name for names in BASELINES.values() for name in names} - {VLLM} < plain
     rows = json.loads(report.to_json())["rows"]
@@ -72,6 +76,8 @@ def test_tables_are_laid_out_as_public_ones_are() -> None:
         for name, seconds in ((STANDARD, 4e-4), *((name, 2e-5) for name in FUSED))
     ]
     rows += [Row(setting, name, 3e-5, 0.1, 9, 4) for name in collective.UNFUSED]
+    rows += [Row(setting, MOVED, 1.5e-5, 0.1, 9, 4)]
+    rows += [Row(setting, name, 2.1e-5, 0.1, 9, 4) for name in MOVED_UNFUSED]
     report = CollectiveReport(
         {"threads": 1, "cores": 2, "torch": "2", "cpu": "a CPU", "cpu_capability": "AVX"},
         tuple(rows),
@@ -79,12 +85,12 @@ def test_tables_are_laid_out_as_public_ones_are() -> None:
     )
     text = str(report)
     assert "### Configuration: seq_len=32, dtype=bfloat16, with residual\n" in text
-    assert "| Operation                    | Time (ms) |  Speedup |\n" in text
-    assert "| ---------------------------- | --------: | -------: |\n" in text
-    assert "| Standard AllReduce+RMSNorm   |    0.4000 | baseline |\n" in text
-    assert "| Fused one-shot               |    0.0200 |   20.00x |\n" in text
+    assert "| Operation                        | Time (ms) |  Speedup |\n" in text
+    assert "| -------------------------------- | --------: | -------: |\n" in text
+    assert "| Standard AllReduce+RMSNorm       |    0.4000 | baseline |\n" in text
+    assert "| Fused one-shot                   |    0.0200 |   20.00x |\n" in text
     summary = text.split("### Fused against the rest")[1]
-    assert "20.0x |            1.50x |" in summary
+    assert "20.0x |            1.50x |         - |      1.40x |     75 % |" in summary
     assert "| one_shot | 0.0 ± 0.0 % |" in summary
     assert "within 5 % of the best variant in 1 of 1 configurations" in summary
 

@@ -103,6 +103,22 @@ def counted_while_waiting() -> int:
     return counted - before if dist.get_rank() == 0 else 1 << 30
 
 
+def moved(rows: int, hidden: int, dtype: torch.dtype) -> None:
+    """The floor's data movement: the exclusive or of the inputs and the residual."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rng = torch.Generator().manual_seed(rows * hidden)
+    given = [torch.randn(rows, hidden, generator=rng).to(dtype) for _ in range(world + 1)]
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for residual in (given[-1].clone(), None):
+        x = given[rank].clone()
+        torch.ops.splitpoint.shm_move_(x, residual, name())
+        expected = torch.zeros(rows, hidden, dtype=bits)
+        for each in given if residual is not None else given[:-1]:
+            expected ^= each.view(bits)
+        assert torch.equal(x.view(bits), expected)
+        assert residual is None or torch.equal(residual.view(bits), expected)
+
+
 def opcheck() -> None:
     x, residual = torch.randn(5, 64).bfloat16(), torch.randn(5, 64)
     weight, scale = torch.randn(64), torch.tensor(0.5)

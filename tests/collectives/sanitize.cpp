@@ -59,6 +59,7 @@ void fused(const NormTable& table, Element element, int residual, Quant quant, i
   a.hidden = hidden, a.eps = 1e-6f, a.quant_scale = 0.5f;
   a.input = element, a.residual_type = residual == 2 ? Element::f32 : element, a.quant = quant;
   table.fused(a, 0, kRows);
+  if (residual < 2) table.move(a, 0, kRows);
   a.weight = narrow.as(), a.weight_type = element;
   table.fused(a, 0, kRows);
   if (quant != Quant::none) {

@@ -149,6 +149,13 @@ def test_plain_collectives(attached: Attached, count: int) -> None:
     attached(count).run(plain.check, 3, 100_001 // count**2)
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_data_movement_touches_all_there_is_to_move(attached: Attached, count: int) -> None:
+    for rows, hidden in ((1, 7), (5, 1000), (300, 577)):
+        for dtype in (torch.bfloat16, torch.float32):
+            attached(count).run(plain.moved, rows, hidden, dtype)
+
+
 def test_another_thread_runs_while_one_waits(attached: Attached) -> None:
     assert min(attached(2).run(plain.counted_while_waiting)) > 1000
 

@@ -29,6 +29,11 @@ TWO_SHOT = "Fused two-shot"
 VLLM = "vLLM shm AllReduce, its norm"
 IN_PLACE = ", in place"
 
+MOVED = "Data movement, fused one-shot"
+MOVED_UNFUSED = ("Data movement, unfused", "Data movement, two-shot, unfused")
+FLOORS = (MOVED, *MOVED_UNFUSED)
+"""What fused and unfused variants move, in place, without the norm's arithmetic."""
+
 UNFUSED = (SHM_COMPILED, SHM_KERNEL, SHM_TWO_SHOT_KERNEL)
 FUSED = (ONE_SHOT, TWO_SHOT, ONE_SHOT + IN_PLACE, TWO_SHOT + IN_PLACE)
 
@@ -190,7 +195,7 @@ def _inputs(setting: Setting) -> _Inputs:
 def _variants(
     setting: Setting, given: _Inputs, group: str, alone: str, baselines: Collection[str]
 ) -> dict[str, Variant]:
-    wanted = tuple(name for each in baselines for name in BASELINES[each]) + FUSED
+    wanted = tuple(name for each in baselines for name in BASELINES[each]) + FUSED + FLOORS
     made = _all_variants(setting, given, group, alone, vllm="vllm" in baselines)
     return {
         name: variant for name, variant in made.items() if name.removesuffix(IN_PLACE) in wanted
@@ -274,6 +279,21 @@ def _all_variants(
 
         return call
 
+    def moved() -> Results:
+        ops.shm_move_(own_x, own_residual, group)
+        return results(own_x)
+
+    def moved_unfused(algorithm: str) -> Call:
+        def call() -> Results:
+            reduced = all_reduce(x, group=group, algorithm=algorithm)
+            ops.shm_move_(reduced, own_residual, alone)
+            return results(reduced)
+
+        return call
+
+    variants[MOVED] = Variant(moved, restore)
+    for name, algorithm in zip(MOVED_UNFUSED, ("auto", "two_shot"), strict=True):
+        variants[name] = Variant(moved_unfused(algorithm), restore)
     variants[SHM_KERNEL + IN_PLACE] = Variant(unfused_in_place("auto"), restore)
     variants[SHM_TWO_SHOT_KERNEL + IN_PLACE] = Variant(unfused_in_place("two_shot"), restore)
     variants[ONE_SHOT + IN_PLACE] = Variant(in_place("one_shot"), restore)
@@ -304,6 +324,8 @@ def _verify(setting: Setting, given: _Inputs, variants: Mapping[str, Variant]) -
     rounding = (setting.ranks + 3) * torch.finfo(setting.dtype).eps
     wrong = []
     for name, variant in variants.items():
+        if name in FLOORS:
+            continue  # what they leave means nothing
         variant.restore()
         got = variant.call()
         allowed = rounding * (norm.abs() + rate * total.abs().amax()) + 1e-6

@@ -18,8 +18,11 @@ from ..collectives.policy import QUANTS, Algorithm, Key, Policy, Quant, seed_pol
 from . import collective, vllm_shm
 from .collective import (
     BASELINES,
+    FLOORS,
     FUSED,
     IN_PLACE,
+    MOVED,
+    MOVED_UNFUSED,
     NATIVE,
     ONE_SHOT,
     STANDARD,
@@ -97,7 +100,7 @@ class CollectiveReport:
 
     def choice(self, setting: Setting) -> Choice:
         """What the policy chooses for a setting, and how far that is behind the best."""
-        rows = [row for row in self.rows if row.setting == setting]
+        rows = [row for row in self.rows if row.setting == setting and row.variant not in FLOORS]
         algorithm = self.policy.choose(key_of(setting), setting.bytes)[0]
         name = next(name for name, a in VARIANTS.items() if a == algorithm)
         names = (name, name + IN_PLACE)
@@ -160,7 +163,9 @@ class CollectiveReport:
         lines += [
             "Medians of what the slowest rank took, variants in turns, inputs in the caches; every",
             "variant was compared with float64 first. Standard and Native Compiled reduce by gloo.",
-            "In place, the norm overwrites the input and the sum the residual. Policy: which",
+            "In place, the norm overwrites the input and the sum the residual. Data movement: the",
+            "same buffers read and written in place, without the norm's arithmetic: one-shot's",
+            "floor, and data alone is how many times as long it takes unfused. Policy: which",
             "algorithm it chooses; behind best: how much longer that takes than the fastest, with",
             _error_text(env.get("starts", 1)),
         ]
@@ -336,6 +341,8 @@ def _summary(report: CollectiveReport) -> list[str]:
             "over Standard",
             "over unfused shm",
             "over vLLM",
+            "data alone",
+            "of floor",
             "Policy",
             "behind best",
         )
@@ -357,11 +364,20 @@ def _summary(report: CollectiveReport) -> list[str]:
                 _over(times.get(STANDARD), times[best], 1),
                 _over(min(_those(times, UNFUSED), default=None), times[best], 2),
                 _over(times.get(VLLM + IN_PLACE), times[best], 2),
+                *_of_floor(times, times[best]),
                 choice.algorithm,
                 str(choice),
             )
         )
-    return _markdown(cells, right={0, 1, 2, 3, 7, 8, 9, 10, 12})
+    return _markdown(cells, right={0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 14})
+
+
+def _of_floor(times: dict[str, float], best: float) -> tuple[str, str]:
+    """What fusing makes of moving the data alone, and how near the best is to the floor."""
+    if MOVED not in times:
+        return "-", "-"
+    unfused = min(_those(times, MOVED_UNFUSED), default=None)
+    return _over(unfused, times[MOVED], 2), f"{100 * times[MOVED] / best:.0f} %"
 
 
 def _distance(report: CollectiveReport) -> str:

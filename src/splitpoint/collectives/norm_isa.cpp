@@ -10,6 +10,7 @@ extern const NormTable SPLITPOINT_TABLE;
 const NormTable SPLITPOINT_TABLE = {
     SPLITPOINT_TEXT(SPLITPOINT_ISA),
     SPLITPOINT_ISA::run_fused,
+    SPLITPOINT_ISA::run_move,
     SPLITPOINT_ISA::run_sum,
     SPLITPOINT_ISA::run_add_bias,
     SPLITPOINT_ISA::copy_past_caches,

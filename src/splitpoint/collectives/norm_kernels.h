@@ -79,6 +79,42 @@ inline void run_fused(const FusedArgs& a, int64_t row0, int64_t row1) {
   }
 }
 
+template <int kRanks>
+inline void move_bytes(const FusedArgs& a, int64_t begin, int64_t end) {
+  constexpr int64_t kStep = sizeof(BitVec);
+  const int count = kRanks ? kRanks : a.ranks;
+  const char* sources[kMostRanks];
+  std::copy_n(a.sources, count, sources);
+  const auto* residual = static_cast<const char*>(a.residual);
+  auto* norm = static_cast<char*>(a.norm);
+  auto* kept = static_cast<char*>(a.residual_out);
+  const auto step = [&](int64_t at, int64_t bytes) __attribute__((always_inline)) {
+    const auto bits_of = [&](const char* from) __attribute__((always_inline)) {
+      BitVec bits{};
+      __builtin_memcpy(&bits, from + at, bytes);
+      return bits;
+    };
+    BitVec all = bits_of(sources[0]);
+    for (int rank = 1; rank < count; ++rank) all ^= bits_of(sources[rank]);
+    if (residual) all ^= bits_of(residual);
+    if (norm) __builtin_memcpy(norm + at, &all, bytes);
+    if (kept) __builtin_memcpy(kept + at, &all, bytes);
+  };
+  for (; begin + kStep <= end; begin += kStep) {
+    for (int rank = 0; rank < count; ++rank) {
+      if (count > 1 && rank != a.rank) __builtin_prefetch(sources[rank] + begin + kFetchAhead, 0, 0);
+    }
+    step(begin, kStep);
+  }
+  if (begin < end) step(begin, end - begin);
+}
+
+inline void run_move(const FusedArgs& a, int64_t row0, int64_t row1) {
+  const int64_t row_bytes = a.hidden * bytes_of(a.input);
+  const auto run = a.ranks == 1 ? move_bytes<1> : a.ranks == 2 ? move_bytes<2> : move_bytes<0>;
+  run(a, row0 * row_bytes, row1 * row_bytes);
+}
+
 template <class T, int kRanks>
 inline void sum_elements(const SumArgs& a, int64_t begin, int64_t end) {
   const T* sources[kMostRanks];

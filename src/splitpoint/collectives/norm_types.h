@@ -47,6 +47,9 @@ struct SumArgs {
 struct NormTable {
   const char* name;
   void (*fused)(const FusedArgs&, int64_t row0, int64_t row1);
+  // Moves what `fused` moves and computes nothing worth the name: what it may write becomes the
+  // exclusive or of the inputs' and the residual's bits, which are of one type.
+  void (*move)(const FusedArgs&, int64_t row0, int64_t row1);
   void (*sum)(const SumArgs&, int64_t begin, int64_t end);
   // to[i] = from[i] + bias
   void (*add_bias)(const void* from, Element element, float bias, float* to, int64_t count);

@@ -23,6 +23,7 @@ struct Fused {
   std::string_view algorithm;
   // Where results go, null where they are not wanted.
   void *norm, *residual_out, *quantised, *scales;
+  bool only_moves = false;  // NormTable::move instead of NormTable::fused, and no weight
 };
 
 // What must hold of the arguments whichever form they come in.
@@ -93,10 +94,12 @@ void run_fused(Workspace& workspace, const Fused& f) {
     }
   });
 
-  const Call call{Operation::allreduce_rmsnorm, algorithm, element, f.quant,
-                  f.residual != nullptr, wide, f.norm != nullptr, f.residual_out != nullptr,
-                  rows, hidden, static_cast<float>(f.eps), static_cast<float>(f.weight_bias)};
+  const Call call{f.only_moves ? Operation::movement : Operation::allreduce_rmsnorm,
+                  algorithm, element, f.quant, f.residual != nullptr, wide, f.norm != nullptr,
+                  f.residual_out != nullptr, rows, hidden, static_cast<float>(f.eps),
+                  static_cast<float>(f.weight_bias)};
   const NormTable* table = kernels();
+  const auto kernel = f.only_moves ? table->move : table->fused;
   const Copier copier{table, in_threads, workspace.past_caches()};
   const Chunks chunks(rows, most);
 
@@ -119,6 +122,7 @@ void run_fused(Workspace& workspace, const Fused& f) {
 
   workspace.run([&](Channel& channel) {
     const auto prepare_weight = [&] {
+      if (f.only_moves) return;
       const Element type = element_of(f.weight, "weight");
       const void* from = f.weight.const_data_ptr();
       if ((type == Element::f32 || type == element) && call.weight_bias == 0) {
@@ -141,7 +145,7 @@ void run_fused(Workspace& workspace, const Fused& f) {
       a.residual_out = at_row(f.residual_out, first * kept_bytes);
       a.quantised = static_cast<uint8_t*>(at_row(f.quantised, first * quantised_bytes));
       a.scales = at_row(f.scales, first * scales_bytes);
-      table->fused(a, begin, end);
+      kernel(a, begin, end);
     };
     if (algorithm == Algorithm::two_shot) {
       two_shot(channel, call, copier, chunks, input, row_bytes, results, prepare_weight, compute);
@@ -294,7 +298,32 @@ void allreduce_rmsnorm_(const Tensor& input, const std::optional<Tensor>& residu
                          residual ? residual->mutable_data_ptr() : nullptr, nullptr, nullptr});
 }
 
+// What allreduce_rmsnorm_ moves, one-shot, without its arithmetic: the floor of a measurement.
+void move_(const Tensor& input, const std::optional<Tensor>& residual_given,
+           std::string_view group) {
+  const std::shared_ptr<Workspace> workspace = find_workspace(group);
+  TORCH_CHECK_VALUE(workspace, "group '", group, "' has no workspace: attach one first");
+  const Tensor* residual = present(residual_given);
+  workspace->checked([&] {
+    element_of(input, "input");
+    TORCH_CHECK_VALUE(input.dim() > 0 && input.is_contiguous() &&
+                          (!residual || (residual->is_contiguous() &&
+                                         residual->sizes() == input.sizes() &&
+                                         residual->scalar_type() == input.scalar_type())),
+                      "input must be contiguous [..., hidden], and the residual the same");
+  });
+  Fused moved{input, residual, input, nullptr, Quant::none, 0, 0, "one_shot",
+              input.mutable_data_ptr(), residual ? residual->mutable_data_ptr() : nullptr,
+              nullptr, nullptr};
+  moved.only_moves = true;
+  run_fused(*workspace, moved);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(splitpoint, m) {
+  m.def("shm_move_(Tensor(a!) input, Tensor(b!)? residual, str group) -> ()", move_);
+}
 
 // Their schemas are in ops.py, where they are served by the reference before this is loaded.
 TORCH_LIBRARY_IMPL(splitpoint, CPU, m) {

@@ -42,6 +42,7 @@ enum class Operation : uint8_t {
   all_reduce,
   reduce_scatter,
   all_gather,
+  movement,     // what allreduce_rmsnorm moves, for measurements
   reference,  // served by the group's own collective, after the ranks have met here
   refused,    // arguments without a meaning: the rank that got them raises an error
 };
@@ -85,7 +86,8 @@ struct Call {
 
   std::string text() const {
     static const char* const operations[] = {"allreduce_rmsnorm", "all_reduce", "reduce_scatter",
-                                             "all_gather", "the reference of a collective",
+                                             "all_gather", "the data movement of allreduce_rmsnorm",
+                                             "the reference of a collective",
                                              "a collective with arguments it refused"};
     static const char* const elements[] = {"float32", "bfloat16", "float16"};
     static const char* const quants[] = {"none", "fp8_static", "fp8_token", "nvfp4"};
@@ -96,7 +98,7 @@ struct Call {
       std::snprintf(line, sizeof line, " of %lld bytes", static_cast<long long>(rows));
       return said + line;
     }
-    if (operation != Operation::allreduce_rmsnorm) {
+    if (operation != Operation::allreduce_rmsnorm && operation != Operation::movement) {
       std::snprintf(line, sizeof line, " of %lld %s", static_cast<long long>(rows),
                     elements[int(element)]);
       said += line;
