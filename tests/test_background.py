@@ -318,6 +318,28 @@ def test_what_is_wanted_soon_comes_first():
     assert order[-1] == 4
 
 
+def test_the_switch_interval_is_put_back_by_the_last_of_several():
+    before = sys.getswitchinterval()
+    go = [threading.Event(), threading.Event()]
+    several = []
+    for each in go:
+        started = threading.Event()
+
+        def compile(index: int, started=started, each=each) -> None:
+            started.set()
+            assert each.wait(10)
+
+        several.append(Background(compile))
+        several[-1].want(1)
+        assert started.wait(10)
+    go[0].set()
+    assert several[0].wait(10)
+    assert sys.getswitchinterval() < before
+    go[1].set()
+    assert several[1].wait(10)
+    assert sys.getswitchinterval() == before
+
+
 def test_the_switch_interval_is_put_back():
     before = sys.getswitchinterval()
     inside: list[float] = []

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable
 
+from .lent import Lent
+
 log = logging.getLogger("splitpoint")
 
 SWITCH_INTERVAL_S = 0.0005
 """How long the thread that compiles may keep others waiting for the interpreter, at a time.
 Python's own 5 ms add up over the operators of a call."""
+
+_switch_interval = Lent(sys.getswitchinterval, sys.setswitchinterval)
 
 
 class Stopped(Exception):
@@ -79,10 +84,9 @@ class Background:
             thread.join()
 
     def _run(self) -> None:
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(min(before, SWITCH_INTERVAL_S))
-        try:
-            while (index := self._next()) is not None:
+        with contextlib.ExitStack() as lent:
+            lent.enter_context(_switch_interval.at(lambda before: min(before, SWITCH_INTERVAL_S)))
+            while (index := self._next(at_end=lent.close)) is not None:
                 try:
                     self.check_stop()
                     self._compile(index)
@@ -91,13 +95,12 @@ class Background:
                 except BaseException as error:  # noqa: BLE001  nobody is above this to see it
                     self.errors[index] = error
                     log.error("compiling in the background failed: %s", error)
-        finally:
-            sys.setswitchinterval(before)
 
-    def _next(self) -> int | None:
+    def _next(self, at_end: Callable[[], None]) -> int | None:
         with self._changed:
             if self._queue and threading.main_thread().is_alive():
                 return self._queue.popleft()
+            at_end()
             self._thread = None
             self._changed.notify_all()
             return None

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import threading
 from collections.abc import Iterator
+
+from .lent import Lent
 
 RARE = (2_000_000, 50, 1_000)
 """Thresholds under which the youngest objects are searched once two million are there, which bounds
 the garbage among them, and the oldest, which are most of the process, hardly ever."""
 
-_lock = threading.Lock()
-_before: list[tuple[int, int, int]] = []
-"""The process's thresholds before the first `rare_collection` that has not ended, once for each
-that has not: threads may end theirs in any order."""
+_thresholds = Lent(gc.get_threshold, lambda thresholds: gc.set_threshold(*thresholds))
 
 
 @contextlib.contextmanager
@@ -37,17 +35,11 @@ def rare_collection() -> Iterator[None]:
     """For capturing and compiling, which make millions of objects that stay until the end: 6 %
     of the time would go into searching them. What is young in the end counts as old afterwards,
     and is searched when Python next searches everything."""
-    with _lock:
-        _before.append(_before[0] if _before else gc.get_threshold())
-        gc.set_threshold(*RARE)
-    try:
-        yield
-    finally:
-        _make_all_old()
-        with _lock:
-            before = _before.pop()
-            if not _before:
-                gc.set_threshold(*before)
+    with _thresholds.at(lambda _: RARE):
+        try:
+            yield
+        finally:
+            _make_all_old()
 
 
 def _make_all_old() -> None:
