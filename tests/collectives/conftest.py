@@ -4,15 +4,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.collectives.ranks import Ranks, attach_with, detach
+from tests.collectives.ranks import RankFailed, Ranks, attach_with, detach, meet
 
 
 @pytest.fixture(scope="session")
 def attached() -> Iterator[Callable[[int], Ranks]]:
-    """Processes with a workspace, by their number; tests must leave them able to go on."""
+    """Processes with a workspace, by their number. Those that a test left in failure are replaced,
+    so that others do not fail with it."""
     made: dict[int, Ranks] = {}
 
     def get(count: int) -> Ranks:
+        if count in made and not _can_go_on(made[count]):
+            made.pop(count).close()
         if count not in made:
             made[count] = Ranks(count)
             made[count].run(attach_with, {"timeout_s": 60.0})
@@ -21,6 +24,16 @@ def attached() -> Iterator[Callable[[int], Ranks]]:
     yield get
     for each in made.values():
         each.close()
+
+
+def _can_go_on(ranks: Ranks) -> bool:
+    if ranks.failed:
+        return False
+    try:
+        ranks.run(meet)
+    except RankFailed:
+        return False
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,8 @@ class Ranks:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.collectives.ranks", "torch.distributed"])
         self.count = count
+        self.failed = False
+        """Whether a function raised, or a rank is gone: answers of others may lie unread."""
         self._folder = tempfile.TemporaryDirectory()
         store = Path(self._folder.name) / "store"
         self.processes = []
@@ -56,6 +58,7 @@ class Ranks:
         Raises:
             RankFailed: when it raised, died, or took too long.
         """
+        before, self.failed = self.failed, True
         if not self._pipes[rank].poll(timeout_s):
             raise RankFailed(f"rank {rank} did not answer within {timeout_s} s")
         try:
@@ -64,6 +67,7 @@ class Ranks:
             raise RankFailed(f"rank {rank} died") from None
         if not good:
             raise RankFailed(f"rank {rank}: {value}")
+        self.failed = before
         return value
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -125,6 +129,12 @@ def attach(**settings: Any) -> str:
 
 def attach_with(settings: dict[str, Any]) -> str:
     return attach(**settings)
+
+
+def meet() -> None:
+    from splitpoint._torch_distributed import group_name
+
+    torch.ops.splitpoint.all_reduce(torch.ones(1), group=group_name(dist.group.WORLD))
 
 
 def detach() -> None:

@@ -151,9 +151,12 @@ def test_arguments_refused_by_all_ranks_leave_the_group_as_it_was(
     assert [each.error for each in ranks.run(calls.make, [[FUSED, REDUCED]] * 2)] == ["", ""]
 
 
-LAST = 786_432
-SEED = f"one_shot:{LAST},two_shot"
+_SEEDED = policy.seed_policy().entry(policy.Key("cpu", 2, quant="none"))
+assert _SEEDED is not None
+SEED = policy.spelled(_SEEDED.intervals)
 """What "auto" is for two ranks without quantisation."""
+LAST = _SEEDED.intervals[0].end
+assert LAST is not None
 
 
 @pytest.mark.parametrize(
