@@ -200,11 +200,13 @@ def test_threads_that_call_while_ranges_are_swapped_in():
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    assert compiled.wait(120)
-    time.sleep(0.05)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        assert compiled.wait(120)
+        time.sleep(0.05)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert wrong == []
     assert compiled.stats().compilations == 5
 
