@@ -27,8 +27,8 @@ class Lent(Generic[T]):
         with self._lock:
             if not self._users:
                 self._before = self._get()
-            self._users += 1
             self._put(choose(self._before))
+            self._users += 1
         try:
             yield
         finally:

@@ -35,6 +35,17 @@ def test_weight_bias_and_wide_residual() -> None:
     torch.testing.assert_close(got.norm, expected.bfloat16(), rtol=0.01, atol=0.01)
 
 
+def test_norm_is_of_the_sum_as_it_is_returned() -> None:
+    # 1 + 2**-9 is rounded to 1 in bfloat16, and 1 + 3 * 2**-9 to 1 + 2**-7.
+    x = torch.tensor([[2**-9, 3 * 2**-9, 0.0, 0.0]]).bfloat16()
+    got = reference.finish(x, torch.ones(1, 4).bfloat16(), torch.full((4,), 64.0), None, eps=0.0)
+    assert got.residual.tolist() == [[1, 1 + 2**-7, 1, 1]]
+    mean_square = (1 + x.double()).square().mean()
+    exact = got.residual.double() * 64 / mean_square.sqrt()
+    assert torch.equal(got.norm, exact.bfloat16())
+    assert not torch.equal(got.norm, ((1 + x.double()) * 64 / mean_square.sqrt()).bfloat16())
+
+
 def test_fp8_token_scales_each_row_by_its_largest() -> None:
     norm = torch.tensor([[1.0, -2.0, 0.5, 448.0], [0.0, 0.0, 0.0, 0.0], [1e-3, 2e-3, -4e-3, 0.0]])
     quantised, scales = reference.quantise(norm, None, "fp8_token")

@@ -205,7 +205,7 @@ processes, which tells a wrong choice from a noisy one.
 --baselines says what the fused kernels are compared with:
   gloo      Standard and Native Compiled
   compiled  an all-reduce over shared memory, and the norm as the compiler makes it
-  kernel    an all-reduce over shared memory, and a norm kernel
+  kernel    an all-reduce over shared memory, and a norm kernel; what there is to move, alone
   vllm      vLLM's all-reduce and norm""",
         """\
 examples:

@@ -40,7 +40,7 @@ FUSED = (ONE_SHOT, TWO_SHOT, ONE_SHOT + IN_PLACE, TWO_SHOT + IN_PLACE)
 BASELINES: dict[str, tuple[str, ...]] = {
     "gloo": (STANDARD, NATIVE),
     "compiled": (SHM_COMPILED,),
-    "kernel": (SHM_KERNEL, SHM_TWO_SHOT_KERNEL),
+    "kernel": (SHM_KERNEL, SHM_TWO_SHOT_KERNEL, *FLOORS),
     "vllm": (VLLM,),
 }
 """What the fused variants are compared with, by the names that the command line has."""
@@ -195,7 +195,7 @@ def _inputs(setting: Setting) -> _Inputs:
 def _variants(
     setting: Setting, given: _Inputs, group: str, alone: str, baselines: Collection[str]
 ) -> dict[str, Variant]:
-    wanted = tuple(name for each in baselines for name in BASELINES[each]) + FUSED + FLOORS
+    wanted = tuple(name for each in baselines for name in BASELINES[each]) + FUSED
     made = _all_variants(setting, given, group, alone, vllm="vllm" in baselines)
     return {
         name: variant for name, variant in made.items() if name.removesuffix(IN_PLACE) in wanted

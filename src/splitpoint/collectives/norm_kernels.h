@@ -102,7 +102,7 @@ inline void move_bytes(const FusedArgs& a, int64_t begin, int64_t end) {
   };
   for (; begin + kStep <= end; begin += kStep) {
     for (int rank = 0; rank < count; ++rank) {
-      if (count > 1 && rank != a.rank) __builtin_prefetch(sources[rank] + begin + kFetchAhead, 0, 0);
+      if (rank != a.rank) __builtin_prefetch(sources[rank] + begin + kFetchAhead, 0, 0);
     }
     step(begin, kStep);
   }

@@ -1,7 +1,6 @@
 // Quantisation of a row of norms.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "norm_rows.h"

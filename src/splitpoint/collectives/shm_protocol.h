@@ -42,7 +42,7 @@ enum class Operation : uint8_t {
   all_reduce,
   reduce_scatter,
   all_gather,
-  movement,     // what allreduce_rmsnorm moves, for measurements
+  movement,   // what allreduce_rmsnorm moves, for measurements
   reference,  // served by the group's own collective, after the ranks have met here
   refused,    // arguments without a meaning: the rank that got them raises an error
 };
