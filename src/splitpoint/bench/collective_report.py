@@ -163,11 +163,11 @@ class CollectiveReport:
         lines += [
             "Medians of what the slowest rank took, variants in turns, inputs in the caches; every",
             "variant was compared with float64 first. Standard and Native Compiled reduce by gloo.",
-            "In place, the norm overwrites the input and the sum the residual. Data movement, which",
-            "has no result to compare: the same buffers read and written in place, without the",
-            "norm's arithmetic. Of floor: how near the fastest is to that, one-shot; data alone: how",
-            "many times as long that takes unfused. Policy: which algorithm it chooses; behind",
-            "best: how much longer that takes than the fastest, with",
+            "In place, the norm overwrites the input and the sum the residual. Data movement, with",
+            "no result to compare: the same buffers read and written in place, without the norm's",
+            "arithmetic. Of floor: how near the fastest is to that, one-shot; data alone: how many",
+            "times as long that takes unfused. Policy: which algorithm it chooses; behind best:",
+            "how much longer that takes than the fastest, with",
             _error_text(env.get("starts", 1)),
         ]
         return "\n".join(lines)
