@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from splitpoint import _torch
 from splitpoint.kernels.build import COMMON_FLAGS, Unit
+from splitpoint.torch_internals.toolchain import cpp_compiler
 
 FLAGS = (
     # A null pointer is the address sanitizer's too; vptr asks about classes that are torch's.
@@ -23,7 +23,7 @@ OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=
 
 def build(units: Sequence[Unit], target: Path, *link: str) -> None:
     """Compile and link C++ files, two at a time."""
-    compiler = _torch.cpp_compiler()
+    compiler = cpp_compiler()
     assert compiler is not None
 
     def compile_unit(unit: Unit) -> str:
@@ -48,7 +48,7 @@ def run(command: Sequence[str | Path], **environment: str) -> subprocess.Complet
 def preload() -> str:
     """What has to be loaded before a program that was not built so: the sanitizer, and the library
     whose exceptions it looks after."""
-    compiler = _torch.cpp_compiler()
+    compiler = cpp_compiler()
     assert compiler is not None
     found = [
         subprocess.run(

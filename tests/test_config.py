@@ -170,7 +170,7 @@ def test_options_of_a_range_win_over_common_ones():
         split_points=[8],
         inductor_options={"epilogue_fusion": True, "1-8": {"epilogue_fusion": False}},
     )
-    small, large = splitpoint.Plan.from_config(config).entries
+    small, large = config.plan().entries
     assert small.options == {"epilogue_fusion": False}
     assert large.options == {"epilogue_fusion": True}
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitpoint import Config, Plan, PlannedRange, Range
+from splitpoint.config import NOT_AUTOTUNED
 from splitpoint.errors import InvalidJSON, InvalidRange, SizeOutOfPlan
 
 
@@ -56,9 +57,7 @@ def test_range_parse_refuses(text):
 
 
 def test_plan_of_the_example_in_the_docs():
-    plan = Plan.from_config(
-        Config(max_size=8192, split_points=[8, 32], compile_sizes=[16, 64, 128])
-    )
+    plan = Config(max_size=8192, split_points=[8, 32], compile_sizes=[16, 64, 128]).plan()
     assert [str(r) for r in plan.ranges] == [
         *("[1,8]", "[16,16]", "[9,32]", "[64,64]", "[128,128]", "[33,8192]"),
     ]
@@ -66,7 +65,7 @@ def test_plan_of_the_example_in_the_docs():
 
 @given(configs())
 def test_every_size_has_the_narrowest_range_around_it(config):
-    plan = Plan.from_config(config)
+    plan = config.plan()
     for size in range(1, config.max_size + 1):
         found = plan.range_for(size)
         around = [r for r in plan.ranges if size in r]
@@ -77,7 +76,7 @@ def test_every_size_has_the_narrowest_range_around_it(config):
 @given(configs())
 def test_ranges_without_single_sizes_tile_the_plan(config):
     single = [Range(size, size) for size in config.compile_sizes]
-    wide = [r for r in Plan.from_config(config).ranges if r not in single]
+    wide = [r for r in config.plan().ranges if r not in single]
     covered = {size for r in wide for size in range(r.start, r.end + 1)}
     assert covered | set(config.compile_sizes) == set(range(1, config.max_size + 1))
     for a, b in itertools.pairwise(wide):
@@ -86,12 +85,12 @@ def test_ranges_without_single_sizes_tile_the_plan(config):
 
 @given(configs())
 def test_hints_lie_in_their_ranges(config):
-    assert all(entry.hint in entry.range for entry in Plan.from_config(config).entries)
+    assert all(entry.hint in entry.range for entry in config.plan().entries)
 
 
 @given(configs())
 def test_plan_json_round_trip(config):
-    plan = Plan.from_config(config)
+    plan = config.plan()
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -122,12 +121,12 @@ def test_plan_from_json_refuses(text):
 @pytest.mark.parametrize("size", [0, -1, 65, 2**20])
 def test_size_outside_the_plan(size):
     with pytest.raises(SizeOutOfPlan, match=r"\[1,64\]"):
-        Plan.from_config(Config(max_size=64)).range_for(size)
+        Config(max_size=64).plan().range_for(size)
 
 
 def test_lookup_at_the_largest_plan_does_not_depend_on_the_number_of_ranges():
     config = Config(max_size=2**20, split_points=list(range(1000, 2**20, 1000)))
-    plan = Plan.from_config(config)
+    plan = config.plan()
     assert len(plan.ranges) == 1049
     assert len(plan.table) == 2**20 + 1
     assert plan.range_for(2**20) == Range(1048001, 2**20)
@@ -135,15 +134,33 @@ def test_lookup_at_the_largest_plan_does_not_depend_on_the_number_of_ranges():
 
 
 def test_a_range_made_of_single_sizes_only_is_left_out_and_said():
-    plan = Plan.from_config(Config(max_size=8, split_points=[2], compile_sizes=[1, 2]))
+    plan = Config(max_size=8, split_points=[2], compile_sizes=[1, 2]).plan()
     assert [str(r) for r in plan.ranges] == ["[1,1]", "[2,2]", "[3,8]"]
     assert "[1,2]" in plan.notes[0]
     assert "[1,2]" in str(plan)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compile_sizes": [1], "inductor_options": {"max_autotune": True}},
+        {"compile_sizes": [1], "inductor_options": {"1": {"max_autotune": True}}},
+        {"compile_sizes": [1], "backend": "eager"},
+        {},
+    ],
+)
+def test_a_plan_says_that_single_sizes_are_not_tuned_only_where_that_is_so(options):
+    assert NOT_AUTOTUNED not in Config(max_size=8, **options).plan().notes
+    only_other = Config(
+        max_size=8, compile_sizes=[1, 2], inductor_options={"1": {"max_autotune": True}}
+    )
+    assert NOT_AUTOTUNED in only_other.plan().notes
+
+
 def test_plan_prints_as_an_aligned_table():
-    plan = Plan.from_config(Config(max_size=2048, split_points=[8], compile_sizes=[1]))
-    heading, *rows = str(plan).splitlines()
+    plan = Config(max_size=2048, split_points=[8], compile_sizes=[1]).plan()
+    heading, *rows, note = str(plan).splitlines()
+    assert note == NOT_AUTOTUNED
     assert heading.split() == ["range", "sizes", "hint", "passes"]
     assert [row.split()[:3] for row in rows] == [
         ["[1,1]", "1", "static"],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitpoint.cli import main
+from splitpoint.cli.verbs import main
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)

@@ -1,10 +1,11 @@
 """Compile a PyTorch model once per range of sizes; send each call to the graph of its range."""
 
-from .api import CompiledModel, Stats, compile
+from .api import CompiledModel, compile
 from .config import Config
 from .errors import SplitpointError
 from .passes.base import Pass, current_range
 from .ranges import Plan, PlannedRange, Range
+from .runtime.stats import Stats
 
 __all__ = [
     "CompiledModel",

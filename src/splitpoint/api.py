@@ -4,104 +4,69 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
-from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
 
-from . import _torch
+from .capture.capture import Capture, capture, described
+from .capture.dims import Lengths, out_of_plan
+from .capture.facts import Roots
+from .capture.regions import capture_for, cover, cover_some
+from .capture.signature import DynamicDims, Signature, changing, more_dims
 from .config import Config
-from .entry import write_entry
 from .errors import (
+    CaptureError,
     ConfigError,
+    InputError,
     InvalidDynamicDims,
+    SizeMismatch,
     SizeNotServed,
     SizeOutOfPlan,
+    TooManySignatures,
     WrongArguments,
+    WrongDimension,
+    WrongDtype,
+    WrongRank,
+    WrongStrides,
+    WrongValue,
 )
-from .freed import check_whole
-from .graph.capture import Argument, SizeInput, capture
-from .graph.facts import Roots
 from .graph.pieces import split
-from .graph.regions import Regions, cover
-from .graph.signature import DynamicDims, Signature
-from .lanes import Graph
-from .passes.manager import MatchCount
-from .program import Program, lanes_of
-from .ranges import NOT_SERVED, Plan, Range, align
+from .ranges import NOT_SERVED, Plan
+from .runtime.dispatch import Dispatch
+from .runtime.dynamo_backend import check_options
+from .runtime.entry import write_entry
+from .runtime.freed_weights import check_whole
+from .runtime.lanes import Graph
+from .runtime.plan_lanes import lanes_of, lanes_of_lengths
+from .runtime.program import Program
+from .runtime.stats import Stats
+from .runtime.warm_start import start_or
 from .store import open_store
-from .store.store import Store
-from .warm import start_or
+
+log = logging.getLogger("splitpoint")
 
 
 @dataclass(frozen=True)
-class Stats:
-    """What a compiled model did so far. `print(stats)` shows a table."""
+class Dynamic:
+    """What is to change from call to call, as `compile` was told."""
 
-    captures: int = 0
-    """Graphs captured; more than one when the model branches on the size."""
-    pieces: int = 0
-    """Pieces of all graphs, equal ones counted each."""
-    unique_pieces: int = 0
-    """Pieces that differ: what is compiled, once per range."""
-    compilations: int = 0
-    """Pieces compiled, ranges counted each, also those that share code."""
-    loads: int = 0
-    """Compiled pieces taken from the store, ranges counted each."""
-    dispatches: dict[Range, int] = field(default_factory=dict)
-    """Calls by range."""
-    packed_bytes: int = 0
-    """Memory of weights in other layouts, beside the module's own."""
-    freed_bytes: int = 0
-    """Memory of the module's own weights that was given back."""
-    eager_calls: int = 0
-    """Calls that ran the model itself: size 0, sizes out of plan if allowed, and those of ranges
-    that are compiled in the background (which `dispatches` counts too)."""
-    failed: dict[Range, str] = field(default_factory=dict)
-    """Ranges that could not be compiled in the background, and why; the model serves them."""
-    matches: tuple[MatchCount, ...] = ()
-    """What the passes matched, by (pass, piece, range)."""
-    occurrences: dict[tuple[Range, str], int] = field(default_factory=dict)
-    """How often each compiled range calls each piece (by fingerprint)."""
+    dims: DynamicDims | None
+    max_dims: Mapping[str, int]
+    size: str | None
+    found: DynamicDims | None = None
+    """What calls have shown, where nothing was said."""
 
-    def matched(self, name: str) -> dict[Range, int]:
-        """Matches of a pass by range of the plan, with those of equal pieces counted each. A
-        piece whose matches are not known counts as none."""
-        counts: dict[Range, int] = {}
-        for count in self.matches:
-            if count.name == name and count.range in self.dispatches:
-                times = self.occurrences.get((count.range, count.piece), 1)
-                counts[count.range] = counts.get(count.range, 0) + times * (count.matches or 0)
-        return counts
 
-    def __str__(self) -> str:
-        rows = [("range", "calls")]
-        rows += [(str(range_), str(calls)) for range_, calls in self.dispatches.items()]
-        if self.eager_calls:
-            rows.append(("eager", str(self.eager_calls)))
-        heading = (
-            f"{self.captures} captured, {self.pieces} pieces of which {self.unique_pieces} unique, "
-            f"{self.compilations} compilations"
-        )
-        if self.loads:
-            heading += f", {self.loads} loaded"
-        if self.packed_bytes:
-            heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
-        if self.freed_bytes:
-            heading += f", {self.freed_bytes / 2**20:.1f} MiB of original weights freed"
-        table = align(rows, right={1}) if len(rows) > 1 else []
-        by_pass: dict[str, int] = {}
-        for count in self.matches:
-            by_pass[count.name] = by_pass.get(count.name, 0) + (count.matches or 0)
-        failed = [f"{range_} is not compiled: {why}" for range_, why in self.failed.items()]
-        passes = [f"pass {name} matched {matches} times" for name, matches in by_pass.items()]
-        notes = dict.fromkeys(f"{c.name}: {note}" for c in self.matches for note in c.notes)
-        return "\n".join([heading, *table, *failed, *passes, *notes])
+_OTHER_KIND = (WrongArguments, WrongValue, WrongDtype, WrongRank, WrongStrides)
+"""How arguments are of another kind, and not wrong."""
+
+_OTHER_LENGTHS = (WrongDimension, SizeMismatch)
+"""How they show that other dimensions change, where it was not said which do."""
 
 
 class CompiledModel:
@@ -111,25 +76,25 @@ class CompiledModel:
     first call. Tensors updated in place, and parameters replaced by others of the same
     kind, are followed. For inference: gradients are never recorded.
 
-    The first call captures the model with its arguments and compiles the plan; other calls
-    must have the same kinds of arguments, except for the size.
+    The first call captures the model with its arguments and compiles the plan. Calls with
+    arguments of another kind (a tensor in place of None, another dtype, another value of a
+    constant) are captured and compiled too, up to `Config.max_signatures`.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
         config: Config,
-        dynamic_dims: DynamicDims | None,
+        dynamic: Dynamic,
     ) -> None:
         own = self.__dict__
         own["module"] = function
         own["config"] = config
-        own["_dynamic_dims"] = dynamic_dims
+        own["_dynamic"] = dynamic
         own["_lock"] = threading.RLock()
-        own["_regions"] = None
         own["_program"] = None
         own["_early_eager_calls"] = 0
-        own["_call"] = self._first_call
+        own["_call"] = self._other_call
         if not isinstance(function, torch.nn.Module):
             for name in ("__module__", "__name__", "__qualname__", "__doc__"):
                 own[name] = getattr(function, name, None)
@@ -160,7 +125,8 @@ class CompiledModel:
     @property
     def plan(self) -> Plan:
         """The plan: as configured before the first call, as compiled after it."""
-        return self._program.plan if self._program else Plan.from_config(self.config)
+        found: Plan = self._program.plan if self._program else self.config.plan()
+        return found
 
     def stats(self) -> Stats:
         """Counters since creation or the last `reset()`."""
@@ -170,14 +136,15 @@ class CompiledModel:
         graphs = list({id(lane.graph): lane.graph for lane in lanes}.values())
         counts = self._program.counts
         return Stats(
-            captures=len(self._regions.captures),
+            captures=sum(len(d.regions.captures) for d in self._program.dispatches),
             pieces=sum(graph.piece_count for graph in graphs),
             unique_pieces=len({name for graph in graphs for name in graph.unique}),
             compilations=counts.compilations,
             loads=counts.loads,
-            dispatches=self._program.dispatches(),
-            packed_bytes=self._program.weights.nbytes,
-            freed_bytes=self._program.originals.nbytes,
+            dispatches=self._program.calls_by_range(),
+            kinds=self._program.calls_by_kind(),
+            packed_bytes=self._program.binding.weights.nbytes,
+            freed_bytes=self._program.binding.originals.nbytes,
             eager_calls=counts.eager_calls + self._early_eager_calls,
             failed=self._program.failed(),
             matches=tuple(counts.matches),
@@ -212,9 +179,7 @@ class CompiledModel:
         """Forget what was captured and compiled; the next call starts anew."""
         self.close()
         with self._lock:
-            self.__dict__.update(
-                _program=None, _regions=None, _early_eager_calls=0, _call=self._first_call
-            )
+            self.__dict__.update(_program=None, _early_eager_calls=0, _call=self._other_call)
 
     def __repr__(self) -> str:
         name = getattr(self.module, "__qualname__", type(self.module).__name__)
@@ -244,82 +209,164 @@ class CompiledModel:
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(self.module)})
 
-    # --- the first call ----------------------------------------------------------------
+    # --- the first call of a kind -------------------------------------------------------
 
-    def _first_call(self, *args: Any, **kwargs: Any) -> Any:
+    def _other_call(self, *args: Any, **kwargs: Any) -> Any:
+        """A call whose arguments are not seen to be of a kind that was captured."""
         with self._lock:
-            if self._program is None:
-                signature = Signature(_forward(self.module), args, kwargs, self._dynamic_dims)
-                if signature.size == 0:  # nothing to capture from, and nothing to gain
+            program: Program | None = self._program
+            before = self._dynamic
+            found = self._kind_of(program.dispatches if program else [], args, kwargs)
+            if not isinstance(found, tuple):
+                signature = self._signature(args, kwargs)
+                if 0 in signature.lengths:  # nothing to capture from, and nothing to gain
                     self.__dict__["_early_eager_calls"] += 1
                     return self.module(*args, **kwargs)
-                if signature.size > self.config.max_size:
-                    return self._out_of_plan(signature.size, args, kwargs)
-                self._start(signature)
-        return self._call(*args, **kwargs)
+                if said := out_of_plan(signature.dims, signature.lengths, self.config.max_size):
+                    return self._out_of_plan(said, args, kwargs)
+                try:
+                    found = self._start(signature), signature.lengths
+                except CaptureError as error:
+                    self.__dict__["_dynamic"] = before
+                    if isinstance(found, InputError):  # says more than where tracing stopped
+                        raise found from error
+                    raise
+                if self._dynamic is not before:
+                    log.warning(
+                        "other dimensions change too, so the model was captured and compiled anew, "
+                        "which dynamic_dims=%s saves from the start",
+                        self._dynamic.found,
+                    )
+            dispatch, lengths = found
+            program = self._program
+        assert program is not None
+        index = program.index_at(dispatch, lengths)
+        if index == NOT_SERVED:
+            return self._not_served(dispatch, lengths, args, kwargs)
+        program.calls[index] += 1
+        tensors = dispatch.arguments.tensors_in(dispatch.arguments.bind(args, kwargs))
+        with torch.no_grad():
+            return program.runners[index](*lengths, *tensors)
 
-    def _start(self, signature: Signature) -> None:
-        store = open_store(self.config)
+    def _kind_of(
+        self, known: Sequence[Dispatch], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Dispatch, Lengths] | InputError | None:
+        """What serves a call, and its lengths; where it is to be captured, how it differs from the
+        first kind that was, if any.
+
+        Raises:
+            InputError: when it can be neither.
+        """
+        if not known:
+            return None
+        arguments = known[0].arguments.bind(args, kwargs)
+        refused: list[InputError] = []
+        for dispatch in known:
+            try:
+                return dispatch, dispatch.arguments.explain(arguments)
+            except InputError as error:
+                refused.append(error)
+        wrong = [error for error in refused if not isinstance(error, _OTHER_KIND)]
+        first = (wrong or refused)[0]
+        most = 1 if self.config.free_original_weights else self.config.max_signatures
+        if most > 1 and self._dynamic.dims is None and isinstance(first, _OTHER_LENGTHS):
+            changed = more_dims(known[refused.index(first)].arguments, arguments)
+            self.__dict__["_dynamic"] = replace(self._dynamic, found=changed)
+        elif wrong or most == 1:
+            raise first
+        try:
+            signature = self._signature(args, kwargs)
+        except InputError:
+            raise first from None
+        if len(known) >= most:
+            changes = changing([*(dispatch.arguments for dispatch in known), signature])
+            raise TooManySignatures(
+                f"the model was captured for {len(known)} kinds of arguments already, and "
+                f"{changes}: pass what changes as a tensor, or raise max_signatures"
+            )
+        return first
+
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
+        dynamic: Dynamic = self._dynamic
+        dims = dynamic.found if dynamic.dims is None else dynamic.dims
+        given = dims, dynamic.max_dims, dynamic.size, self.config.max_size
+        return Signature(_forward(self.module), args, kwargs, *given)
+
+    def _start(self, signature: Signature) -> Dispatch:
+        program = self._program or Program(self.config, open_store(self.config))
         roots = _roots(self.module)
         check_whole(roots.owner)
-        program, regions = start_or(
-            self.config, store, signature, roots, lambda: self._compile(signature, store)
-        )
-        program.free_originals()
-        entry = write_entry(signature, program, self._not_served)
-        self.__dict__.update(_program=program, _regions=regions, _call=entry)
+        dispatch = start_or(program, signature, roots, lambda: self._compile(program, signature))
+        program.binding.free_originals()
+        entry = write_entry(program, self._not_served, self._other_call)
+        self.__dict__.update(_program=program, _call=entry)
+        return dispatch
 
-    def _compile(self, signature: Signature, store: Store | None) -> tuple[Program, Regions]:
-        config = self.config
-        regions = cover(
-            functools.partial(capture, self.module, signature), signature.size, config.max_size
-        )
-        graphs = [
-            Graph(
-                split(captured.graph_module, config.splitting_ops, captured.symbols),
-                captured.inputs,
-                len(signature.tensors),
-                (captured.result_leaves, captured.result_spec),
-                captured.fetch,
-                captured.held,
-                captured.check,
-                captured.check_rest,
-                captured.owner,
-                captured.explain,
+    def _compile(self, program: Program, signature: Signature) -> Dispatch:
+        config, dims = self.config, signature.dims
+        if config.background and not dims.is_size_alone:
+            raise InvalidDynamicDims(
+                f"background=True is for one dynamic dimension, got {', '.join(dims.names)}: "
+                f"leave it out, or compile ranges when they are called with lazy=True"
             )
-            for captured in regions.captures
-        ]
-        lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
-        notes = [*Plan.from_config(config).notes, *(f"refused: {r}" for r in regions.refusals)]
-        program = Program(config, lanes, notes, store, _stand_in(self.module, signature))
+        if config.compile_shapes and dims.is_size_alone:
+            raise InvalidDynamicDims(
+                f"compile_sizes has {config.compile_shapes[0]}, but one dimension changes: write "
+                f"sizes"
+            )
+        capture_at = functools.partial(capture, self.module, signature)
+        if dims.is_size_alone:
+            regions = cover(capture_at, signature.size, config.max_size)
+        else:
+            regions = cover_some(capture_at, dims, signature.lengths, config.max_size)
+        graphs = [_graph(captured, signature, config) for captured in regions.captures]
+        if dims.is_size_alone:
+            lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
+        else:
+            lanes = lanes_of_lengths(config, dims, graphs, signature.lengths)
+        notes = [*config.plan().notes, *(f"refused: {r}" for r in regions.refusals)]
+        stand_in = _stand_in(self.module, signature)
+        dispatch = program.add(lanes, notes, signature, regions, stand_in)
+        captures = list(regions.captures)
+
+        def graph_at(lengths: Lengths) -> Graph:
+            captures.append(capture_for(capture_at, captures, lengths))
+            dispatch.regions = replace(regions, captures=tuple(captures))
+            return _graph(captures[-1], signature, config)
+
+        dispatch.capture_at = graph_at
         if not config.lazy:
-            program.compile_all()
-        return program, regions
+            try:
+                program.compile_all()
+            except BaseException:
+                program.drop(dispatch)
+                raise
+        return dispatch
 
     # --- sizes without a lane ----------------------------------------------------------
 
-    def _not_served(self, size: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if size == 0:
+    def _not_served(
+        self, dispatch: Dispatch, lengths: Lengths, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if 0 in lengths:
             self._program.counts.eager_calls += 1
             return self.module(*args, **kwargs)
-        if size > self.config.max_size:
-            return self._out_of_plan(size, args, kwargs)
-        regions: Regions = self._regions
+        if said := out_of_plan(dispatch.dims, lengths, self.config.max_size):
+            return self._out_of_plan(said, args, kwargs)
+        assert dispatch.regions is not None
         raise SizeNotServed(
-            f"size {size} is refused by the model itself: {'; '.join(regions.refusals)}"
+            f"{described(dispatch.dims.names, lengths)} is refused by the model itself: "
+            f"{'; '.join(dispatch.regions.refusals)}"
         )
 
-    def _out_of_plan(self, size: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _out_of_plan(self, said: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.config.on_out_of_plan == "eager":
             if self._program is None:
                 self.__dict__["_early_eager_calls"] += 1
             else:
                 self._program.counts.eager_calls += 1
             return self.module(*args, **kwargs)
-        raise SizeOutOfPlan(
-            f"size {size} is outside the plan's [1,{self.config.max_size}]: raise max_size, split "
-            f"the batch, or set on_out_of_plan='eager'"
-        )
+        raise SizeOutOfPlan(f"{said}, split the batch, or set on_out_of_plan='eager'")
 
 
 def compile(
@@ -327,6 +374,8 @@ def compile(
     config: Config | None = None,
     *,
     dynamic_dims: DynamicDims | None = None,
+    max_dims: Mapping[str, int] | None = None,
+    size: str | None = None,
 ) -> CompiledModel:
     """Compile a module or function once per range of sizes.
 
@@ -337,8 +386,13 @@ def compile(
         dynamic_dims: for each argument that depends on the size its dimension, such as
             `{"input_ids": 1}`; several as a tuple; None for an integer argument that is the
             size itself. Arguments are named as in the signature; a name stands for all
-            tensors in a container, `batch['ids']` for one. Default: dimension 0 of every
-            tensor argument.
+            tensors in a container, `batch['ids']` for one. Where several dimensions change, each
+            has a name: `{"input_ids": {0: "batch", 1: "length"}}`, or a `torch.export.Dim`.
+            Default: dimension 0 of every tensor argument, and others once a call has shown that
+            they change.
+        max_dims: the greatest length of each named dimension; `config.max_size` by default.
+        size: the size that picks the range, as a sum or product of the names; their product by
+            default: the rows of linear layers.
 
     Returns:
         A callable with the module's signature, attributes and results.
@@ -356,8 +410,9 @@ def compile(
     if not callable(module):
         raise ConfigError(f"expected a module or function, got {module!r}")
     config = config or Config()
-    _check_options(config)
-    return CompiledModel(module, config, dynamic_dims)
+    check_options(config)
+    dynamic = Dynamic(dynamic_dims, dict(max_dims or {}), size)
+    return CompiledModel(module, config, dynamic)
 
 
 def signature_of(
@@ -379,100 +434,28 @@ def _roots(function: Callable[..., Any]) -> Roots:
     return Roots(owner, _forward(function))
 
 
-def dynamo_backend(
-    graph_module: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    options: dict[str, Any] | None = None,
-) -> Callable[..., Any]:
-    """The backend behind `torch.compile(module, backend="splitpoint", options={...})`.
-
-    Options are the fields of `Config`. Dynamo keeps its own guards and calls; it decides
-    what is dynamic (`torch._dynamo.mark_dynamic`), and a graph may have one dynamic size.
-    A graph without one is compiled as it is, for its one size.
-
-    Raises:
-        ConfigError: for options that are none of `Config`'s.
-        InvalidDynamicDims: when the graph has two independent dynamic sizes, or none of its
-            inputs has the size itself.
-    """
-    config = Config.from_dict(options or {})
-    if config.background:
-        raise ConfigError(
-            "background=True is not for torch.compile, which refuses to run its functions while "
-            "another thread traces: call splitpoint.compile(module, Config(...)) instead"
-        )
-    if config.free_original_weights:
-        raise ConfigError(
-            "free_original_weights=True is not for torch.compile, which passes the weights at each "
-            "call: call splitpoint.compile(module, Config(...)) instead"
-        )
-    _check_options(config)
-    # Parameters may arrive with requires_grad; inputs of the pieces never do.
-    values = [
-        node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
-    ]
-    symbols = dict.fromkeys(_torch.symbols_in(values), _torch.size_symbol())
-    if len(symbols) > 1:
-        raise InvalidDynamicDims(
-            f"the graph has {len(symbols)} dynamic sizes "
-            f"({', '.join(sorted(map(str, symbols)))}), but ranges are over one: mark the "
-            f"one with torch._dynamo.mark_dynamic and leave dynamic=None"
-        )
-    inputs = [
-        SizeInput() if isinstance(value, torch.SymInt) else Argument(index)
-        for index, value in enumerate(values)
-    ]
-    graph = Graph(split(graph_module, config.splitting_ops, symbols), inputs, len(values))
-    try:
-        find = _torch.size_finder(values, symbols)
-    except LookupError:
-        raise InvalidDynamicDims(
-            "no input of the graph is the dynamic size or has it as a dimension of its own: mark "
-            "the dimension itself with torch._dynamo.mark_dynamic, before what follows from it"
-        ) from None
-    if find is None:
-        config = replace(config, max_size=1, split_points=(), compile_sizes=())
-    owner = array("H", [0]) + array("H", [1]) * config.max_size
-    program = Program(config, lanes_of(config, owner, [graph], {}), store=open_store(config))
-    if not config.lazy:
-        program.compile_all()
-    table, runners, calls, max_size = program.table, program.runners, program.calls, config.max_size
-    eager = graph_module.forward
-
-    def run(*args: Any) -> Any:
-        size = 1 if find is None else find(args)
-        index = table[size] if size <= max_size else NOT_SERVED
-        if index == NOT_SERVED:
-            if size == 0 or config.on_out_of_plan == "eager":
-                return eager(*args)
-            raise SizeOutOfPlan(
-                f"size {size} is outside the plan's [1,{max_size}]: raise max_size, or set "
-                f"on_out_of_plan='eager'"
-            )
-        calls[index] += 1
-        with torch.no_grad():
-            return runners[index](size, *args)
-
-    return run
-
-
 def _stand_in(module: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
     """The module itself, called as a stitched function is."""
 
-    def run(size: int, *tensors: Any) -> Any:
-        args, kwargs = signature.with_tensors(size, tensors)
+    def run(*given: Any) -> Any:
+        count = len(signature.dims.names)
+        args, kwargs = signature.with_tensors(given[:count], given[count:])
         return module(*args, **kwargs)
 
     return run
 
 
-def _check_options(config: Config) -> None:
-    if config.backend == "inductor" and config.inductor_options:
-        from .compilers.inductor import check_options
-
-        for planned in Plan.from_config(config).entries:
-            check_options(dict(planned.options))
+def _graph(captured: Capture, signature: Signature, config: Config) -> Graph:
+    dims = signature.dims
+    return Graph(
+        split(captured.graph_module, config.splitting_ops, captured.symbols, dims, captured.bound),
+        captured.inputs,
+        len(signature.tensors),
+        (captured.result_leaves, captured.result_spec),
+        captured.state,
+        conditions=() if dims.is_size_alone else captured.assumptions,
+        argument_names=[leaf.path for leaf in signature.tensors],
+    )
 
 
 def _forward(module: Callable[..., Any]) -> Callable[..., Any]:

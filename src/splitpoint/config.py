@@ -1,13 +1,15 @@
-"""`Config`: everything a user decides, validated where it is written down."""
+"""`Config`: everything a user decides, validated where it is written down.
+
+Longer than 500 lines because each field is checked beside where it is documented.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -27,11 +29,18 @@ from .errors import (
     UnknownField,
     UnsortedPoints,
 )
+from .passes.as_json import pass_from_json, pass_to_json
 from .passes.base import Pass
 from .passes.noop import NoopElimination
-from .ranges import PlannedRange, Range
+from .ranges import Plan, PlannedRange, Range
 
 LARGEST_MAX_SIZE = 2**20
+
+Check = Callable[[str, Any, "Config"], object]
+"""Takes a field's name, its value and the configuration; returns the value as it is kept.
+
+Raises a `ConfigError` for a value that cannot be used.
+"""
 
 Backend = Literal["inductor", "eager"]
 OnGuard = Literal["split", "error"]
@@ -48,6 +57,12 @@ ATTENTION_VARIANTS = ("auto", "torch", "rowwise")
 
 ATTENTION_OPS = ("aten::scaled_dot_product_attention", "flex_attention")
 """The splitting ops that apply unless others are named."""
+
+NOT_AUTOTUNED = (
+    "compile_sizes are not autotuned, which gains nothing on CPU; "
+    'inductor_options={"max_autotune": True} asks for it'
+)
+"""What a plan says of single sizes that Inductor does not tune."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +82,12 @@ class Config:
     split_points: Sequence[int] = ()
     """Ends (inclusive) of the ranges, ascending: [8, 32] with max_size 100 gives
     [1,8] [9,32] [33,100]."""
-    compile_sizes: Sequence[int] = ()
+    compile_sizes: Sequence[int | tuple[int, ...]] = ()
     """Single sizes with a fully static graph of their own, ascending; each wins over the
-    range around it."""
+    range around it. Where several dimensions change, the length of each: [(8, 128)]. Inductor does
+    not autotune them, as it does in vLLM, unless `inductor_options` says so ({"1":
+    {"max_autotune": True}}): on CPU its candidates need weights that are constants of the graph, so
+    that there is nothing to choose among."""
     splitting_ops: Sequence[str] = ATTENTION_OPS
     """Operators the graph is split at, as "namespace::name"; they run as they are between
     the compiled pieces. () compiles the whole graph as one piece."""
@@ -106,6 +124,10 @@ class Config:
     such a weight then, the module itself above all, raises `WeightsFreed`; one that is given all
     its values anew is packed and freed again. Not with `lazy` or `background`, as a range that is
     compiled later may need it. `linear="auto"` then chooses among kernels that read copies."""
+    max_signatures: int = 8
+    """For how many kinds of arguments the model is captured and compiled at most: None or a
+    tensor, dtypes, numbers of dimensions, layouts, nesting, and the values of all other arguments.
+    1 refuses arguments that differ from those of the first call, and names them."""
     lazy: bool = False
     """Compile a range when its first call comes, instead of all ranges at the first call."""
     background: bool = False
@@ -150,48 +172,21 @@ class Config:
                     f"the same thing: give one of them"
                 )
             self._set("split_points", given)
-        self._set("max_size", _max_size(self.max_size))
-        for name in ("split_points", "compile_sizes"):
-            self._set(name, _points(name, getattr(self, name), self.max_size))
-        self._set("splitting_ops", _names("splitting_ops", self.splitting_ops))
-        for name, kind in (
-            ("on_guard", OnGuard),
-            ("on_out_of_plan", OnOutOfPlan),
-            ("backend", Backend),
-            ("hint", Hint),
-            ("module_guards", ModuleGuards),
-            ("runner", Runner),
-        ):
-            _choice(name, getattr(self, name), get_args(kind))
-        for name, variants in (("linear", LINEAR_VARIANTS), ("attention", ATTENTION_VARIANTS)):
-            self._set(name, _by_range(name, getattr(self, name), variants))
-        for name in ("linear_budget_s", "max_packed_bytes"):
-            value = getattr(self, name)
-            if value is None and name == "max_packed_bytes":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-                raise InvalidField(f"{name} must be a number of 0 or more, got {value!r}")
-        if (workers := self.compile_workers) is not None and (
-            isinstance(workers, bool) or not isinstance(workers, int) or workers < 1
-        ):
-            raise InvalidField(f"compile_workers must be 1 or more, or None, got {workers!r}")
-        for name in ("lazy", "background", "free_original_weights"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise InvalidField(f"{name} must be True or False, got {value!r}")
-            if name != "free_original_weights" and value and self.free_original_weights is True:
-                raise InvalidField(
-                    f"free_original_weights=True cannot go with {name}=True, whose ranges are "
-                    f"compiled later and may need the weights: leave one of them out"
-                )
-        if self.cache_dir is not None:
-            if not isinstance(self.cache_dir, (str, os.PathLike)):
-                raise InvalidField(f"cache_dir must be a path or None, got {self.cache_dir!r}")
-            self._set("cache_dir", os.fspath(self.cache_dir))
-        self._set("passes", _passes(self.passes))
-        self._set("inductor_options", _options(self.inductor_options))
+        for name, check in _CHECKS.items():
+            self._set(name, check(name, getattr(self, name), self))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    @property
+    def compile_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of `compile_sizes` that are lengths of several dimensions."""
+        return tuple(each for each in self.compile_sizes if isinstance(each, tuple))
+
+    @property
+    def single_sizes(self) -> tuple[int, ...]:
+        """Those of `compile_sizes` that are sizes."""
+        return tuple(each for each in self.compile_sizes if isinstance(each, int))
 
     def hint_for(self, range_: Range) -> int:
         """The size inside a range that the compiler tunes for."""
@@ -233,6 +228,29 @@ class Config:
             note=note,
         )
 
+    def plan(self) -> Plan:
+        """The plan that this asks for, before any model has been seen."""
+        starts = [1, *(point + 1 for point in self.split_points)]
+        ends = [*self.split_points, self.max_size]
+        singles = {Range(size, size) for size in self.single_sizes}
+        notes = []
+        ranges = set(singles)
+        for start, end in zip(starts, ends, strict=True):
+            if start > end:  # the last split point is max_size itself
+                continue
+            wide = Range(start, end)
+            if wide not in singles and all(
+                Range(size, size) in singles for size in range(start, end + 1)
+            ):
+                notes.append(f"{wide} gets no graph of its own: compile_sizes has all its sizes")
+                continue
+            ranges.add(wide)
+        if self.backend == "inductor" and any(
+            not self.options_for(single).get("max_autotune") for single in singles
+        ):
+            notes.append(NOT_AUTOTUNED)
+        return Plan(self.max_size, tuple(map(self.planned, sorted(ranges))), tuple(notes))
+
     def to_json(self) -> str:
         """The configuration as JSON text; `from_json` gives an equal one back.
 
@@ -241,7 +259,7 @@ class Config:
                 not JSON.
         """
         data: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        data["passes"] = [_pass_to_json(p) for p in self.passes]
+        data["passes"] = [pass_to_json(p) for p in self.passes]
         for name in ("linear", "attention"):
             if not isinstance(data[name], str):
                 data[name] = dict(data[name])
@@ -269,7 +287,7 @@ class Config:
         if not isinstance(data, dict):
             raise InvalidJSON(f"expected a JSON object of Config fields, got {type(data).__name__}")
         if isinstance(data.get("passes"), list):
-            data["passes"] = [_pass_from_json(entry) for entry in data["passes"]]
+            data["passes"] = [pass_from_json(entry) for entry in data["passes"]]
         return cls.from_dict(data)
 
     @classmethod
@@ -289,7 +307,7 @@ class Config:
         return cls(**data)
 
 
-def _max_size(value: object) -> int:
+def _max_size(name: str, value: object, config: Config) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidMaxSize(f"max_size must be an integer, got {value!r}")
     if not 1 <= value <= LARGEST_MAX_SIZE:
@@ -297,7 +315,8 @@ def _max_size(value: object) -> int:
     return value
 
 
-def _points(name: str, values: object, max_size: int) -> tuple[int, ...]:
+def _points(name: str, values: object, config: Config) -> tuple[int, ...]:
+    max_size = config.max_size
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise InvalidField(f"{name} must be a list of integers, got {values!r}")
     points: list[int] = []
@@ -324,7 +343,19 @@ def _points(name: str, values: object, max_size: int) -> tuple[int, ...]:
     return tuple(points)
 
 
-def _names(name: str, values: object) -> tuple[str, ...]:
+def _sizes(name: str, values: object, config: Config) -> tuple[int | tuple[int, ...], ...]:
+    if not isinstance(values, (list, tuple)) or not any(isinstance(v, tuple) for v in values):
+        return _points(name, values, config)
+    for value in values:
+        if not isinstance(value, tuple) or not all(type(n) is int and n > 0 for n in value):
+            raise InvalidField(
+                f"{name} must hold either sizes or the lengths of several dimensions, such as "
+                f"(8, 128), got {value!r}"
+            )
+    return tuple(dict.fromkeys(values))
+
+
+def _names(name: str, values: object, config: Config) -> tuple[str, ...]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise InvalidField(
             f"{name} must be a list of operator names such as 'mylib::attention', got {values!r}"
@@ -340,7 +371,52 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise InvalidField(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _passes(values: object) -> tuple[Pass, ...]:
+def _one_of(kind: Any) -> Check:
+    def check(name: str, value: object, config: Config) -> object:
+        _choice(name, value, get_args(kind))
+        return value
+
+    return check
+
+
+def _number(name: str, value: object, config: Config) -> object:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise InvalidField(f"{name} must be a number of 0 or more, got {value!r}")
+    return value
+
+
+def _count(name: str, value: object, config: Config) -> object:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidField(f"{name} must be 1 or more, or None, got {value!r}")
+    return value
+
+
+def _flag(name: str, value: object, config: Config) -> object:
+    if not isinstance(value, bool):
+        raise InvalidField(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def _flag_of_later_compiles(name: str, value: object, config: Config) -> object:
+    if _flag(name, value, config) and config.free_original_weights is True:
+        raise InvalidField(
+            f"free_original_weights=True cannot go with {name}=True, whose ranges are "
+            f"compiled later and may need the weights: leave one of them out"
+        )
+    return value
+
+
+def _path(name: str, value: object, config: Config) -> object:
+    if not isinstance(value, (str, os.PathLike)):
+        raise InvalidField(f"{name} must be a path or None, got {value!r}")
+    return os.fspath(value)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda name, value, config: None if value is None else check(name, value, config)
+
+
+def _passes(name: str, values: object, config: Config) -> tuple[Pass, ...]:
     if not isinstance(values, Sequence):
         raise InvalidField(f"passes must be a list of splitpoint.Pass objects, got {values!r}")
     for value in values:
@@ -350,7 +426,11 @@ def _passes(values: object) -> tuple[Pass, ...]:
     return tuple(values)
 
 
-def _by_range(name: str, value: object, variants: tuple[str, ...]) -> str | Mapping[str, str]:
+def _by_range(variants: tuple[str, ...]) -> Check:
+    return lambda name, value, config: _kernels(name, value, variants)
+
+
+def _kernels(name: str, value: object, variants: tuple[str, ...]) -> str | Mapping[str, str]:
     # Which variants there are is known where they are defined; here they are only named: "auto",
     # what leaves all as it is, and this package's own.
     automatic, unchanged, *own = variants
@@ -387,7 +467,7 @@ def _is_range(key: str) -> bool:
     return key[:1].isdigit() or key.startswith("[")
 
 
-def _options(values: object) -> Mapping[str, Any]:
+def _options(name: str, values: object, config: Config) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise InvalidField(
             f"inductor_options must be a dict such as {{'max_autotune': True}}, got {values!r}"
@@ -408,30 +488,30 @@ def _options(values: object) -> Mapping[str, Any]:
     return MappingProxyType(dict(values))
 
 
-def _pass_to_json(given: Pass) -> dict[str, Any]:
-    kind = type(given)
-    if "<locals>" in kind.__qualname__ or kind.__module__ == "__main__":
-        raise NotSerializable(
-            f"pass {kind.__qualname__} cannot be imported by name: move its class to the top "
-            f"level of a module to write it as JSON"
-        )
-    return {"pass": f"{kind.__module__}:{kind.__qualname__}", "settings": dict(given.settings())}
-
-
-def _pass_from_json(entry: object) -> Pass:
-    if not isinstance(entry, dict) or not isinstance(entry.get("pass"), str):
-        raise InvalidJSON(f"expected {{'pass': 'module:Class', 'settings': {{}}}}, got {entry!r}")
-    module, _, name = entry["pass"].partition(":")
-    try:
-        kind = operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidJSON(f"cannot import pass {entry['pass']!r}: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, Pass)):
-        raise InvalidJSON(f"{entry['pass']!r} is not a splitpoint.Pass class")
-    try:
-        return kind(**entry.get("settings", {}))
-    except TypeError as error:
-        raise InvalidJSON(f"cannot make pass {entry['pass']!r}: {error}") from error
-
+_CHECKS: Mapping[str, Check] = {
+    "max_size": _max_size,  # before the points, which must not be above it
+    "split_points": _points,
+    "compile_sizes": _sizes,
+    "splitting_ops": _names,
+    "on_guard": _one_of(OnGuard),
+    "on_out_of_plan": _one_of(OnOutOfPlan),
+    "backend": _one_of(Backend),
+    "hint": _one_of(Hint),
+    "module_guards": _one_of(ModuleGuards),
+    "runner": _one_of(Runner),
+    "linear": _by_range(LINEAR_VARIANTS),
+    "attention": _by_range(ATTENTION_VARIANTS),
+    "linear_budget_s": _number,
+    "max_packed_bytes": _or_none(_number),
+    "max_signatures": _count,
+    "compile_workers": _or_none(_count),
+    "lazy": _flag_of_later_compiles,
+    "background": _flag_of_later_compiles,
+    "free_original_weights": _flag,
+    "cache_dir": _or_none(_path),
+    "passes": _passes,
+    "inductor_options": _options,
+}
+"""By field: what it is checked, and normalised, by."""
 
 __all__ = ["ATTENTION_OPS", "Config", "ConfigError"]

@@ -14,6 +14,10 @@ class SplitpointError(Exception):
     """Base of every error raised on purpose by this package."""
 
 
+class UnsupportedTorch(SplitpointError, ImportError):
+    """This version of torch lacks a private name that is needed and has no other way."""
+
+
 # --- configuration ---------------------------------------------------------------------
 
 
@@ -23,6 +27,10 @@ class ConfigError(SplitpointError, ValueError):
 
 class UnknownField(ConfigError):
     """A field name that `Config` does not have."""
+
+
+class UnsupportedField(ConfigError):
+    """A field of another program's configuration asks for something that is not here."""
 
 
 class ConflictingFields(ConfigError):
@@ -84,6 +92,10 @@ class WrongArguments(InputError, TypeError):
     """Arguments are missing, unknown, or nested differently than at capture."""
 
 
+class TooManySignatures(InputError):
+    """Calls came with more kinds of arguments than `Config.max_signatures`."""
+
+
 class WrongValue(InputError):
     """A non-tensor argument differs from the value it had at capture."""
 
@@ -122,6 +134,10 @@ class SizeNotServed(InputError):
 
 class GradientRequired(InputError):
     """An argument requires gradients: compiled models are for inference."""
+
+
+class OverlappingMemory(InputError):
+    """An argument overlaps in memory with another tensor, and the model updates one of them."""
 
 
 class InvalidDynamicDims(InputError):
@@ -242,4 +258,4 @@ class StoreError(SplitpointError):
 
 
 class UntrustedStore(StoreError, PermissionError):
-    """The store's folder, or a file in it, may have been written by somebody else."""
+    """A folder that code is run from, or one on the way to it, is open to somebody else."""

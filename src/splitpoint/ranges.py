@@ -8,12 +8,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, total_ordering
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import InvalidJSON, InvalidRange, SizeOutOfPlan
-
-if TYPE_CHECKING:
-    from .config import Config
 
 NOT_SERVED = 0
 """The table entry of a size that no range serves; entry i + 1 is the i-th range."""
@@ -100,65 +97,64 @@ class PlannedRange:
     """What each kind of all-reduce + norm was given, and why; known after compiling."""
     attention: Mapping[str, str] = field(default_factory=dict)
     """Kernel of each shape of attention, for those that are not torch's own."""
+    lengths: tuple[tuple[str, int, int, int], ...] = ()
+    """Where several dimensions change, for each: its name, the least and the greatest length, and
+    the one that the compiler tunes for."""
+    arguments: int = 1
+    """For which kind of arguments it is, of `Plan.kinds`."""
+
+    @property
+    def tuned_for(self) -> str:
+        """The size that the compiler tunes for, or lengths; "static" where there is but one."""
+        if self.lengths:
+            is_exact = all(a == b for _, a, b, _ in self.lengths)
+            return "static" if is_exact else " x ".join(str(hint) for *_, hint in self.lengths)
+        return "static" if self.range.is_single_size else f"{self.hint}"
 
 
 @dataclass(frozen=True)
 class Plan:
     """The ordered ranges over [1, max_size], with what each was given. Pure data.
 
-    A single size wins over the range around it. `print(plan)` shows a table.
+    A single size wins over the range around it. `print(plan)` shows a table. A model that is
+    called with arguments of several kinds has ranges for each.
     """
 
     max_size: int
     entries: tuple[PlannedRange, ...]
     notes: tuple[str, ...] = ()
-
-    @classmethod
-    def from_config(cls, config: Config) -> Plan:
-        """The plan a configuration asks for, before any model has been seen."""
-        starts = [1, *(point + 1 for point in config.split_points)]
-        ends = [*config.split_points, config.max_size]
-        singles = {Range(size, size) for size in config.compile_sizes}
-        notes = []
-        ranges = set(singles)
-        for start, end in zip(starts, ends, strict=True):
-            if start > end:  # the last split point is max_size itself
-                continue
-            wide = Range(start, end)
-            if wide not in singles and all(
-                Range(size, size) in singles for size in range(start, end + 1)
-            ):
-                notes.append(f"{wide} gets no graph of its own: compile_sizes has all its sizes")
-                continue
-            ranges.add(wide)
-        return cls(
-            config.max_size,
-            tuple(config.planned(range_) for range_ in sorted(ranges)),
-            tuple(notes),
-        )
+    kinds: tuple[str, ...] = ()
+    """In what the arguments of its kinds of calls differ, where there are several."""
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        """The ranges in order."""
-        return tuple(entry.range for entry in self.entries)
+        """The ranges in order, those of several kinds of arguments once."""
+        return tuple(dict.fromkeys(entry.range for entry in self.entries))
 
     @cached_property
     def table(self) -> array[int]:
-        """`table[size]` is 1 + the index in `entries` of the size's range, or `NOT_SERVED`.
+        """`table[size]` is 1 + the index in `entries` of the size's range, or `NOT_SERVED`; for
+        arguments of the first kind.
 
         Holds max_size + 1 entries of 2 bytes.
         """
+        return self._table(1)
+
+    def _table(self, arguments: int) -> array[int]:
         table = array("H", bytes(2 * (self.max_size + 1)))
         # Wide first, so that what is narrower (a single size, the part of a range with a
         # condition) is written over it.
         for index in sorted(range(len(self.entries)), key=lambda i: -len(self.entries[i].range)):
             entry = self.entries[index]
+            if entry.arguments != arguments:
+                continue
             for start, end in entry.only or ((entry.range.start, entry.range.end),):
                 table[start : end + 1] = array("H", [index + 1]) * (end - start + 1)
         return table
 
     def entry_for(self, size: int) -> PlannedRange:
-        """The line of the plan that serves a size, in constant time.
+        """The line of the plan that serves a size, in constant time; for arguments of the first
+        kind.
 
         Raises:
             SizeOutOfPlan: for a size outside [1, max_size] or one that no range serves.
@@ -195,10 +191,13 @@ class Plan:
                         "collectives": list(entry.collectives),
                         "only": [list(run) for run in entry.only],
                         "note": entry.note,
+                        "lengths": [list(each) for each in entry.lengths],
+                        "arguments": entry.arguments,
                     }
                     for entry in self.entries
                 ],
                 "notes": list(self.notes),
+                "kinds": list(self.kinds),
             },
             indent=2,
         )
@@ -223,17 +222,24 @@ class Plan:
                     row["note"],
                     tuple(row["collectives"]),
                     dict(row["attention"]),
+                    tuple(
+                        (str(n), int(a), int(b), int(h)) for n, a, b, h in row.get("lengths", ())
+                    ),
+                    int(row.get("arguments", 1)),
                 )
                 for row in data["ranges"]
             )
-            return cls(int(data["max_size"]), entries, tuple(data["notes"]))
+            kinds = tuple(data.get("kinds", ()))
+            return cls(int(data["max_size"]), entries, tuple(data["notes"]), kinds)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise InvalidJSON(f"this is not the JSON of a plan: {error!r}") from error
 
     def __str__(self) -> str:
         rows = [
             (
+                "arguments",
                 "range",
+                "lengths",
                 "sizes",
                 "hint",
                 "linear",
@@ -244,13 +250,18 @@ class Plan:
                 "note",
             )
         ]
-        served = Counter(self.table)
+        several = len(self.kinds) > 1
+        served: Counter[int] = Counter()
+        for arguments in {entry.arguments for entry in self.entries}:
+            served += Counter(index for index in self._table(arguments) if index != NOT_SERVED)
         for index, entry in enumerate(self.entries):
             rows.append(
                 (
+                    str(entry.arguments) if several else "",
                     str(entry.range),
-                    f"{served[index + 1]}",
-                    "static" if entry.range.is_single_size else f"{entry.hint}",
+                    ", ".join(f"{name} {first}-{last}" for name, first, last, _ in entry.lengths),
+                    "" if entry.lengths else f"{served[index + 1]}",
+                    entry.tuned_for,
                     _summary(entry.linear),
                     _summary(entry.attention),
                     ", ".join(entry.passes),
@@ -259,7 +270,8 @@ class Plan:
                     entry.note,
                 )
             )
-        return "\n".join([*align(rows, right={1, 2}), *self.notes])
+        kinds = [f"arguments {number}: {kind}" for number, kind in enumerate(self.kinds, 1)]
+        return "\n".join([*align(rows, right={0, 3, 4}), *kinds, *self.notes])
 
 
 def _summary(chosen: Mapping[str, str]) -> str:

@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 
-from splitpoint.arguments import shared
 from splitpoint.bench.baselines import BASELINES, Baseline
 from splitpoint.bench.check import Expected
 from splitpoint.bench.inputs import CompiledForward, call_each, last_logits, random_ids
+from splitpoint.cli.arguments import shared
 from splitpoint.errors import BaselineFailed
 
 from .. import tiny

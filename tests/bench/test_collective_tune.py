@@ -6,7 +6,7 @@ import torch
 from splitpoint.bench.collective import NATIVE, ONE_SHOT, STANDARD, TWO_SHOT, Row, Setting
 from splitpoint.bench.collective_report import CollectiveReport
 from splitpoint.bench.collective_tune import from_report, from_table
-from splitpoint.cli import main
+from splitpoint.cli.verbs import main
 from splitpoint.collectives.policy import Key, Policy
 
 TABLES = Path(__file__).parents[1] / "data" / "allreduce_rmsnorm_tables.json"

@@ -50,7 +50,7 @@ def test_a_live_grandchild_counts_and_is_counted_once():
     alive = cpu_seconds() - before
     child.communicate("end")
     ended = cpu_seconds() - before
-    assert alive >= 0.5
+    assert alive >= 0.5 - 0.02  # each process's time is cut to whole ticks of 10 ms
     # What was counted of the living is not counted again among the dead; and nothing is lost
     # but what a tick of the system's clock rounds off.
     assert alive - 0.05 <= ended < alive + 0.4

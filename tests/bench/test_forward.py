@@ -163,7 +163,7 @@ def test_a_baseline_that_there_is_not_is_refused_before_any_work():
 def test_one_kernel_for_all_sizes():
     config = Config(max_size=64, split_points=[8], compile_sizes=[1], max_packed_bytes=5)
     only = one_kernel(config, "packed")
-    assert Plan.from_config(only).ranges == (Range(1, 64),)
+    assert only.plan().ranges == (Range(1, 64),)
     assert only.linear_for(Range(1, 64)) == only.linear_for(Range(1, 20)) == "packed"
     assert only.max_packed_bytes == 5
     assert single_kernels(64)[:2] == ["inductor", "packed"]
@@ -210,7 +210,7 @@ def made_up(**changes: object) -> ForwardReport:
             "splitpoint": {"cpu_s": 30.0, "wall_s": 20.0},
         },
     }
-    plan = Plan.from_config(Config(max_size=16, split_points=[4]))
+    plan = Config(max_size=16, split_points=[4]).plan()
     return ForwardReport(environment, (row, wide), plan)
 
 

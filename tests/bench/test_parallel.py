@@ -5,7 +5,7 @@ import pytest
 
 from splitpoint import Config
 from splitpoint.bench.parallel import Saved, settled
-from splitpoint.cli import main
+from splitpoint.cli.verbs import main
 
 from .. import tiny
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from splitpoint._torch_distributed import group_name
+from splitpoint.torch_internals.distributed import group_name
 
 
 @dataclass(frozen=True)

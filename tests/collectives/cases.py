@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from splitpoint._torch_distributed import group_name
 from splitpoint.collectives import reference
+from splitpoint.torch_internals.distributed import group_name
 
 RANDOM_SCALES = (1.0, 1e-3, 30.0)
 

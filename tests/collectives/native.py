@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from splitpoint._torch_distributed import group_name
+from splitpoint.compilers.native_steps import piece_steps
 from splitpoint.compilers.wrapper import Wrapper, read_wrapper
 from splitpoint.graph.stitch import Body, PieceSteps, assemble, rebind
-from splitpoint.runner.native import native
-from splitpoint.runner.pieces import piece_steps
+from splitpoint.runtime.native import native
+from splitpoint.torch_internals.distributed import group_name
 
 SHOTS = ("one_shot", "two_shot")
 Call = Callable[..., tuple[Tensor, ...]]
@@ -31,7 +31,7 @@ def wrapper_of(lines: list[str]) -> Wrapper:
 
 def both(wrapper: Wrapper, outputs: int) -> tuple[Call, Call]:
     """A function over one piece in Python, and with the runner."""
-    data = json.loads(json.dumps(piece_steps(wrapper, takes_size=True)))
+    data = json.loads(json.dumps(piece_steps(wrapper, takes=["s"])))
     names, made = ["a0", "a1", "a2"], [f"v{i}" for i in range(outputs)]
     call = f"({', '.join(made)},)"
     body = Body(

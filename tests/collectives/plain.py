@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from splitpoint._torch_distributed import group_name
 from splitpoint.collectives import ops, reference
+from splitpoint.torch_internals.distributed import group_name
 from tests.collectives.cases import Case, call, make
 
 

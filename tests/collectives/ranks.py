@@ -132,12 +132,12 @@ def attach_with(settings: dict[str, Any]) -> str:
 
 
 def meet() -> None:
-    from splitpoint._torch_distributed import group_name
+    from splitpoint.torch_internals.distributed import group_name
 
     torch.ops.splitpoint.all_reduce(torch.ones(1), group=group_name(dist.group.WORLD))
 
 
 def detach() -> None:
-    from splitpoint._torch_distributed import group_name
+    from splitpoint.torch_internals.distributed import group_name
 
     torch.ops.splitpoint.shm_detach(group_name(dist.group.WORLD))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from splitpoint import _torch
 from splitpoint.collectives import shm
+from splitpoint.torch_internals.toolchain import cpp_compiler
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -31,7 +31,7 @@ def run(folder: Path, ranks: int, calls: int, **changes: str) -> subprocess.Comp
         text = protocol.read_text()
         assert f"{old} = 4" in text
         protocol.write_text(text.replace(f"{old} = 4", f"{old} = {new}"))
-    compiler = _torch.cpp_compiler()
+    compiler = cpp_compiler()
     assert compiler is not None
     source, program = Path(__file__).with_name("protocol.cpp"), folder / "protocol"
     subprocess.run([compiler, *FLAGS, f"-I{folder}", source, "-o", program], check=True)

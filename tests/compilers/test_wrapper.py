@@ -10,6 +10,7 @@ import torch
 
 from splitpoint import Config, compile
 from splitpoint.compilers import inductor
+from splitpoint.compilers.native_steps import piece_steps
 from splitpoint.compilers.wrapper import NotPlain, read_wrapper
 
 CONFIG = Config(max_size=8, linear="inductor")
@@ -53,6 +54,63 @@ def test_assertions_stay_for_inputs_that_nothing_else_checks() -> None:
     assert "assert_size_stride(arg1_1" not in read_wrapper(MODULE, trusted={1}).source
     with pytest.raises(AssertionError):
         read_wrapper(MODULE).bind({"cpp_fused_0": lambda *_: None})(3, torch.randn(3, 8)[:, :4])
+
+
+def test_assertions_on_inputs_are_told_from_others_where_they_do_not_say_so() -> None:
+    as_in_211 = MODULE.replace(", 'input')", ")")
+    assert read_wrapper(as_in_211).source.count("assert_size_stride") == 2
+    assert read_wrapper(as_in_211, trusted={1}).source.count("assert_size_stride") == 1
+
+
+GROUPED = MODULE.replace(
+    "assert_size_stride(arg1_1, (s12, 4), (4, 1), 'input')",
+    "assert_size_stride_grouped((arg1_1, arg2_1), ((s12, 4), (2, )), ((4, 1), (1, )), 'input')",
+).replace("arg0_1, arg1_1 = args", "arg0_1, arg1_1, arg2_1 = args")
+METADATA = GROUPED.replace(
+    "assert_size_stride(buf1, (s12, 4), (4, 1), 'torch",
+    "assert_tensor_metadata(buf1, (s12, 4), (4, 1), torch.float32, 'torch",
+)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.randn(3, 8)[:, :4], torch.ones(2), "stride 8==4"),
+        (torch.ones(3, 4), torch.ones(3), "size 3==2"),
+    ],
+)
+def test_assertions_of_several_are_made_single(
+    x: torch.Tensor, y: torch.Tensor, message: str
+) -> None:
+    wrapper = read_wrapper(METADATA)
+    assert wrapper.source.count("assert_size_stride(") == 3
+    assert wrapper.source.count("assert_dtype(") == 1
+    assert read_wrapper(METADATA, trusted={1}).source.count("assert_size_stride(") == 2
+    kinds = [step[0] for step in piece_steps(wrapper, ["s"])["steps"]]
+    assert kinds == ["sizes", "sizes", "empty", "kernel", "op", "dtype", "sizes"]
+
+    def kernel(x: torch.Tensor, out: torch.Tensor, size: int) -> None:
+        out.set_(x.clone())
+
+    with pytest.raises(AssertionError, match=message):
+        wrapper.bind({"cpp_fused_0": kernel})(3, x, y)
+    other = read_wrapper(METADATA.replace("torch.float32, 'torch", "torch.float64, 'torch"))
+    with pytest.raises(RuntimeError, match=r"expected dtype torch\.float64 but got torch\.float32"):
+        other.bind({"cpp_fused_0": kernel})(3, torch.ones(3, 4), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("((s12, 4), (2, ))", "((s12, 4), )"),
+        ("(arg1_1, arg2_1)", "both"),
+        ("torch.float32, 'torch", "'torch"),
+    ],
+)
+def test_other_assertions_of_several_are_refused(old: str, new: str) -> None:
+    assert old in METADATA
+    with pytest.raises(NotPlain):
+        read_wrapper(METADATA.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -144,14 +202,14 @@ def test_a_buffer_updated_in_place_counts_its_version_up(pieces: list[Any]) -> N
     assert any("increment_version" in call.__code__.co_names for _, call in pieces)
 
 
-def test_outputs_that_are_views_of_inputs_keep_the_wrapper(pieces: list[Any]) -> None:
+def test_views_of_inputs_need_no_wrapper(pieces: list[Any]) -> None:
     compiled = compile(lambda x: (x[:, :2], x + 1), CONFIG)
     x = torch.randn(3, 4)
     view, _ = compiled(x)
     assert view.data_ptr() == x.data_ptr()
     ((graph, call),) = pieces
-    assert call is graph.call
-    assert "views of inputs" in graph.wrapped
+    assert call is not graph.call
+    assert not graph.wrapped
 
 
 def test_a_graph_compiled_under_autocast_keeps_the_wrapper(pieces: list[Any]) -> None:

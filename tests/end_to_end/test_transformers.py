@@ -110,7 +110,7 @@ def greedy(forward, ids, steps):
 @pytest.mark.slow
 @pytest.mark.model
 def test_smollm2_generates_the_same_tokens_as_eager():
-    from splitpoint.models import load
+    from splitpoint.models.catalogue import load
 
     model, tokenizer = load("smollm2", torch.float32)
     compiled = splitpoint.compile(
@@ -126,7 +126,7 @@ def test_smollm2_generates_the_same_tokens_as_eager():
 @pytest.mark.model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_smollm2_logits_agree_with_eager(dtype):
-    from splitpoint.models import load
+    from splitpoint.models.catalogue import load
 
     model, _ = load("smollm2", dtype)
     exact, _ = load("smollm2", torch.float32)

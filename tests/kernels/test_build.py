@@ -155,3 +155,29 @@ def test_a_library_that_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> Non
     said = output(start(EXPECT_ERROR, tmp_path, CXX=compiler(tmp_path, body)))
     assert "cannot be loaded" in said
     assert "delete the file" in said
+
+
+def test_a_cache_that_others_may_write_is_a_clear_error(tmp_path: Path) -> None:
+    cache = tmp_path / "open" / "cache"
+    assert output(start(USE, cache, SMALL=small(tmp_path))) == "42\n"
+    cache.parent.chmod(0o777)
+    said = output(start(EXPECT_ERROR, cache))
+    assert f"{cache.parent} may be written by others" in said
+    assert f"chmod go-w {cache.parent}" in said
+
+
+def test_a_library_that_others_may_write_is_built_again(tmp_path: Path) -> None:
+    cache, sources = tmp_path / "cache", small(tmp_path)
+    log = tmp_path / "log"
+    umasked = "import os; os.umask(0o002)\n" + USE
+    cxx = compiler(tmp_path, f'echo "$@" >> {log}\n{REAL}')
+    assert output(start(umasked, cache, SMALL=sources, CXX=cxx)) == "42\n"
+    (library,) = (cache / "kernels").glob("*.so")
+    assert library.stat().st_mode & 0o777 == 0o755
+    library.chmod(0o775)
+    assert output(start(USE, cache, SMALL=sources, CXX=cxx)) == "42\n"
+    assert log.read_text().count("-shared") == 2
+    library.rename(tmp_path / "moved")
+    library.symlink_to(tmp_path / "moved")
+    assert output(start(USE, cache, SMALL=sources, CXX=cxx)) == "42\n"
+    assert log.read_text().count("-shared") == 3

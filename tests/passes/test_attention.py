@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import splitpoint
 from splitpoint import Config, Range, errors, kernels
+from splitpoint.capture.capture import capture
+from splitpoint.capture.signature import Signature
 from splitpoint.config import ATTENTION_OPS, ATTENTION_VARIANTS
-from splitpoint.graph.capture import capture
 from splitpoint.graph.pieces import CallOp, split
-from splitpoint.graph.signature import Signature
 from splitpoint.kernels.attention import exceeded
 from splitpoint.passes import attention
 from splitpoint.passes.attention import VARIANTS, products
@@ -107,7 +107,7 @@ FOUND = {
 
 def split_of(function, x):
     with torch.no_grad():
-        captured = capture(function, Signature(function, (x,), {}, {"x": 0}), x.shape[0])
+        captured = capture(function, Signature(function, (x,), {}, {"x": 0}), (x.shape[0],))
         return split(captured.graph_module, ATTENTION_OPS, captured.symbols)
 
 

@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 
 import splitpoint
 from splitpoint import Config, Range, errors, kernels
-from splitpoint.graph.capture import Bound, capture
+from splitpoint.capture.capture import capture
+from splitpoint.capture.signature import Signature
+from splitpoint.capture.sources import Bound
 from splitpoint.graph.pieces import split
-from splitpoint.graph.signature import Signature
 from splitpoint.kernels.bounds import ROUNDOFF, bounds
 from splitpoint.kernels.layout import quantize
 from splitpoint.kernels.reference import ACTIVATIONS
 from splitpoint.kernels.reference import linear as exact_linear
-from splitpoint.packing import PackedWeights
 from splitpoint.passes import linear
 from splitpoint.passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
 from splitpoint.passes.linear_sites import LinearShape, find
+from splitpoint.runtime.packed_weights import PackedWeights
 from splitpoint.tuning.linear import LinearTuner, probes
 
 NAMES = sorted(VARIANTS)
@@ -212,11 +213,11 @@ def test_config_names_all_variants():
 
 def piece_of(model, x):
     """The one piece of a model, its inputs' values, and which of them the module holds."""
-    captured = capture(model, Signature(model.forward, (x,), {}, None), x.shape[0])
+    captured = capture(model, Signature(model.forward, (x,), {}, None), (x.shape[0],))
     whole = split(captured.graph_module, [], captured.symbols)
     (piece,), (step,) = whole.pieces.values(), whole.steps
     sources = dict(zip(whole.inputs, captured.inputs, strict=True))
-    held = captured.fetch()
+    held = captured.state.fetch()
     values = [
         held[source.index] if isinstance(source := sources[name], Bound) else x
         for name in step.inputs
@@ -328,7 +329,7 @@ def test_what_is_found_and_that_it_stays_right(case, name):
     prepared = linear.rewrite(piece, bound, chosen)
     expected = model(x.clone())
     inputs = [LAYOUTS[layout].pack(values[i].detach()) for i, layout in prepared.sources]
-    if piece.takes_size:
+    if piece.takes:
         inputs.insert(0, 5)
     with torch.no_grad():
         (made,) = prepared.piece.graph_module(*inputs)

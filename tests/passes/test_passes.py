@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import splitpoint
 from splitpoint import Config, Range, errors
@@ -170,16 +171,33 @@ def test_on_guard_error_names_the_guard_and_the_mend():
 
 
 @pytest.mark.usefixtures("fresh_inductor_cache")
+@pytest.mark.skipif(
+    TorchVersion(torch.__version__) < (2, 13),
+    reason="a bare aten.slice has a size of its own when torch 2.11 traces it",
+)
 def test_noop_elimination_depends_on_the_range():
     def f(x):
         return torch.ops.aten.slice.Tensor(x, 0, 0, 8) * 2
 
-    compiled = splitpoint.compile(f, Config(max_size=64, split_points=[8]))
+    slices: dict[str, int] = {}
+
+    class Left(splitpoint.Pass):
+        """Counts the slices that are left; some versions of torch remove them before."""
+
+        def __call__(self, graph):
+            slices[str(splitpoint.current_range())] = sum(
+                "slice" in str(node.target) for node in graph.nodes
+            )
+            return 0
+
+    passes = [NoopElimination(), Left()]
+    compiled = splitpoint.compile(f, Config(max_size=64, split_points=[8], passes=passes))
     for size in (1, 7, 8, 9, 64):
         x = torch.randn(size, 4)
         torch.testing.assert_close(compiled(x), f(x))
+    assert slices == {"[1,8]": 0, "[9,64]": 1}
     matches = {str(m.range): m.matches for m in compiled.stats().matches}
-    assert matches == {"[1,8]": 1, "[9,64]": 0}
+    assert matches["[9,64]"] == 0
 
 
 NOOPS = {

@@ -14,7 +14,7 @@ from splitpoint import Config, Plan
 from splitpoint.report.plots import FAINT, INK, MARKERS, PAPER, STYLES, save_curves
 
 SIZES = (1, 4, 16, 64)
-PLAN = Plan.from_config(Config(max_size=64, split_points=[8]))
+PLAN = Config(max_size=64, split_points=[8]).plan()
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -40,7 +40,7 @@ def test_each_series_is_drawn_in_its_colour(tmp_path: Path):
 
 def test_range_boundaries_are_drawn(tmp_path: Path):
     times = [1.0, 2.0, 4.0, 9.0]
-    whole = Plan.from_config(Config(max_size=64))
+    whole = Config(max_size=64).plan()
     without = draw(tmp_path / "without.png", whole, first=times)
     with_one = draw(tmp_path / "with.png", PLAN, first=times)
     assert count(with_one, FAINT) > count(without, FAINT) + 300

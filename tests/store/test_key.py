@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-from splitpoint import Config, _torch_wrapper, api
+from splitpoint import Config, api
+from splitpoint.capture.capture import capture
+from splitpoint.capture.facts import Describer
 from splitpoint.compilers.stored import PieceCompiler
-from splitpoint.graph.capture import capture
-from splitpoint.graph.facts import Describer
 from splitpoint.graph.pieces import Piece, split
 from splitpoint.passes.base import Pass
 from splitpoint.passes.noop import NoopElimination
 from splitpoint.ranges import PlannedRange, Range
+from splitpoint.runtime.model_key import model_fields
 from splitpoint.store import key
 from splitpoint.store.store import Store
-from splitpoint.warm import model_fields
+from splitpoint.torch_internals.state import torch_state
 
 Change = Callable[[pytest.MonkeyPatch], object]
 
@@ -52,7 +53,7 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
 
 ENVIRONMENT: dict[str, Change] = {
     "format": lambda patch: patch.setattr(key, "FORMAT", key.FORMAT + 1),
-    "splitpoint": lambda patch: patch.setattr("splitpoint.__version__", "another"),
+    "splitpoint": lambda patch: patch.setattr(key, "_sources", lambda *_: iter(())),
     "torch": lambda patch: patch.setattr(torch.version, "git_version", "another"),
     "python": lambda patch: patch.setattr(platform, "python_version", lambda: "3.99.0"),
     "system": lambda patch: patch.setattr(platform, "machine", lambda: "another"),
@@ -106,10 +107,10 @@ TORCH_STATE: dict[str, Callable[[], object]] = {
 @pytest.mark.usefixtures("_restored_torch")
 @pytest.mark.parametrize("setting", TORCH_STATE)
 def test_each_setting_of_torch_changes_the_key(setting: str) -> None:
-    before, fields = _torch_wrapper.state(), key.environment()
+    before, fields = torch_state(), key.environment()
     assert set(before) == set(TORCH_STATE)
     TORCH_STATE[setting]()
-    assert _torch_wrapper.state()[setting] != before[setting]
+    assert torch_state()[setting] != before[setting]
     # Where it is imported, one of them is an option of Inductor's too.
     assert changed(fields, key.environment()) - {"inductor_config"} == {"torch_state"}
 
@@ -124,13 +125,14 @@ def test_a_changed_option_of_inductors_changes_the_key_until_it_is_undone() -> N
 
 
 OWN_FILES = (
-    *("_torch.py", "_torch_wrapper.py", "graph/pieces.py", "compilers/wrapper.py"),
-    *("passes/linear.py", "store/artifact.py", "kernels/build.py", "runner/native.py"),
-    *("warm.py", "ranges.py", "api.py", "program.py", "lanes.py", "kernel_choice.py"),
-    *("packing.py", "freed.py", "tuning/linear.py", "collectives/ops.py", "collectives/shm.py"),
-    *("collectives/seeds.json", "kernels/linear_packed.h", "store/__init__.py"),
+    *("torch_internals/inductor.py", "graph/pieces.py", "compilers/wrapper.py"),
+    *("passes/linear.py", "compilers/artifact.py", "kernels/build.py", "runtime/native.py"),
+    *("runtime/warm_start.py", "ranges.py", "api.py", "runtime/program.py", "runtime/lanes.py"),
+    *("runtime/kernel_choice.py", "runtime/packed_weights.py", "runtime/freed_weights.py"),
+    *("tuning/linear.py", "collectives/ops.py", "collectives/shm.py", "collectives/seeds.json"),
+    *("kernels/linear_packed.h", "runtime/cpp/runner.cpp", "store/__init__.py"),
 )
-OTHER_FILES = ("cli.py", "errors.py", "bench/startup.py", "report/plots.py")
+OTHER_FILES = ("cli/verbs.py", "errors.py", "bench/startup.py", "report/plots.py")
 
 
 def test_own_code_changes_the_key_where_it_decides_what_is_stored(
@@ -217,12 +219,13 @@ class Model:
 
     module: torch.nn.Module = dataclasses.field(default_factory=Network)
     arguments: tuple[Any, ...] = (torch.zeros(3, 4),)
+    dynamic_dims: Any = None
     config: dict[str, Any] = dataclasses.field(
         default_factory=lambda: {"max_size": 16, "split_points": [4], "compile_sizes": [1]}
     )
 
     def fields(self) -> dict[str, str]:
-        signature = api.signature_of(self.module, self.arguments, {}, None)
+        signature = api.signature_of(self.module, self.arguments, {}, self.dynamic_dims)
         roots = api._roots(self.module)
         found = model_fields(Config(**self.config), signature, roots, Describer())
         assert found is not None
@@ -266,6 +269,7 @@ CONFIG_FIELDS: dict[str, Any] = {
 CONFIG_WITHOUT_EFFECT: dict[str, Any] = {
     "on_out_of_plan": "eager",
     "linear_budget_s": 1.0,
+    "max_signatures": 2,
     "compile_workers": 3,
     "lazy": True,
     "background": True,
@@ -279,6 +283,7 @@ NEVER_KEPT = {"backend"}
 MODEL: dict[str, Callable[[Model], object]] = {
     "model": lambda model: setattr(model, "module", Network(5)),
     "arguments": lambda model: setattr(model, "arguments", (torch.zeros(3, 4).double(),)),
+    "dims": lambda model: setattr(model, "dynamic_dims", {"x": {0: "rows"}}),
     **{
         name: lambda model, name=name, value=value: model.config.update({name: value})
         for name, value in CONFIG_FIELDS.items()
@@ -356,7 +361,7 @@ def test_what_no_code_depends_on_changes_no_models_key(what: str) -> None:
 def captured_piece(factor: float, width: int, seed: int) -> Piece:
     torch.manual_seed(seed)
     forward = Network(width, factor).forward
-    found = capture(forward, api.signature_of(forward, (torch.zeros(3, width),), {}, None), 3)
+    found = capture(forward, api.signature_of(forward, (torch.zeros(3, width),), {}, None), (3,))
     (piece,) = split(found.graph_module, (), found.symbols).pieces.values()
     return piece
 
@@ -393,7 +398,8 @@ PIECE: dict[str, list[Callable[[Pieces], object]]] = {
         lambda piece: setattr(piece, "factor", 3.0),
         lambda piece: setattr(piece, "width", 5),
     ],
-    "takes_size": [lambda piece: piece.piece.update(takes_size=False)],
+    "takes": [lambda piece: piece.piece.update(takes=())],
+    "lengths": [lambda piece: piece.planned.update(lengths=(("batch", 1, 2, 1),))],
     "range": [
         lambda piece: piece.planned.update(range=Range(1, 9)),
         lambda piece: piece.planned.update(range=Range(2, 8)),

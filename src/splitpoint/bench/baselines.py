@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import load_library
-from .._torch_autotune import forget_constants, max_autotune
 from ..errors import BaselineFailed
+from ..torch_internals.baselines import forget_constants, max_autotune
+from ..torch_internals.toolchain import load_library
 from .inputs import CompiledForward, call_each
 
 

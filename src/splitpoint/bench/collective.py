@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _torch_distributed
 from ..collectives import reference, workspace
 from ..errors import OutputMismatch, RankFailed
+from ..torch_internals import distributed
 from . import vllm_shm
 
 EPS = 1e-6
@@ -243,8 +243,8 @@ def _all_variants(
         return reduced
 
     variants = {
-        STANDARD: Variant(lambda: finish(_torch_distributed.all_reduce(x, group))),
-        NATIVE: Variant(lambda: compiled(_torch_distributed.all_reduce(x, group))),
+        STANDARD: Variant(lambda: finish(distributed.all_reduce(x, group))),
+        NATIVE: Variant(lambda: compiled(distributed.all_reduce(x, group))),
         SHM_COMPILED: Variant(lambda: compiled(all_reduce(x, group=group))),
         SHM_KERNEL: Variant(in_group(alone, "one_shot", lambda: all_reduce(x, group=group))),
         SHM_TWO_SHOT_KERNEL: Variant(in_group(alone, "one_shot", two_shot_reduced)),

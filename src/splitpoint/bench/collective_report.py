@@ -15,6 +15,7 @@ import torch
 
 from ..collectives.launch import run_ranks
 from ..collectives.policy import QUANTS, Algorithm, Key, Policy, Quant, seed_policy
+from ..report.environment import environment
 from . import collective, vllm_shm
 from .collective import (
     BASELINES,
@@ -32,7 +33,6 @@ from .collective import (
     Row,
     Setting,
 )
-from .environment import environment
 from .picture import plots
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

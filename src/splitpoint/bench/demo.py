@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import CompiledModel, Config
 from ..errors import ModelNotFound, UsageError
-from ..models import DTYPES, SMOLLM2, load
+from ..models.catalogue import DTYPES, SMOLLM2, load
 from ..paths import cache_folder
 from .entrants import Say
 from .forward import check_sizes, compare, compile_splitpoint, start_up

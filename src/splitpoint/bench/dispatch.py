@@ -16,8 +16,8 @@ from ..api import CompiledModel
 from ..graph.pieces import Name
 from ..graph.stitch import assemble, rebind, stitch
 from ..ranges import align
+from ..report.environment import environment
 from ..tuning.measure import THREAD_CPU_TIME, interleave
-from .environment import environment
 
 PLANS = {
     "1 range": Config(max_size=512, backend="eager"),
@@ -147,7 +147,7 @@ def _row(name: str, model: Stack, config: Config, budget_s: float) -> Row:
         bare = _emptied(model, replace(config, module_guards="first_call"), x, positions)
         guarded = _emptied(model, config, x, positions)
         program = bare._program
-        table, runners = program.table, program.runners
+        table, runners = program.dispatches[0].table, program.runners
         empty = runners[table[33]]
         ways: dict[str, Callable[[], object]] = {
             "empty": partial(empty, 33, x, positions),
@@ -172,9 +172,9 @@ def _emptied(
         nothing = replace(graph.split, steps=(), outputs=(Name(graph.split.inputs[0]),), pieces={})
         guard = None
         if config.module_guards == "every_call":
-            guard = program._guard(graph)
+            guard = program.binding.guard(graph)
         body = stitch(nothing, graph.inputs, {}, graph.argument_count, None)
         function = assemble(body, guard)
-        rebind(function, graph.bound, graph.facts)
+        rebind(function, graph.bound, graph.state.held)
         program.runners[index] = function
     return compiled

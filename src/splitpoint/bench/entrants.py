@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import CompiledModel, Config, compile, kernels
-from .._torch import fresh_inductor_cache
 from ..errors import BaselineFailed, OutputMismatch
 from ..passes.linear import VARIANTS
 from ..ranges import Range
+from ..torch_internals.inductor import fresh_inductor_cache
 from .baselines import BASELINES, Baseline
 from .check import Expected
 from .cost import Cost, cost_of

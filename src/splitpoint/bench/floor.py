@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .._torch import prepacked_linear
+from ..torch_internals.onednn import prepacked_linear
 from ..tuning.measure import Timing
 from .inputs import last_logits, random_ids
 from .linear import COLD_BYTES

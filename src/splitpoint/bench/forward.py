@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import CompiledModel, Config, kernels
-from .._torch import fresh_inductor_cache
 from ..errors import KernelBuildError, UsageError
-from ..ranges import Plan
+from ..report.environment import environment
+from ..torch_internals.inductor import fresh_inductor_cache
 from ..tuning.measure import Clock, Timing, clock_for, interleave
 from .baselines import BASELINES
 from .check import Expected
 from .cost import Cost, cost_of
 from .entrants import ONLY, Entrants, Say, compile_cold
-from .environment import environment
 from .floor import Probes, work_of
 from .forward_report import Floor, ForwardReport, Measured, Row, variant_of
 from .inputs import Forward, call_each, last_logits, random_ids
@@ -107,7 +106,7 @@ def compile_splitpoint(
 ) -> tuple[CompiledModel, Cost]:
     """Compile every range from an empty cache, and call it once at each size."""
     config = replace(config, cache_dir="")
-    say(f"splitpoint: compiling {len(Plan.from_config(config).entries)} ranges ...")
+    say(f"splitpoint: compiling {len(config.plan().entries)} ranges ...")
     torch.compiler.reset()
     return compile_cold(model, config, sizes)
 

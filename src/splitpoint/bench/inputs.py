@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch_autotune import forget_graphs
+from ..torch_internals.baselines import forget_graphs
 
 Forward = Callable[[Tensor], Tensor]
 """(input ids [1, size], int64) -> logits of the last token [1, vocabulary]"""

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from .._torch import prepacked_linear
 from ..errors import OutputMismatch
 from ..kernels.layout import packed_shape, quantize
 from ..kernels.reference import linear
+from ..torch_internals.onednn import prepacked_linear
 from ..tuning.measure import Timing, clock_for, interleave
 
 COLD_BYTES = 128 << 20

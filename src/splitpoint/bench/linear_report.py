@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..ranges import align
+from ..report.environment import environment
 from ..tuning.measure import clock_for
-from .environment import environment
 from .linear import LayerRow, measure_layer, memory_bandwidth
 from .picture import plots
 

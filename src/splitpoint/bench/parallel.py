@@ -19,19 +19,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import CompiledModel, Config, _torch_distributed, compile, program
+from .. import CompiledModel, Config, compile
 from ..collectives import workspace
 from ..collectives.launch import run_ranks
 from ..collectives.policy import Policy
 from ..errors import OutputMismatch, RankFailed
-from ..models import DTYPES
-from ..packing import PackedWeights
+from ..models.catalogue import DTYPES
+from ..models.tensor_parallel import TensorParallelLlama, load
 from ..passes.allreduce_rmsnorm import AllReduceRMSNorm
 from ..passes.base import Pass
 from ..passes.shared_memory import SharedMemoryAllReduce
-from ..ranges import Plan, align
-from ..tensor_parallel import TensorParallelLlama, load
-from .environment import environment
+from ..ranges import align
+from ..report.environment import environment
+from ..runtime import binding
+from ..runtime.packed_weights import PackedWeights
+from ..torch_internals import distributed
 
 Say = Callable[[str], None]
 
@@ -194,7 +196,7 @@ def run(
 def settled(config: Config) -> Config:
     """The same with nothing left to measure: what is fused and what is not must not come to differ
     in other kernels. Those named are what decode sizes get by measuring as a rule."""
-    ranges = [entry.range for entry in Plan.from_config(config).entries]
+    ranges = [entry.range for entry in config.plan().entries]
     if config.linear == "auto":
         config = replace(config, linear={f"{r.start}-{r.end}": "packed" for r in ranges})
     if config.attention == "auto":
@@ -258,7 +260,7 @@ def _one_copy() -> Iterator[None]:
     """What is compiled within reads the same packed weights: of two copies in different places one
     may be faster by more than norms are."""
     weights = PackedWeights()
-    with patch.object(program, "PackedWeights", lambda: weights):
+    with patch.object(binding, "PackedWeights", lambda: weights):
         yield
 
 
@@ -364,7 +366,7 @@ def _seconds(call: Callable[[], Any]) -> float:
     assert group is not None
     for _ in range(2):
         # By gloo the ranks would leave one after the other.
-        torch.ops.splitpoint.all_reduce(meeting, group=_torch_distributed.group_name(group))
+        torch.ops.splitpoint.all_reduce(meeting, group=distributed.group_name(group))
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

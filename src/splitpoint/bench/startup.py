@@ -16,7 +16,7 @@ from typing import Any
 from ..config import Config
 from ..errors import UsageError
 from ..ranges import align
-from .environment import environment
+from ..report.environment import environment
 
 Say = Callable[[str], None]
 

@@ -12,10 +12,10 @@ from unittest.mock import patch
 import torch
 
 from .. import Config, api, compile
-from ..graph.regions import cover
-from ..models import DTYPES, load
-from ..packing import PackedWeights
-from ..program import Program
+from ..capture.regions import cover
+from ..models.catalogue import DTYPES, load
+from ..runtime.packed_weights import PackedWeights
+from ..runtime.program import Program
 
 
 def cpu_s() -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch import load_library
+from ..torch_internals.toolchain import load_library
 from .baselines import vllm_library
 
 OPERATORS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import _torch_distributed
+from ..torch_internals import distributed
 from . import flashinfer
 from .policy import FUSED
 
@@ -31,7 +31,7 @@ def state() -> dict[str, object]:
     """What decisions depend on besides the policy, as JSON values: the groups' sizes, and which
     have a workspace."""
     return {
-        "groups": _torch_distributed.group_sizes(),
+        "groups": distributed.group_sizes(),
         "shared memory": sorted(_in_shared_memory()),
         "flashinfer": sorted(flashinfer.attached()),
     }
@@ -41,4 +41,4 @@ def _in_shared_memory() -> frozenset[str]:
     attached = getattr(torch.ops.splitpoint, "shm_attached", None)
     if attached is None:  # the kernels are not loaded, so nothing can be
         return frozenset()
-    return frozenset(name for name in _torch_distributed.group_sizes() if attached(name))
+    return frozenset(name for name in distributed.group_sizes() if attached(name))

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import _torch_distributed
 from ..errors import WorkspaceError
+from ..torch_internals import distributed
 from . import agreement, ops, reference
 from .policy import chosen
 
@@ -74,7 +74,7 @@ def attach(group: dist.ProcessGroup, *, max_tokens: int, hidden: int, dtype: tor
     """
     problem = unsupported(group.size(), dtype)
     agreement.vote(group, problem, WorkspaceError)
-    name = _torch_distributed.group_name(group)
+    name = distributed.group_name(group)
     made: Workspace | None = None
     try:
         comm = _flashinfer_comm()
@@ -99,7 +99,7 @@ def attach(group: dist.ProcessGroup, *, max_tokens: int, hidden: int, dtype: tor
 def detach(group: dist.ProcessGroup) -> None:
     """Give a group's workspace back; all ranks call it. Without one it does nothing."""
     with _lock:
-        workspace = _workspaces().pop(_torch_distributed.group_name(group), None)
+        workspace = _workspaces().pop(distributed.group_name(group), None)
     if workspace is not None:
         workspace.handle.destroy()
 

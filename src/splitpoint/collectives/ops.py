@@ -37,8 +37,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _torch_distributed
 from ..errors import CollectiveFailed
+from ..torch_internals import distributed
 from . import reference
 
 SCHEMAS = {
@@ -183,12 +183,12 @@ def _all_reduce_(input: Tensor, *, group: str, algorithm: str = "auto") -> None:
 
 def _reduce_scatter(input: Tensor, *, group: str) -> Tensor:
     rows, *rest = input.shape
-    return input.new_empty((rows // _torch_distributed.group_of(group).size(), *rest))
+    return input.new_empty((rows // distributed.group_of(group).size(), *rest))
 
 
 def _all_gather(input: Tensor, *, group: str) -> Tensor:
     rows, *rest = input.shape
-    return input.new_empty((rows * _torch_distributed.group_of(group).size(), *rest))
+    return input.new_empty((rows * distributed.group_of(group).size(), *rest))
 
 
 _FAKES: dict[str, Callable[..., object]] = {

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _torch_distributed
 from ..errors import InvalidCollective
+from ..torch_internals import distributed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that the operators sum."""
@@ -52,7 +52,7 @@ def allreduce_rmsnorm(
 ) -> Fused:
     """The group's own all-reduce, in the input's dtype, then `finish`."""
     check(input, residual, weight, quant_scale, quant)
-    reduced = _torch_distributed.all_reduce(input, group)
+    reduced = distributed.all_reduce(input, group)
     return finish(
         reduced,
         residual,
@@ -110,7 +110,7 @@ def allreduce_rmsnorm_(
 
 def all_reduce(input: Tensor, *, group: str, algorithm: str = "auto") -> Tensor:
     """The group's own all-reduce."""
-    return _torch_distributed.all_reduce(input, group)
+    return distributed.all_reduce(input, group)
 
 
 def all_reduce_(input: Tensor, *, group: str, algorithm: str = "auto") -> None:
@@ -120,18 +120,18 @@ def all_reduce_(input: Tensor, *, group: str, algorithm: str = "auto") -> None:
 
 def reduce_scatter(input: Tensor, *, group: str) -> Tensor:
     """The group's own reduce-scatter along dimension 0."""
-    world = _torch_distributed.group_of(group).size()
+    world = distributed.group_of(group).size()
     if input.dim() == 0 or input.shape[0] % world:
         raise InvalidCollective(
             f"reduce_scatter splits dimension 0 evenly over {world} ranks, and the input's shape "
             f"is {tuple(input.shape)}: pad it to a multiple of {world}"
         )
-    return _torch_distributed.reduce_scatter(input, group)
+    return distributed.reduce_scatter(input, group)
 
 
 def all_gather(input: Tensor, *, group: str) -> Tensor:
     """The group's own all-gather along dimension 0."""
-    return _torch_distributed.all_gather(input, group)
+    return distributed.all_gather(input, group)
 
 
 # --- what follows the sum --------------------------------------------------------------

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .. import _torch
 from ..errors import KernelBuildError
 from ..kernels import build
+from ..torch_internals.toolchain import load_library
 from . import ops
 
 SOURCES = Path(__file__).parent
@@ -70,7 +70,7 @@ def _load() -> Path:
     path = build.built("splitpoint-shm", units, [SOURCES, build.SOURCES])
     ops.register()
     try:
-        _torch.load_library(path)
+        load_library(path)
     except OSError as error:
         raise KernelBuildError(
             f"the C++ collectives in {path} cannot be loaded: {error}; delete the file to have "

@@ -27,8 +27,8 @@ from typing import Self, TypeVar
 import torch
 import torch.distributed as dist
 
-from .. import _torch_distributed
 from ..errors import KernelBuildError, WorkspaceError
+from ..torch_internals import distributed
 from . import shm
 from .policy import QUANTS, Key, seed_policy, spelled
 
@@ -140,7 +140,7 @@ def attach(
     if group is None:
         raise WorkspaceError("there is no default process group: call init_process_group() first")
     rank, ranks = group.rank(), group.size()
-    name = _torch_distributed.group_name(group)
+    name = distributed.group_name(group)
     own = _introduce(name, ranks, max_bytes, timeout_s)
     known = _exchange(own, group)
     _agree(known, name)
@@ -290,7 +290,7 @@ def _share_file(
     Raises:
         WorkspaceError: on all ranks, when one of them gets none.
     """
-    name = _torch_distributed.group_name(group)
+    name = distributed.group_name(group)
     fd, address, server, error = -1, b"", None, None
     if group.rank() == 0:
         try:

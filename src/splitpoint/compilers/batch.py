@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .. import _torch_cpp
 from ..errors import CompileError
-from ..store import artifact
 from ..store.store import Store
+from ..torch_internals import cpp_kernels as cpp
+from . import artifact
 from .inductor import Compiled
 
 
@@ -72,8 +72,8 @@ class Batch:
         try:
             try:
                 kernels = [kernel for each in waiting for kernel in each.compiled.waiting]
-                _torch_cpp.build(kernels, self._workers)
-            except _torch_cpp.BuildFailed:
+                cpp.build(kernels, self._workers)
+            except cpp.BuildFailed:
                 self._one_by_one(waiting)
             else:
                 for each in waiting:
@@ -85,8 +85,8 @@ class Batch:
         failed: CompileError | None = None
         for each in waiting:
             try:
-                _torch_cpp.build(each.compiled.waiting)
-            except _torch_cpp.BuildFailed as error:
+                cpp.build(each.compiled.waiting)
+            except cpp.BuildFailed as error:
                 failed = CompileError(f"the C++ compiler failed on {each.what}: {error}")
                 failed.__cause__ = error
             else:

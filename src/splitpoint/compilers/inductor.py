@@ -8,18 +8,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import _torch
-from .._torch_cpp import Kernel, kernel_place
-from .._torch_questions import Questions
+from ..capture.assumptions import Assumption, read, valid
+from ..capture.postfix import lengths_postfix
 from ..errors import CompileError, SplitpointError, UnknownInductorOption
-from ..graph.assumptions import Assumption, read, valid
 from ..graph.pieces import Piece
 from ..graph.stitch import PieceSteps
 from ..passes.base import Pass
 from ..passes.manager import MatchCount, PassManager
 from ..ranges import PlannedRange, Range
-from ..runner.pieces import NoStep
-from ..runner.pieces import piece_steps as steps_of
+from ..torch_internals.assumptions import read_assumptions
+from ..torch_internals.cpp_kernels import Kernel, kernel_place
+from ..torch_internals.inductor import InductorGraph, inductor_compile, inductor_options
+from ..torch_internals.pass_notes import take_notes
+from ..torch_internals.questions import Questions
+from ..torch_internals.sizes import Extent, range_shapes
+from .native_steps import NoStep
+from .native_steps import piece_steps as steps_of
 from .wrapper import NotPlain, Wrapper, read_wrapper
 
 log = logging.getLogger("splitpoint")
@@ -30,7 +34,7 @@ class Compiled:
     """A piece compiled for one range."""
 
     call: Callable[..., Sequence[Any]]
-    """Takes the size if the piece does, then its tensors; returns its outputs."""
+    """Takes the dimensions that the piece does, then its tensors; returns its outputs."""
     assumptions: tuple[Assumption, ...]
     """What the compiler came to assume about the size beyond the range's bounds."""
     matches: tuple[MatchCount, ...]
@@ -42,7 +46,7 @@ class Compiled:
     """Kernels that are to be built; one that is not is built when it is first called."""
     serves: tuple[Range, ...] = ()
     """Parts of the range that need no compile of their own: their bounds and hint would decide
-    nothing otherwise (`_torch_questions`)."""
+    nothing otherwise (`torch_internals.questions`)."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def check_options(options: dict[str, Any]) -> None:
     """
     import difflib
 
-    known = _torch.inductor_options()
+    known = inductor_options()
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=3)
@@ -89,10 +93,10 @@ def compile_piece(
         PassError: when a pass does.
     """
     range_ = planned.range
-    shapes = _torch.range_shapes(range_.start, range_.end, planned.hint)
-    inputs = [shapes.value(value, piece.symbols) for value in piece.values]
-    if piece.takes_size:
-        inputs.insert(0, shapes.size)
+    shapes = range_shapes(extents(piece, planned))
+    lengths = dict(zip(piece.dims.names, shapes.lengths, strict=True))
+    inputs: list[Any] = [lengths[name] for name in piece.takes]
+    inputs += [shapes.value(value, piece.symbols) for value in piece.values]
     manager = PassManager(passes, piece.fingerprint, range_)
     # Inductor's cache keys know neither range nor hint, and would serve this range the
     # graph of another.
@@ -102,9 +106,9 @@ def compile_piece(
         (size,) = shapes.symbols
         hints = frozenset(part.hint for part in parts) - {planned.hint}
         questions = Questions(shapes.env, size, hints)
-    _torch.take_notes()  # what a compile left behind that failed
+    take_notes()  # what a compile left behind that failed
     try:
-        graph = _torch.inductor_compile(
+        graph = inductor_compile(
             piece.graph_module,
             shapes,
             inputs,
@@ -122,17 +126,23 @@ def compile_piece(
             f"Inductor failed on piece {piece.fingerprint} for {range_}: "
             f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         ) from error
-    found = _torch.assumptions(shapes.env, shapes.symbols, shapes.bounds)
-    inputs_before = int(piece.takes_size)
-    bare = _bare(graph, {index + inputs_before for index in trusted}, piece)
+    found = read_assumptions(shapes.env, shapes.symbols, shapes.bounds)
+    bare = _bare(graph, {index + len(piece.takes) for index in trusted}, piece)
     call = graph.call if bare is None else bare.call
     steps = None if bare is None else piece_steps(bare.steps, bare.kernels)
-    matches = tuple(manager.matches(_torch.take_notes()))
-    assumed = read(found)
+    matches = tuple(manager.matches(take_notes()))
+    assumed = read(found, piece.dims.names)
     serves: tuple[Range, ...] = ()
     if questions is not None and bare is not None:
         serves = tuple(part.range for part in parts if _is_same(questions, part, assumed))
     return Compiled(call, assumed, matches, bare, steps, graph.kernels, serves)
+
+
+def extents(piece: Piece, planned: PlannedRange) -> list[Extent]:
+    """How long each dynamic dimension of a piece may be in a line of the plan."""
+    if piece.dims.is_size_alone:
+        return [Extent("size", planned.range.start, planned.range.end, planned.hint)]
+    return [Extent(*each) for each in planned.lengths]
 
 
 def _is_same(questions: Questions, part: PlannedRange, assumed: Sequence[Assumption]) -> bool:
@@ -141,7 +151,7 @@ def _is_same(questions: Questions, part: PlannedRange, assumed: Sequence[Assumpt
     sizes = range(part.range.start, part.range.end + 1)
     if part.hint in questions.otherwise or len(valid(assumed, sizes)) < len(sizes):
         return False
-    own = _torch.range_shapes(part.range.start, part.range.end, part.hint)
+    own = range_shapes([Extent("size", part.range.start, part.range.end, part.hint)])
     return not questions.answered_by(own.env)
 
 
@@ -154,7 +164,7 @@ def piece_steps(
     return PieceSteps(steps, lambda: [kernel_place(kernels[name]) for name in steps["kernels"]])
 
 
-def _bare(graph: _torch.InductorGraph, trusted: Collection[int], piece: Piece) -> Bare | None:
+def _bare(graph: InductorGraph, trusted: Collection[int], piece: Piece) -> Bare | None:
     """The graph without AOTAutograd's run-time wrapper, which costs 10 to 20 us a call, where
     that has nothing to do."""
     if graph.wrapped:
@@ -167,8 +177,9 @@ def _bare(graph: _torch.InductorGraph, trusted: Collection[int], piece: Piece) -
         log.debug("piece %s keeps its wrapper: its code has %s", piece.fingerprint, error)
         return None
     steps = None
+    texts = lengths_postfix(piece.dims.names)
     try:
-        steps = steps_of(wrapper, piece.takes_size)
+        steps = steps_of(wrapper, [texts[name] for name in piece.takes])
     except NoStep as why:
         log.debug("piece %s runs in Python: it has %s", piece.fingerprint, why)
     return Bare(call, wrapper, {name: graph.names[name] for name in wrapper.kernels}, steps)

@@ -7,16 +7,17 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..capture.assumptions import Assumption
 from ..errors import CompileError, SplitpointError
-from ..graph.assumptions import Assumption
 from ..passes.base import Pass
 from ..passes.manager import MatchCount, PassManager
 from ..ranges import PlannedRange, Range
-from ..store import artifact, key
+from ..store import key
 from ..store.store import Store
-from . import inductor
+from ..torch_internals.questions import can_be_noted
+from . import artifact, inductor
 from .batch import Batch, Waiting
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class Result:
     compiled: inductor.Compiled
     key: str | None
     """Its key in the store; None when there is none. It need not be there: writing may fail."""
-    loaded: bool
-    """Whether it was not compiled now."""
+    origin: Literal["compiled", "store", "program"]
+    """Whether it was compiled now, is from the store, or was made before for another signature."""
 
 
 class _NotAsOne(Exception):
@@ -54,6 +55,8 @@ class PieceCompiler:
     """Ranges that differ in bounds and hint only, by what is compiled for them."""
     _shared: dict[str, Result | None] = field(default_factory=dict)
     """What was compiled for all of them; None where that failed."""
+    _made: dict[tuple[Any, ...], Result] = field(default_factory=dict)
+    """By what was asked for."""
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -70,6 +73,7 @@ class PieceCompiler:
         try:
             yield
         except SplitpointError:  # of one piece; the others are good
+            self._made.clear()
             batch.finish()
             raise
         else:
@@ -89,8 +93,8 @@ class PieceCompiler:
         same kernels, options and passes, are compiled as one; each whose own bounds would change
         nothing in that code has it, the others are compiled on their own."""
         name = self._what(piece, planned, options, trusted)
-        if name is not None:
-            self._alike.setdefault(name, []).append(planned)
+        if name is not None and planned not in (alike := self._alike.setdefault(name, [])):
+            alike.append(planned)
 
     def _what(
         self,
@@ -101,8 +105,11 @@ class PieceCompiler:
     ) -> str | None:
         """What is compiled for a range, apart from its bounds and hint; None when they may mean
         more than what torch answers about sizes."""
+        if not can_be_noted():
+            return None
         manager = PassManager(self.passes, piece.fingerprint, planned.range)
-        if planned.range.is_single_size or not all(p.asks_torch for p in manager.passes):
+        several = not piece.dims.is_size_alone
+        if planned.range.is_single_size or several or not all(p.asks_torch for p in manager.passes):
             return None
         settings = {**planned.options, **options}
         what = [piece.fingerprint, manager.uuid(), settings, sorted(trusted)]
@@ -124,15 +131,40 @@ class PieceCompiler:
         """
         with self.together():
             assert self._batch is not None
-            name = self._what(piece, planned, options, trusted)
-            parts = self._alike.get(name, []) if name is not None else []
-            if name is not None and len(parts) > 1 and planned in parts:
-                if name not in self._shared:
-                    self._shared[name] = self._for_all(self._batch, piece, parts, options, trusted)
-                found = self._shared[name]
-                if found is not None and planned.range in found.compiled.serves:
-                    return _for_range(found, planned.range)
-            return self._through(self._batch, piece, planned, options, trusted)
+            uuid = PassManager(self.passes, piece.fingerprint, planned.range).uuid()
+            settings = json.dumps({**planned.options, **options}, sort_keys=True, default=repr)
+            asked = (
+                piece.fingerprint,
+                planned.range,
+                planned.hint,
+                planned.lengths,
+                uuid,
+                settings,
+                tuple(trusted),
+            )
+            if asked in self._made:
+                return replace(self._made[asked], origin="program")
+            made = self._one(self._batch, piece, planned, options, trusted)
+            self._made[asked] = made
+            return made
+
+    def _one(
+        self,
+        batch: Batch,
+        piece: Piece,
+        planned: PlannedRange,
+        options: Mapping[str, Any],
+        trusted: Sequence[int],
+    ) -> Result:
+        name = self._what(piece, planned, options, trusted)
+        parts = self._alike.get(name, []) if name is not None else []
+        if name is not None and len(parts) > 1 and planned in parts:
+            if name not in self._shared:
+                self._shared[name] = self._for_all(batch, piece, parts, options, trusted)
+            found = self._shared[name]
+            if found is not None and planned.range in found.compiled.serves:
+                return _for_range(found, planned.range)
+        return self._through(batch, piece, planned, options, trusted)
 
     def _for_all(
         self,
@@ -167,17 +199,17 @@ class PieceCompiler:
             compiled = self._compile(piece, planned, options, trusted, parts)
             if compiled.serves or not parts:
                 batch.add(Waiting(what, compiled))
-            return Result(compiled, None, False)
+            return Result(compiled, None, "compiled")
         digest, fields = name
         if (found := self._load(self.store, digest, piece, planned)) is not None:
-            return Result(found, digest, True)
+            return Result(found, digest, "store")
         found = self._load(self.store, digest, piece, planned) if batch.lock(digest) else None
         if found is not None:
-            return Result(found, digest, True)
+            return Result(found, digest, "store")
         compiled = self._compile(piece, planned, options, trusted, parts)
         if compiled.serves or not parts:
             batch.add(Waiting(what, compiled, digest, fields))
-        return Result(compiled, digest, False)
+        return Result(compiled, digest, "compiled")
 
     def _compile(
         self,
@@ -204,10 +236,10 @@ class PieceCompiler:
     ) -> tuple[str, dict[str, str]] | None:
         if self.store is None:
             return None
-        from ..graph.pieces import NotPortable, describe
+        from ..graph.fingerprint import NotPortable, describe
 
         try:
-            description = describe(piece)
+            description = describe(piece.graph_module, piece.values, piece.symbols)
         except NotPortable as why:
             log.info("store: piece %s is not kept: it has %s", piece.fingerprint, why)
             return None
@@ -221,12 +253,15 @@ class PieceCompiler:
         found = artifact.load(store, digest, self.libraries)
         if found is None:
             return None
-        return read_artifact(found, piece.fingerprint, planned.range)
+        return read_artifact(found, piece, planned.range)
 
 
-def read_artifact(found: artifact.Artifact, fingerprint: str, range_: Range) -> inductor.Compiled:
+def read_artifact(found: artifact.Artifact, piece: Piece, range_: Range) -> inductor.Compiled:
     """A kept piece as the compiler would have returned it."""
-    assumptions = tuple(Assumption(code, origin) for code, origin in found.entry["assumptions"])
+    names, fingerprint = piece.dims.names, piece.fingerprint
+    assumptions = tuple(
+        Assumption(code, origin, names) for code, origin in found.entry["assumptions"]
+    )
     matches = tuple(MatchCount.from_kept(m, fingerprint, range_) for m in found.entry["matches"])
     steps = inductor.piece_steps(found.entry["steps"], found.kernels)
     serves = tuple(Range(start, end) for start, end in found.entry["serves"])

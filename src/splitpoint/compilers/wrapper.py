@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .. import _torch_wrapper
-from .._torch_cpp import Kernel
+from ..torch_internals.cpp_kernels import Kernel
+from ..torch_internals.generated_code import generated_code_names, is_plain_attribute, named_object
 
 _BUILTINS = frozenset({"abs", "bool", "float", "int", "len", "max", "min", "range", "round"})
 _UNCHECKED_OPS = ("torch.ops.splitpoint.", "torch.ops.splitpoint_onednn.")
@@ -68,9 +68,9 @@ class Wrapper:
         return call
 
     def _names(self, kernels: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-        names: dict[str, Any] = dict(_torch_wrapper.helpers())
+        names: dict[str, Any] = dict(generated_code_names())
         names |= {name: kernels[name] for name in self.kernels}
-        return names | {name: _torch_wrapper.named(what) for name, what in self.operators.items()}
+        return names | {name: named_object(what) for name, what in self.operators.items()}
 
 
 @functools.lru_cache(maxsize=64)  # ranges often come to the same text
@@ -97,13 +97,18 @@ def read_wrapper(
     function = _call(module)
     parameters, body = _parameters(function)
     unchecked = {parameters[index] for index in trusted if index < len(parameters)}
-    body = [statement for statement in body if not _is_dropped(statement, unchecked)]
+    body = [
+        single
+        for statement in body
+        for single in _single(statement)
+        if not _is_dropped(single, unchecked)
+    ]
     if mutated:
         bumped = ", ".join(parameters[index] for index in sorted(mutated))
         body.insert(0, ast.parse(f"increment_version(({bumped},))").body[0])
     hoist = _Hoist()
     body = [hoist.visit(statement) for statement in body]
-    known = {*kernels, *hoist.operators, *_BUILTINS, *_torch_wrapper.helpers()}
+    known = {*kernels, *hoist.operators, *_BUILTINS, *generated_code_names()}
     used = _check_names(body, set(parameters), known)
     text = "\n".join(ast.unparse(statement) for statement in body)
     lines = "\n".join("    " + line for line in text.splitlines())
@@ -157,6 +162,33 @@ def _parameters(function: ast.FunctionDef) -> tuple[list[str], list[ast.stmt]]:
     return names, body
 
 
+def _single(statement: ast.stmt) -> list[ast.stmt]:
+    """The single assertions that one of several makes, as torch 2.14 and later write them; else
+    the statement."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        return [statement]
+    if call.func.id == "assert_size_stride_grouped":
+        *groups, what = call.args
+        each = [group.elts for group in groups if isinstance(group, ast.Tuple)]
+        if len(each) != 3 or call.keywords or len({len(group) for group in each}) != 1:
+            raise NotPlain(f"the statement {ast.unparse(statement)!r}")
+        return [_called("assert_size_stride", *one, what) for one in zip(*each, strict=True)]
+    if call.func.id == "assert_tensor_metadata":
+        if len(call.args) != 5 or call.keywords:
+            raise NotPlain(f"the statement {ast.unparse(statement)!r}")
+        tensor, sizes, strides, dtype, what = call.args
+        return [
+            _called("assert_dtype", tensor, dtype, what),
+            _called("assert_size_stride", tensor, sizes, strides, what),
+        ]
+    return [statement]
+
+
+def _called(name: str, *arguments: ast.expr) -> ast.stmt:
+    return ast.Expr(ast.Call(ast.Name(name, ast.Load()), list(arguments), []))
+
+
 def _is_dropped(statement: ast.stmt, unchecked: Collection[str]) -> bool:
     """Whether a statement asserts what is known: the shape of a trusted input, or that of
     what one of this package's operators returned."""
@@ -164,13 +196,14 @@ def _is_dropped(statement: ast.stmt, unchecked: Collection[str]) -> bool:
         isinstance(statement, ast.Expr)
         and isinstance(call := statement.value, ast.Call)
         and isinstance(call.func, ast.Name)
-        and call.func.id in ("assert_size_stride", "assert_alignment")
+        and call.func.id in ("assert_size_stride", "assert_alignment", "assert_dtype")
         and call.args
     ):
         return False
     what = call.args[-1]
     if not (isinstance(what, ast.Constant) and isinstance(what.value, str)):
-        return False
+        # Until torch 2.13 assertions about inputs do not say so.
+        return isinstance(call.args[0], ast.Name) and call.args[0].id in unchecked
     if what.value == "input":
         return isinstance(call.args[0], ast.Name) and call.args[0].id in unchecked
     return what.value.startswith(_UNCHECKED_OPS)
@@ -195,7 +228,7 @@ class _Hoist(ast.NodeTransformer):
             if len(parts) != 5 or not all(part.isidentifier() for part in parts):
                 raise NotPlain(f"the operator {text}")
             what = f"{parts[2]}::{parts[3]}.{parts[4]}"
-        elif _torch_wrapper.is_plain_attribute(text):
+        elif is_plain_attribute(text):
             what = text
         else:
             raise NotPlain(text)

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from .. import _torch
-from ..errors import UnknownSplittingOp, UnsupportedGraph
+from ..capture.dims import SIZE_ALONE, Dims
+from ..errors import UnsupportedGraph
+from ..torch_internals.operators import (
+    GRAD_STATE,
+    PAIRED_STATE,
+    op_name,
+)
+from ..torch_internals.sizes import (
+    Symbols,
+    as_nodes,
+    expression_of,
+    in_terms_of_size,
+    python_code,
+    symbols_in,
+)
+from .fingerprint import attribute, fingerprint
+from .names import splitting_names
+from .overlap import Updates, extent, updates_of
+from .updates import updated_inputs, writes, written
+from .views import ancestry, calls_for, in_memory_of, same_object, views_among
 
 if TYPE_CHECKING:
     import sympy
 
 SHAPE, DTYPE = "splitpoint_shape", "splitpoint_dtype"
 """Keys of a piece's `node.meta`: what is known of a tensor without a ShapeEnv. A dimension is an
-expression over `_torch.size_symbol()`."""
+expression over the symbols of the dynamic ones."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """An integer that follows from the size."""
+    """An integer that follows from the dynamic dimensions."""
 
     expr: sympy.Basic
 
     @property
     def code(self) -> str:
-        """Python over `size`."""
-        return _torch.python_code(self.expr)
+        """Python over their names."""
+        return python_code(self.expr)
 
 
 @dataclass(frozen=True)
@@ -41,22 +57,23 @@ class TensorKind:
     """What is known of a tensor without a ShapeEnv."""
 
     shape: tuple[Any, ...]
-    """Expressions over `_torch.size_symbol()`, as the strides."""
+    """Expressions over the symbols of the dynamic dimensions, as the strides."""
     strides: tuple[Any, ...]
     dtype: torch.dtype
     device: str
+    dims: Dims = SIZE_ALONE
 
     def shape_at(self, size: int) -> tuple[int, ...]:
-        """The shape at a size."""
-        return _at(self.shape, size)
+        """The shape in a call of a size."""
+        return self._at(self.shape, size)
 
     def strides_at(self, size: int) -> tuple[int, ...]:
-        """The strides at a size."""
-        return _at(self.strides, size)
+        """The strides in a call of a size."""
+        return self._at(self.strides, size)
 
-
-def _at(expressions: Sequence[sympy.Basic], size: int) -> tuple[int, ...]:
-    return tuple(int(eval(Size(e).code, {"size": size, "math": math})) for e in expressions)
+    def _at(self, expressions: Sequence[sympy.Basic], size: int) -> tuple[int, ...]:
+        names = {**self.dims.values(size), "math": math}
+        return tuple(int(eval(Size(e).code, dict(names))) for e in expressions)
 
 
 @dataclass(frozen=True)
@@ -64,14 +81,16 @@ class Piece:
     """A subgraph without splitting ops: what is compiled, once per range."""
 
     graph_module: fx.GraphModule
-    """Takes the size if `takes_size`, then the tensors; returns a tuple of tensors."""
+    """Takes the dimensions `takes`, then the tensors; returns a tuple of tensors."""
     values: tuple[Any, ...]
     """The captured (fake) value of each input tensor."""
-    takes_size: bool
-    symbols: _torch.Symbols
+    takes: tuple[str, ...]
+    """The dynamic dimensions that it is given."""
+    symbols: Symbols
     """What the symbols in `values` mean."""
     fingerprint: str
     """Equal for pieces that compute the same from the same kinds of inputs."""
+    dims: Dims = SIZE_ALONE
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,9 @@ class Split:
     """`Name`, `Size` or a constant for each graph output."""
     pieces: dict[str, Piece]
     """The unique pieces by fingerprint."""
+    updates: Updates | None = None
+    """What of the graph's inputs is updated in place, if anything."""
+    dims: Dims = SIZE_ALONE
 
     @property
     def piece_count(self) -> int:
@@ -130,45 +152,33 @@ class _Segment:
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def splitting_names(names: Sequence[str]) -> frozenset[str]:
-    """All names under which a graph may hold the operators named.
-
-    Raises:
-        UnknownSplittingOp: for one that is not registered.
-    """
-    found: set[str] = set()
-    for name in names:
-        try:
-            found |= _torch.operator_aliases(name)
-        except LookupError:
-            raise UnknownSplittingOp(
-                f"splitting_ops names {name!r}, which no operator is registered as: write it as "
-                f"'namespace::name', and import the module that registers it first"
-            ) from None
-    return frozenset(found)
-
-
 def split(
-    graph_module: fx.GraphModule, splitting_ops: Sequence[str], symbols: _torch.Symbols
+    graph_module: fx.GraphModule,
+    splitting_ops: Sequence[str],
+    symbols: Symbols,
+    dims: Dims = SIZE_ALONE,
+    bound: Mapping[str, torch.Tensor] | None = None,
 ) -> Split:
     """Split a Dynamo graph at the splitting ops.
 
-    Integers that follow from the size are no values that pieces exchange: each piece takes
-    the size itself and computes them.
+    Integers that follow from the dynamic dimensions are no values that pieces exchange: each piece
+    takes the dimensions themselves and computes them. `bound`: the inputs that the module holds, by
+    name.
 
     Raises:
         UnknownSplittingOp: for a splitting op that is not registered.
         UnsupportedGraph: for what cannot be split, such as an autocast region around a
             splitting op.
     """
-    return _Splitter(graph_module, splitting_names(splitting_ops), symbols).run()
+    return _Splitter(graph_module, splitting_names(splitting_ops), symbols, dims).run(bound or {})
 
 
 class _Splitter:
     def __init__(
-        self, root: fx.GraphModule, names: frozenset[str], symbols: _torch.Symbols
+        self, root: fx.GraphModule, names: frozenset[str], symbols: Symbols, dims: Dims
     ) -> None:
         self.root = root
+        self.dims = dims
         self.names = names
         self.symbols = symbols
         self.sizes: dict[fx.Node, Size] = {}
@@ -176,23 +186,48 @@ class _Splitter:
         """The segment of each node; None for graph inputs and splitting ops."""
         self.order: list[_Segment | fx.Node] = []
         self.pieces: dict[str, Piece] = {}
+        self.objects: dict[fx.Node, fx.Node] = {}
+        """Nodes that return an object that is there already: which node made it."""
+        self.leaving: set[fx.Node] = set()
+        """Nodes in segments whose values are needed outside their segment."""
+        self.views: dict[fx.Node, fx.Node] = {}
+        """Those of them that are views: of which other, or of which graph input."""
+        self.written: list[fx.Node] = []
+        """Values that are updated in place."""
         self.depth = 0
         """How many regions of a state (autocast, say) are open. An operator inside one is
         compiled with it: a region cannot be split."""
 
-    def run(self) -> Split:
+    def run(self, bound: Mapping[str, torch.Tensor]) -> Split:
+        self.bound = bound
         for node in self.root.graph.nodes:
             self.place(node)
+        self.find_leaving()
+        self.find_views()
         steps: list[CallPiece | CallOp] = []
         for part in self.order:
             if isinstance(part, fx.Node):
                 steps.append(self.call_op(part))
-            elif (call := self.call_piece(part)) is not None:
+                continue
+            if (call := self.call_piece(part)) is not None:
                 steps.append(call)
-        inputs = tuple(n.name for n in self.root.graph.find_nodes(op="placeholder"))
+            for node in part.nodes:
+                if node in self.views:
+                    steps += self.call_view(node)
+        placeholders = self.root.graph.find_nodes(op="placeholder")
+        inputs = tuple(n.name for n in placeholders)
         outputs = self.root.graph.output_node().args[0]
         assert isinstance(outputs, (tuple, list))
-        return Split(inputs, tuple(steps), tuple(map(self.refer, outputs)), self.pieces)
+        updated = [n.name for n in updated_inputs(self.root.graph, self.written, self.is_given)]
+        kinds = [(n.name, self.kind(n)) for n in placeholders if n.name not in self.bound]
+        nbytes = {
+            name: Size(kind.dtype.itemsize * extent(kind.shape, kind.strides)).code
+            for name, kind in kinds
+            if kind is not None
+        }
+        updates = updates_of(updated, nbytes, self.bound)
+        results = tuple(map(self.refer, outputs))
+        return Split(inputs, tuple(steps), results, self.pieces, updates, self.dims)
 
     # --- which node goes where ---------------------------------------------------------
 
@@ -200,7 +235,7 @@ class _Splitter:
         if node.op == "output":
             return
         value = node.meta.get("example_value")
-        if (expr := _torch.expression(value)) is not None:
+        if (expr := expression_of(value)) is not None:
             self.note_size(node, expr)
             return
         if node.op == "placeholder":
@@ -208,10 +243,13 @@ class _Splitter:
             return
         if node.op == "call_module":
             raise UnsupportedGraph(f"the graph calls the module {node.target} as a black box")
-        if node.op == "get_attr" or _torch.op_name(node.target) in _torch.GRAD_STATE:
+        if node.op == "get_attr" or op_name(node.target) in GRAD_STATE:
             return  # copied to where it is used; dropped
-        self.depth += _torch.PAIRED_STATE.get(_torch.op_name(node.target), 0)
-        splits = node.op == "call_function" and _torch.op_name(node.target) in self.names
+        self.written += written(node)
+        if (given := same_object(node)) is not None:
+            self.objects[node] = self.same(given)
+        self.depth += PAIRED_STATE.get(op_name(node.target), 0)
+        splits = node.op == "call_function" and op_name(node.target) in self.names
         if splits and self.depth == 0:
             self.home[node] = None
             self.order.append(node)
@@ -235,11 +273,63 @@ class _Splitter:
     def note_size(self, node: fx.Node, expr: sympy.Basic) -> None:
         if not expr.free_symbols <= self.symbols.keys():
             raise UnsupportedGraph(
-                f"{_torch.op_name(node.target)} gives an integer that is known only when the "
+                f"{op_name(node.target)} gives an integer that is known only when the "
                 f"model runs ({expr}), so what follows from it has no range: keep data-dependent "
                 f"shapes (.item(), nonzero, masks as indices) out of the compiled function"
             )
-        self.sizes[node] = Size(_torch.in_terms_of_size(expr, self.symbols))
+        self.sizes[node] = Size(in_terms_of_size(expr, self.symbols))
+
+    # --- views -------------------------------------------------------------------------
+
+    def find_leaving(self) -> None:
+        """Find the values of each segment that are needed outside it."""
+        for node, home in self.home.items():
+            outside = (user for user in node.users if user not in self.sizes)
+            if home is not None and any(self.home.get(user) is not home for user in outside):
+                self.leaving.add(self.same(node))
+
+    def is_given(self, node: fx.Node) -> bool:
+        """Whether a value is there without any piece: a graph input, or what an operator made."""
+        return self.home.get(node) is None
+
+    def same(self, node: fx.Node) -> fx.Node:
+        """The node that made the object that a node returns."""
+        return self.objects.get(node, node)
+
+    def find_views(self) -> None:
+        """Find the values that are to be made as views of others, outside the pieces."""
+        families: dict[fx.Node, list[list[fx.Node]]] = {}
+        for node in self.home:
+            if node in self.leaving:
+                chain = ancestry(node, self.is_given)
+                families.setdefault(chain[-1], []).append(chain)
+        for maker, chains in families.items():
+            root = chains[0][0]  # the first that leaves, where the others are views of it
+            if self.home.get(maker) is None or not all(root in chain for chain in chains):
+                root = maker
+            if self.home.get(root) is not None:
+                self.leaving.add(root)
+            for chain in chains:
+                if chain[0] is not root:
+                    self.views[chain[0]] = root
+
+    def call_view(self, node: fx.Node) -> list[CallOp]:
+        """The steps that make a view."""
+        root = self.views[node]
+        calls = calls_for(root.meta["example_value"], node.meta["example_value"], self.integer)
+        steps = []
+        source = self.refer(root)
+        for index, (target, rest) in enumerate(calls):
+            name = node.name if index == len(calls) - 1 else f"{node.name}_of_{index}"
+            steps.append(CallOp(target, (source, *map(_as_sizes, rest)), {}, name))
+            source = Name(name)
+        return steps
+
+    def integer(self, value: Any) -> sympy.Basic:
+        """A size, stride or offset of a captured value in terms of the size."""
+        expr = expression_of(value)
+        assert expr is not None
+        return in_terms_of_size(expr, self.symbols)
 
     # --- steps -------------------------------------------------------------------------
 
@@ -249,8 +339,8 @@ class _Splitter:
             if value in self.sizes:
                 return self.sizes[value]
             if value.op == "get_attr":
-                return _attribute(self.root, str(value.target))
-            return Name(value.name)
+                return attribute(self.root, str(value.target))
+            return Name(self.same(value).name)
         if isinstance(value, (tuple, list)):
             made = [self.refer(v) for v in value]
             return made if isinstance(value, list) else tuple(made)
@@ -261,7 +351,8 @@ class _Splitter:
         return value
 
     def call_op(self, node: fx.Node) -> CallOp:
-        kinds = {each.name: self.kind(each) for each in (node, *node.all_input_nodes)}
+        kinds = {self.same(n).name: self.kind(n) for n in node.all_input_nodes}
+        kinds[node.name] = self.kind(node)
         tensors = {name: kind for name, kind in kinds.items() if kind is not None}
         args, kwargs = self.refer(node.args), self.refer(node.kwargs)
         return CallOp(node.target, args, kwargs, node.name, tensors)
@@ -272,19 +363,15 @@ class _Splitter:
             return None
 
         def described(dims: Sequence[Any]) -> tuple[Any, ...]:
-            found = [_torch.expression(dim) for dim in dims]
-            return tuple(_torch.in_terms_of_size(d, self.symbols) for d in found if d is not None)
+            found = [expression_of(dim) for dim in dims]
+            return tuple(in_terms_of_size(d, self.symbols) for d in found if d is not None)
 
-        return TensorKind(
-            described(value.shape), described(value.stride()), value.dtype, value.device.type
-        )
+        laid_out = described(value.shape), described(value.stride())
+        return TensorKind(*laid_out, value.dtype, value.device.type, self.dims)
 
     def call_piece(self, segment: _Segment) -> CallPiece | None:
-        members = set(segment.nodes)
         outputs = [
-            node
-            for node in segment.nodes
-            if any(user not in members and user not in self.sizes for user in node.users)
+            node for node in segment.nodes if node in self.leaving and node not in self.views
         ]
         if not outputs and not _has_effect(segment.nodes):
             return None
@@ -312,31 +399,51 @@ class _Splitter:
         members = set(nodes)
         used: list[fx.Node] = []  # in order of first use, so that equal pieces agree on it
         for node in nodes:
-            used += [n for n in node.all_input_nodes if n not in members and n not in used]
-        symbolic = False
+            outer = [n if n in members else self.same(n) for n in node.all_input_nodes]
+            used += [n for n in outer if n not in members and n not in used]
+        needed: set[sympy.Basic] = set()
         for node in used:
             if node in self.sizes:
-                symbolic |= bool(self.sizes[node].expr.free_symbols)
+                needed |= self.sizes[node].expr.free_symbols
             elif node.op != "get_attr":
                 inputs.append(node)
-                symbolic |= _is_symbolic(node.meta["example_value"])
-        size = graph.placeholder("size") if symbolic else None
+                needed |= self.symbols_of(node.meta["example_value"])
+        # Each input of a piece is compiled as memory of its own.
+        updated = [each for node in nodes for each in written(node)]
+        views = views_among(inputs, updated, self.integer, self.is_given, self.bound)
+        inputs = [node for node in inputs if node not in views]
+        given = {
+            symbol: graph.placeholder(symbol.name)
+            for symbol in self.dims.symbols
+            if symbol in needed
+        }
+
+        def number(expr: sympy.Basic) -> Any:
+            if not expr.free_symbols:
+                return bool(expr) if expr.is_Boolean else int(expr)
+            return as_nodes(expr, graph, given)
+
         for index, node in enumerate(inputs):
             copies[node] = graph.placeholder(f"arg{index}")
             self.describe(copies[node], node.meta["example_value"])
+        for node, base in views.items():
+            value = node.meta["example_value"]
+            dims, strides, ahead = in_memory_of(base.meta["example_value"], value, self.integer)
+            where = (tuple(map(number, dims)), tuple(map(number, strides)), number(ahead))
+            copies[node] = graph.call_function(
+                torch.ops.aten.as_strided.default, (copies[base], *where)
+            )
+            self.describe(copies[node], value)
         for node in used:
             if node in self.sizes:
-                expr = self.sizes[node].expr
-                if expr.free_symbols:
-                    assert size is not None
-                    copies[node] = _torch.as_nodes(expr, size)
-                else:
-                    copies[node] = bool(expr) if expr.is_Boolean else int(expr)
+                copies[node] = number(self.sizes[node].expr)
             elif node.op == "get_attr":
                 name = f"const{len(attributes)}"
-                attributes[name] = _attribute(self.root, str(node.target))
+                attributes[name] = attribute(self.root, str(node.target))
                 copies[node] = graph.get_attr(name)
         for node in nodes:
+            for each in node.all_input_nodes:
+                copies.setdefault(each, copies[self.same(each)])
             copy = _copy(graph, node, copies)
             # Captured values belong to the capture's ShapeEnv: no range may see them.
             self.describe(copy, copy.meta.pop("example_value", None))
@@ -344,23 +451,32 @@ class _Splitter:
         graph.output(tuple(copies[node] for node in outputs))
         graph_module = fx.GraphModule(attributes, graph)
         values = tuple(node.meta["example_value"] for node in inputs)
-        if _torch.share_memory(values) and any(map(writes, nodes)):
-            # Each input of a piece is compiled as memory of its own.
-            raise UnsupportedGraph(
-                "between two splitting ops a tensor is updated in place of which the same code "
-                "takes another view: update it out of place, or pass splitting_ops=()"
-            )
-        fingerprint = _fingerprint(graph_module, values, self.symbols)
-        return Piece(graph_module, values, symbolic, self.symbols, fingerprint), inputs
+        name = fingerprint(graph_module, values, self.symbols)
+        takes = tuple(symbol.name for symbol in given)
+        return Piece(graph_module, values, takes, self.symbols, name, self.dims), inputs
+
+    def symbols_of(self, value: torch.Tensor) -> set[sympy.Basic]:
+        """The dynamic dimensions that a tensor's shape and strides follow from."""
+        found = (in_terms_of_size(symbol, self.symbols) for symbol in symbols_in([value]))
+        return {symbol for expr in found for symbol in expr.free_symbols}
 
     def describe(self, node: fx.Node, value: object) -> None:
         """Note what is known of a node's value that holds in every ShapeEnv."""
         if isinstance(value, torch.Tensor):
-            dims = [_torch.expression(dim) for dim in value.shape]
+            dims = [expression_of(dim) for dim in value.shape]
             node.meta[SHAPE] = tuple(
-                _torch.in_terms_of_size(d, self.symbols) for d in dims if d is not None
+                in_terms_of_size(d, self.symbols) for d in dims if d is not None
             )
             node.meta[DTYPE] = value.dtype
+
+
+def _as_sizes(value: Any) -> Any:
+    """An argument of an operator with its expressions as steps hold them."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_sizes, value))
+    if hasattr(value, "free_symbols"):
+        return Size(value) if value.free_symbols else int(value)
+    return value
 
 
 def _copy(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> fx.Node:
@@ -375,143 +491,5 @@ def _has_effect(nodes: Sequence[fx.Node]) -> bool:
     return any(node.is_impure() or writes(node) for node in nodes)
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether a Dynamo node may change one of its arguments."""
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    if node.target is operator.setitem:
-        return True
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None:
-        return bool(schema.is_mutable)
-    if node.target in _IN_PLACE or "out" in node.kwargs:
-        return True
-    # `operator` writes its in-place functions iand, and has and_, not_, is_ for Python's keywords.
-    name = getattr(node.target, "__name__", "")
-    return name.endswith("_") and getattr(operator, name, None) is not node.target
-
-
-_IN_PLACE = {
-    getattr(operator, name)
-    for name in (
-        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul", "ior"),
-        *("ipow", "irshift", "isub", "itruediv", "ixor"),
-    )
-}
-
-
 def _is_container(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value"), (tuple, list))
-
-
-def _is_symbolic(value: torch.Tensor) -> bool:
-    return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
-
-
-def _attribute(root: fx.GraphModule, path: str) -> Any:
-    return operator.attrgetter(path)(root)
-
-
-# --- fingerprints ----------------------------------------------------------------------
-
-
-def describe(piece: Piece) -> str:
-    """What a piece computes, as text that is equal in every process.
-
-    Raises:
-        NotPortable: when that depends on objects or code of this process.
-    """
-    rows = [_describe_value(value, piece.symbols) for value in piece.values]
-    rows += [*_portable_targets(piece.graph_module), *_describe_graph(piece.graph_module)]
-    for row in rows:
-        if " at 0x" in row or row.startswith("attribute object "):
-            raise NotPortable(row)
-    return "\n".join(rows)
-
-
-class NotPortable(Exception):
-    """A graph means something in this process only; says what."""
-
-
-def _portable_targets(graph_module: fx.GraphModule) -> Iterator[str]:
-    """A line for each operator in a graph that is not torch's own.
-
-    Raises:
-        NotPortable: for a call of anything else.
-    """
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            inner = _attribute(graph_module, node.target)
-            if isinstance(inner, fx.GraphModule):
-                yield from _portable_targets(inner)
-        elif node.op == "call_function":
-            schema = _torch.operator_schema(node.target)
-            if schema is not None:
-                yield schema
-            elif not _torch.is_builtin_target(node.target):
-                raise NotPortable(f"a call of {_torch.op_name(node.target)}")
-
-
-def _fingerprint(
-    graph_module: fx.GraphModule, values: Sequence[Any], symbols: _torch.Symbols
-) -> str:
-    """A hash of what a piece computes: operators, topology, constants and kinds of inputs.
-
-    Names, stack traces and module paths are left out.
-    """
-    rows = [_describe_value(value, symbols) for value in values]
-    rows += _describe_graph(graph_module)
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
-
-
-def _describe_value(value: torch.Tensor, symbols: _torch.Symbols) -> str:
-    def dim(n: object) -> str:
-        expr = _torch.expression(n)
-        assert expr is not None
-        return str(_torch.in_terms_of_size(expr, symbols))
-
-    shape = ",".join(map(dim, value.shape))
-    strides = ",".join(map(dim, value.stride()))
-    return f"input {value.dtype} {value.device} [{shape}] [{strides}]"
-
-
-def _describe_graph(graph_module: fx.GraphModule) -> list[str]:
-    number = {node: index for index, node in enumerate(graph_module.graph.nodes)}
-
-    def describe(value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return f"%{number[value]}"
-        if isinstance(value, (tuple, list)):
-            return f"{type(value).__name__}({','.join(map(describe, value))})"
-        if isinstance(value, dict):
-            return "{" + ",".join(f"{k!r}:{describe(v)}" for k, v in value.items()) + "}"
-        if isinstance(value, slice):
-            return f"slice({describe(value.start)},{describe(value.stop)},{describe(value.step)})"
-        return f"{type(value).__name__}:{value!r}"
-
-    rows = []
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr":
-            rows.append(f"attribute {_describe_attribute(_attribute(graph_module, node.target))}")
-        else:
-            target = "" if node.op in ("placeholder", "output") else _describe_target(node.target)
-            rows.append(f"{node.op} {target} {describe(node.args)} {describe(node.kwargs)}")
-    return rows
-
-
-def _describe_target(target: Any) -> str:
-    name = _torch.op_name(target)
-    if callable(target) and "<" in name:  # a lambda or a local function: its name is not its own
-        return f"{name}@{id(target)}"
-    return name
-
-
-def _describe_attribute(value: object) -> str:
-    if isinstance(value, fx.GraphModule):
-        return "(" + ";".join(_describe_graph(value)) + ")"
-    if isinstance(value, torch.Tensor):
-        held = value.detach().cpu().contiguous()
-        data = ctypes.string_at(held.data_ptr(), held.nbytes) if held.nbytes else b""
-        digest = hashlib.sha256(data).hexdigest()
-        return f"tensor {value.dtype} {value.device} {list(value.shape)} {digest}"
-    return f"object {id(value)}"

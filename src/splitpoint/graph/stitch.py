@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import _torch
-from .capture import Argument, Bound, GraphOutput, Held, SizeInput
+from ..capture.module_state import Held
+from ..capture.postfix import NotPostfix, size_postfix
+from ..capture.sources import Argument, Bound, GraphOutput, SizeInput
+from ..torch_internals.containers import tree_flatten, tree_unflatten
+from .overlap import Apart, Updates
 from .pieces import CallOp, CallPiece, Name, Size, Split
-from .postfix import NotPostfix, size_postfix
 
 Stitched = Callable[..., Any]
-"""Called with the size, then the call's tensor arguments; returns the callable's result."""
+"""Called with the lengths of the dynamic dimensions, then the call's tensor arguments; returns the
+callable's result."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class CompiledPiece:
     """A piece as one range calls it."""
 
     call: Callable[..., Sequence[Any]]
-    """Takes the size if the piece does, then the tensors of `sources`."""
+    """Takes the dimensions `takes`, then the tensors of `sources`."""
     sources: Sequence[tuple[int, str]]
     """For each tensor: which of the piece's inputs it is, in which layout."""
+    takes: tuple[str, ...] = ()
+    """The dimensions that it is given."""
     steps: PieceSteps | None = None
 
 
@@ -77,6 +82,8 @@ class Body:
     constant."""
     pieces: Mapping[str, PieceSteps] = field(default_factory=dict)
     """What the pieces do, by name, where the runner can do it."""
+    updates: Updates | None = None
+    """What of its parameters and of the module's tensors it updates in place, if anything."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def stitch(
         inputs: where each graph input comes from.
         compiled: a callable for each unique piece, by fingerprint.
         argument_count: how many tensor arguments a call has.
-        result: leaves (`GraphOutput`, `Argument` or constant) and pytree spec of what the
+        result: leaves (`GraphOutput`, `Argument`, `Bound` or constant) and pytree spec of what the
             callable returns; None to return the tuple of graph outputs.
     """
     return _Writer(split, inputs, compiled, argument_count).body(result)
@@ -117,6 +124,7 @@ def assemble(
     guard: Guard | None,
     packed: Packed | None = None,
     native: Native | None = None,
+    apart: Apart | None = None,
 ) -> Stitched:
     """Make the function. `rebind` must follow before it is called.
 
@@ -126,6 +134,7 @@ def assemble(
         packed: how to keep packed weights up to date, where there are any and the guard does
             not see that they are.
         native: how to do the same with the runner in C++.
+        apart: what sees to it that nothing overlaps with what it updates in place.
     """
     names = dict(body.names)
     first: list[str] = []
@@ -144,6 +153,10 @@ def assemble(
         first.append(f"if not ({conditions}): {constant(guard.refresh)}()")
     if body.packed and packed is not None:
         first.append(f"if not {constant(packed.fresh)}(): {constant(packed.repack)}()")
+    if apart is not None:
+        # Where something is held there is no watch, which sees that a tensor has other memory.
+        first += apart.lines(constant, follow=guard is not None and bool(guard.held))
+        names[_APART] = apart
     if native is None:
         return _define("stitched", body.parameters, [*first, *body.lines], names)
 
@@ -172,6 +185,7 @@ def _define(
 
 
 _BOUND = "_bound"
+_APART = "_apart"
 
 
 @functools.lru_cache(maxsize=64)  # ranges often come to the same text
@@ -186,7 +200,11 @@ def rebind(
     packed: Mapping[tuple[int, str], Any] | None = None,
 ) -> None:
     """Give a stitched function the tensors that the module holds, by `Bound.index`, and their
-    packed copies, by index and layout."""
+    packed copies, by index and layout.
+
+    Raises:
+        StateChanged: when they overlap otherwise than at capture, and one is updated in place.
+    """
     names = {f"w{index}": value for index, value in enumerate(bound)}
     for (index, layout), value in (packed or {}).items():
         names[f"w{index}_{layout}"] = value
@@ -194,12 +212,14 @@ def rebind(
         names[f"h{index}"] = fact.holder
         names[f"o{index}"] = fact.value
     known = stitched.__globals__
+    if _APART in known:
+        known[_APART].bind(bound)
     known.update(names)
     for program, tensors in known.get(_BOUND, ()):
         program.bind([known[name] for name in tensors])
 
 
-_LEAF = _torch.tree_flatten(0)[1]
+_LEAF = tree_flatten(0)[1]
 
 
 class _Writer:
@@ -213,7 +233,7 @@ class _Writer:
         self.split = split
         self.compiled = compiled
         self.namespace: dict[str, Any] = {"math": math}
-        self.parameters = ["size", *(f"a{index}" for index in range(argument_count))]
+        self.parameters = [*split.dims.names, *(f"a{index}" for index in range(argument_count))]
         self.names: dict[str, str] = {}
         for name, source in zip(split.inputs, inputs, strict=True):
             if isinstance(source, Argument):
@@ -252,6 +272,7 @@ class _Writer:
             tuple(self.packed),
             tuple(self.steps),
             {f"p_{name}": made.steps for name, made in self.compiled.items() if made.steps},
+            None if self.split.updates is None else self.split.updates.renamed(self.names),
         )
 
     def add(self, line: str, step: list[Any] | None) -> None:
@@ -264,10 +285,12 @@ class _Writer:
             leaf = next(leaves)
             if isinstance(leaf, GraphOutput):
                 return self.code(self.split.outputs[leaf.index])
-            return f"a{leaf.index}" if isinstance(leaf, Argument) else self.code(leaf)
+            if isinstance(leaf, (Argument, Bound)):
+                return f"{'a' if isinstance(leaf, Argument) else 'w'}{leaf.index}"
+            return self.code(leaf)
         if spec.type not in (tuple, list, dict):
             flat = [self.write_result(leaves, _LEAF) for _ in range(spec.num_leaves)]
-            unflatten = self.constant(_torch.tree_unflatten)
+            unflatten = self.constant(tree_unflatten)
             return f"{unflatten}([{', '.join(flat)}], {self.constant(spec)})"
         parts = [self.write_result(leaves, child) for child in spec.children()]
         if spec.type is tuple:
@@ -281,7 +304,7 @@ class _Writer:
         if isinstance(step, CallPiece):
             compiled = self.compiled[step.fingerprint]
             tensors = [self.input(step.inputs[index], layout) for index, layout in compiled.sources]
-            sizes = ["size"] if self.split.pieces[step.fingerprint].takes_size else []
+            sizes = list(compiled.takes)
             call = f"p_{step.fingerprint}"
             self.namespace[call] = compiled.call
             targets = [self.new(name) for name in step.outputs]
@@ -310,7 +333,7 @@ class _Writer:
         if isinstance(value, Name):
             return {"t": self.names[value.name]}
         if isinstance(value, Size):
-            return {"e": size_postfix(value.code)}
+            return {"e": size_postfix(value.code, self.split.dims.names)}
         if type(value) in (tuple, list):
             return [self.kept(each) for each in value]
         if type(value) is dict or isinstance(value, slice):

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from .. import _torch
 from ..errors import KernelBuildError
+from ..torch_internals.toolchain import load_library
 from . import build
 from .fakes import register_fakes
 
@@ -84,7 +84,7 @@ def _watch_type(path: Path) -> Callable[[], Any] | None:
 
 def _load(path: Path) -> None:
     try:
-        _torch.load_library(path)
+        load_library(path)
     except OSError as error:
         raise KernelBuildError(
             f"the C++ kernels in {path} cannot be loaded: {error}; delete the file to have them "

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -21,11 +22,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import _torch
-from ..errors import KernelBuildError
-from ..paths import cache_folder
+from ..errors import KernelBuildError, UntrustedStore
+from ..paths import cache_folder, foreign, trusted_path
+from ..torch_internals.toolchain import (
+    CXX11_ABI,
+    TORCH_VERSION,
+    cpp_compiler,
+    include_folders,
+    library_folder,
+)
 
 SOURCES = Path(__file__).parent
+RUNTIME_SOURCES = SOURCES.parent / "runtime" / "cpp"
+"""What runs and checks a range is built into the same library: it calls the kernels directly."""
 
 COMMON_FLAGS = (
     "-O2",
@@ -88,7 +97,7 @@ def library() -> Path:
     Raises:
         KernelBuildError: as `built`.
     """
-    return built("splitpoint", library_units(), [SOURCES])
+    return built("splitpoint", library_units(), [SOURCES, RUNTIME_SOURCES])
 
 
 def library_units() -> list[Unit]:
@@ -99,7 +108,11 @@ def library_units() -> list[Unit]:
         Unit("glue", SOURCES / "linear.cpp", torch_headers),
         Unit("attention", SOURCES / "attention.cpp", torch_headers),
         *(
-            Unit(name, SOURCES / f"{name}.cpp", (*torch_headers, *_python_headers()))
+            Unit(
+                name,
+                RUNTIME_SOURCES / f"{name}.cpp",
+                (*torch_headers, *_python_headers(), f"-I{SOURCES}"),
+            )
             for name in ("watch", "runner")
         ),
     ]
@@ -107,7 +120,20 @@ def library_units() -> list[Unit]:
 
 def torch_header_flags() -> tuple[str, ...]:
     """The flags of a unit that includes torch's headers."""
-    return tuple(_isystem(_torch.include_folders()))
+    return tuple(_isystem(include_folders()))
+
+
+def place() -> Path:
+    """Where the library of this folder's operators is, or will be built.
+
+    Raises:
+        KernelBuildError: when there is no compiler for it here.
+    """
+    return _place("splitpoint", _compiler(), library_units(), [SOURCES, RUNTIME_SOURCES])
+
+
+def _place(name: str, compiler: str, units: Sequence[Unit], folders: Sequence[Path]) -> Path:
+    return cache_folder() / "kernels" / f"{name}-{_key(compiler, units, folders)}.so"
 
 
 def built(name: str, units: Sequence[Unit], folders: Sequence[Path]) -> Path:
@@ -117,35 +143,49 @@ def built(name: str, units: Sequence[Unit], folders: Sequence[Path]) -> Path:
 
     Raises:
         KernelBuildError: when there is no compiler, it fails, or the cache folder cannot be
-            written; the message says which and what to do.
+            written or can by others; the message says which and what to do.
     """
+    compiler = _compiler()
+    path = _place(name, compiler, units, folders)
+    try:
+        trusted_path(path.parent, "the folder of the C++ kernels", make=0o755)
+        if not _is_there(path):
+            with _locked(path.with_suffix(".lock")):
+                if not _is_there(path):
+                    _build(compiler, units, path)
+    except UntrustedStore as error:
+        raise KernelBuildError(str(error)) from error
+    except OSError as error:
+        raise KernelBuildError(
+            f"the C++ kernels cannot be written to {path.parent}: {error}; set SPLITPOINT_CACHE "
+            f"to a folder that can be written"
+        ) from error
+    return path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a library that nobody else can have written, and no link to one."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(found.st_mode) and not foreign(found)
+
+
+def _compiler() -> str:
     if sys.platform != "linux":
         raise KernelBuildError(
             f"the C++ kernels are built on Linux only, and this is {sys.platform}: models are "
             f"compiled with Inductor's own kernels"
         )
-    compiler = _torch.cpp_compiler()
+    compiler = cpp_compiler()
     if compiler is None:
         raise KernelBuildError(
             f"the C++ kernels need a C++ compiler, and {os.environ.get('CXX', 'g++')!r} was not "
             f"found: install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf install "
             f"gcc-c++) or set CXX to its path"
         )
-    folder = cache_folder() / "kernels"
-    path = folder / f"{name}-{_key(compiler, units, folders)}.so"
-    if path.exists():
-        return path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            if not path.exists():
-                _build(compiler, units, path)
-    except OSError as error:
-        raise KernelBuildError(
-            f"the C++ kernels cannot be written to {folder}: {error}; set SPLITPOINT_CACHE to a "
-            f"folder that can be written"
-        ) from error
-    return path
+    return compiler
 
 
 def _python_headers() -> Iterator[str]:
@@ -166,8 +206,8 @@ def _key(compiler: str, units: Sequence[Unit], folders: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     parts = [
         _run([compiler, "--version"]),
-        _torch.TORCH_VERSION,
-        str(_torch.CXX11_ABI),
+        TORCH_VERSION,
+        str(CXX11_ABI),
         platform.machine(),
         platform.python_version(),
         *COMMON_FLAGS,
@@ -199,12 +239,13 @@ def _build(compiler: str, units: Sequence[Unit], path: Path) -> None:
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(compile_unit, units, objects))
         whole = folder / path.name
-        libraries = ["-L", str(_torch.library_folder()), "-ltorch_cpu", "-lc10"]
+        libraries = ["-L", str(library_folder()), "-ltorch_cpu", "-lc10"]
         libraries += ["-Wl,--as-needed", "-ltorch_python"]  # the runner alone needs that one
         _run([compiler, "-shared", *map(str, objects), *libraries, "-o", str(whole)])
         # On disk before it has its name: after a power cut a library that is there is whole.
         with whole.open("rb") as file:
             os.fsync(file.fileno())
+        whole.chmod(whole.stat().st_mode & ~0o022)  # whatever the umask says
         whole.replace(path)
 
 

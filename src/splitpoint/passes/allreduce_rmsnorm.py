@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import fx
 
-from .. import _torch
 from ..collectives import ops
 from ..collectives.policy import Policy
 from ..errors import InvalidField
+from ..torch_internals.graphs import add_call
 from .base import Found
 from .collective import Choice, CollectivePass, shape_of, substitute
 from .match import Match
@@ -80,9 +80,9 @@ class AllReduceRMSNorm(CollectivePass):
                 found.quant_scale,
             )
             if value(x).dim() != given.dim():
-                x = _torch.call(graph, aten.reshape.default, x, shape_of(given))
+                x = add_call(graph, aten.reshape.default, x, shape_of(given))
             if weight is None:
-                weight = _torch.call(
+                weight = add_call(
                     graph,
                     aten.full.default,
                     [found.hidden],
@@ -91,7 +91,7 @@ class AllReduceRMSNorm(CollectivePass):
                     device=given.device,
                 )
             if scale is not None and found.scale_is_inverse:
-                scale = _torch.call(graph, aten.reciprocal.default, scale)
+                scale = add_call(graph, aten.reciprocal.default, scale)
             outputs = {
                 index: nodes
                 for index, nodes in enumerate(
@@ -106,7 +106,7 @@ class AllReduceRMSNorm(CollectivePass):
             }
             fused = self._call(graph, found, (x, residual, weight, scale), outputs, algorithm)
             for index, nodes in outputs.items():
-                substitute(nodes, found, _torch.call(graph, operator.getitem, fused, index))
+                substitute(nodes, found, add_call(graph, operator.getitem, fused, index))
 
     @staticmethod
     def _call(
@@ -120,7 +120,7 @@ class AllReduceRMSNorm(CollectivePass):
         operator = torch.ops.splitpoint.allreduce_rmsnorm
         if set(outputs) == {0, 1}:
             x, residual, weight, _ = tensors
-            return _torch.call(
+            return add_call(
                 graph,
                 operator.both,
                 x,
@@ -131,7 +131,7 @@ class AllReduceRMSNorm(CollectivePass):
                 found.weight_bias,
                 algorithm,
             )
-        return _torch.call(
+        return add_call(
             graph,
             operator.default,
             *tensors,

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .. import _torch
 from ..graph.pieces import CallOp, Name, Size, Split, TensorKind
 from ..ranges import Range
+from ..torch_internals.operators import op_name, operator_aliases
 
 LARGEST_HEAD = 256
 
@@ -60,7 +60,7 @@ class AttentionVariant:
     name: str
     fits: Callable[[AttentionShape], bool]
     """Whether it can run one at all, of those that `shape_of` knows."""
-    promises: Callable[[Range], bool]
+    promises: Callable[[AttentionShape, Range], bool]
     """Whether it is worth measuring in a range."""
     call: Callable[[AttentionShape], tuple[Any, dict[str, Any]]]
     """The operator and its keyword arguments beside query, key, value and mask, which it takes in
@@ -83,7 +83,7 @@ VARIANTS: dict[str, AttentionVariant] = {
         AttentionVariant(
             "rowwise",
             lambda s: s.query.dtype in (torch.float32, torch.bfloat16),
-            lambda r: r.start <= 1024,
+            lambda s, r: s.query.shape_at(r.start)[2] <= 1024,
             _rowwise,
         ),
     )
@@ -103,12 +103,12 @@ def find(split: Split) -> Iterator[tuple[int, AttentionShape]]:
 
 @cache
 def _names() -> frozenset[str]:
-    return frozenset(_torch.operator_aliases("aten::scaled_dot_product_attention"))
+    return frozenset(operator_aliases("aten::scaled_dot_product_attention"))
 
 
 def _arguments(step: CallOp) -> dict[str, Any] | None:
     """Arguments of attention by name; None for what is not attention."""
-    if _torch.op_name(step.target) not in _names():
+    if op_name(step.target) not in _names():
         return None
     order = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = dict(zip(order, step.args, strict=False)) | step.kwargs

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch, _torch_distributed
 from ..collectives import admission
 from ..collectives.policy import Decision, Key, Policy, seed_policy
+from ..torch_internals import distributed
+from ..torch_internals.graphs import add_call, sort_graph
+from ..torch_internals.sizes import statically_equal
 from . import match as match_module
 from . import nodes, quantisation, rmsnorm_pattern
 from .base import Found, Pass, current_range
@@ -94,7 +96,7 @@ class CollectivePass(Pass):
                 _erase(graph, found)
                 matches += 1
         if matches:
-            _torch.sort_graph(graph)
+            sort_graph(graph)
         return Found(matches, tuple(notes), tuple(dict.fromkeys(chosen)))
 
     def ask_policy(self, found: Match) -> Decision:
@@ -102,7 +104,7 @@ class CollectivePass(Pass):
         given = value(found.input)
         key = Key(
             admission.device_key(given.device),
-            _torch_distributed.group_of(found.group).size(),
+            distributed.group_of(found.group).size(),
             str(found.dtype).removeprefix("torch."),
             found.residual is not None,
             found.quant,
@@ -122,11 +124,11 @@ def like(graph: fx.Graph, node: fx.Node, target: fx.Node) -> fx.Node:
     """A node in the shape and dtype of another one, which has the same elements."""
     own, wanted = value(node), value(target)
     if own.dtype != wanted.dtype:
-        node = _torch.call(graph, torch.ops.prims.convert_element_type.default, node, wanted.dtype)
+        node = add_call(graph, torch.ops.prims.convert_element_type.default, node, wanted.dtype)
     if len(own.shape) != len(wanted.shape) or not all(
-        map(_torch.statically_equal, own.shape, wanted.shape)
+        map(statically_equal, own.shape, wanted.shape)
     ):
-        node = _torch.call(graph, torch.ops.aten.reshape.default, node, shape_of(wanted))
+        node = add_call(graph, torch.ops.aten.reshape.default, node, shape_of(wanted))
     return node
 
 

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .. import _torch, kernels
+from .. import kernels
 from ..graph.pieces import Piece
 from ..kernels.layout import packed_shape
 from ..ranges import Range
+from ..torch_internals.onednn import onednn_linear_available, onednn_linear_op, onednn_pack
 from .linear_sites import LinearShape, Site, find
 
 
@@ -113,7 +114,7 @@ def _packed(x: Tensor, given: Layers) -> list[Tensor]:
 
 
 def _onednn(x: Tensor, given: Layers) -> list[Tensor]:
-    linear = _torch.onednn_linear_op()
+    linear = onednn_linear_op()
     biases: Sequence[Tensor | None] = given.biases or [None] * len(given.weights)
     pairs = zip(given.weights, biases, strict=True)
     return finish([linear(x, weight, bias) for weight, bias in pairs], given)
@@ -124,10 +125,8 @@ LAYOUTS: dict[str, Layout] = {
     "packed": Layout(packed_shape, lambda w: torch.ops.splitpoint.pack_weight(w)),
     "packed_t": Layout(packed_shape, lambda w: torch.ops.splitpoint.pack_weight(w.t())),
     # Opaque: oneDNN blocks it as it likes, so nothing may look at its strides.
-    "onednn": Layout(lambda n, k, dtype: (n, k), _torch.onednn_pack),
-    "onednn_t": Layout(
-        lambda n, k, dtype: (n, k), lambda w: _torch.onednn_pack(w.t().contiguous())
-    ),
+    "onednn": Layout(lambda n, k, dtype: (n, k), onednn_pack),
+    "onednn_t": Layout(lambda n, k, dtype: (n, k), lambda w: onednn_pack(w.t().contiguous())),
     # Not of a weight but of the factors of an int8 one, [n].
     "float32": Layout(lambda n, k, dtype: (n,), lambda scale: scale.float()),
 }
@@ -140,7 +139,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "onednn",
             "onednn",
-            lambda s: not s.int8 and _torch.onednn_linear_available(s.dtype),
+            lambda s: not s.int8 and onednn_linear_available(s.dtype),
             lambda r: r.end >= 16,
             False,
             _onednn,
@@ -211,7 +210,7 @@ class _Rewriter:
         nodes = zip(piece.graph_module.graph.nodes, self.graph.nodes, strict=True)
         self.copies: dict[fx.Node, fx.Node] = dict(nodes)
         placeholders = list(self.graph.find_nodes(op="placeholder"))
-        self.tensors = placeholders[1:] if piece.takes_size else placeholders
+        self.tensors = placeholders[len(piece.takes) :]
         self.last = placeholders[-1]
         self.values = list(piece.values)
         self.sources = [(index, "plain") for index in range(len(self.values))]

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .. import _torch
-from ..graph.pieces import DTYPE, SHAPE, Piece, Size, writes
+from ..graph.pieces import DTYPE, SHAPE, Piece, Size
+from ..graph.updates import writes
 from ..ranges import Range
+from ..torch_internals.operators import op_name, operator_aliases
 
 
 @dataclass(frozen=True)
@@ -146,15 +147,16 @@ def _forms() -> dict[str, _Form]:
         ("matmul", product),
         ("addmm", addmm),
     ):
-        forms |= dict.fromkeys({name, *_torch.operator_aliases(f"aten::{name}")}, form)
-    forms[_torch.op_name(operator.matmul)] = product
+        forms |= dict.fromkeys({name, *operator_aliases(f"aten::{name}")}, form)
+    forms[op_name(operator.matmul)] = product
     return forms
 
 
 class _Finder:
     def __init__(self, piece: Piece, bound: frozenset[int]) -> None:
         placeholders = list(piece.graph_module.graph.find_nodes(op="placeholder"))
-        tensors = placeholders[1:] if piece.takes_size else placeholders
+        tensors = placeholders[len(piece.takes) :]
+        self.dims = piece.dims
         self.values = piece.values
         self.held = {node: index for index, node in enumerate(tensors) if index in bound}
 
@@ -190,7 +192,8 @@ class _Finder:
             bias in self.held and bias.meta[DTYPE] == dtype and bias.meta[SHAPE] == (n,)
         ):
             return None
-        rows = Size(math.prod(x.meta[SHAPE][:-1])).code  # of expressions, or of no dimension
+        count = math.prod(x.meta[SHAPE][:-1])  # of expressions, or of no dimension
+        rows = Size(self.dims.in_size(count)).code
         shape = LinearShape(
             (n,), k, dtype, bias is not None, transposed=transposed, int8=int8, rows=rows
         )
@@ -211,7 +214,7 @@ class _Finder:
 def _through_transpose(node: fx.Node) -> tuple[fx.Node, bool]:
     """What a matrix is the transpose of, and whether it is one."""
     name, args = _called(node), node.args
-    if name in ("t", "aten::t") or (name == "getattr" and args[1] in ("T", "mT")):
+    if name in ("t", "aten::t", "aten::numpy_T") or (name == "getattr" and args[1] in ("T", "mT")):
         return args[0], True  # type: ignore[return-value]
     if name in ("transpose", "aten::transpose") and {*args[1:]} in ({0, 1}, {-1, -2}):
         return args[0], True  # type: ignore[return-value]
@@ -230,7 +233,7 @@ def _called(node: fx.Node) -> str:
         return str(node.target)
     if node.target is getattr:
         return "getattr"
-    return _torch.op_name(node.target) if node.op == "call_function" else ""
+    return op_name(node.target) if node.op == "call_function" else ""
 
 
 # --- what comes after ------------------------------------------------------------------
@@ -239,9 +242,9 @@ def _called(node: fx.Node) -> str:
 @cache
 def _activations() -> dict[str, str]:
     """By operator: an activation that takes its name or its `approximate` argument from it."""
-    found = dict.fromkeys(_torch.operator_aliases("aten::silu"), "silu")
-    found |= dict.fromkeys(_torch.operator_aliases("aten::gelu"), "gelu")
-    found[_torch.op_name(F.silu)] = "silu"
+    found = dict.fromkeys(operator_aliases("aten::silu"), "silu")
+    found |= dict.fromkeys(operator_aliases("aten::gelu"), "gelu")
+    found[op_name(F.silu)] = "silu"
     return found
 
 
@@ -315,7 +318,7 @@ def _operands(node: fx.Node, names: frozenset[str]) -> list[fx.Node]:
 @cache
 def _names(operation: str) -> frozenset[str]:
     function = getattr(operator, operation)
-    names = {operation, *_torch.operator_aliases(f"aten::{operation}"), _torch.op_name(function)}
+    names = {operation, *operator_aliases(f"aten::{operation}"), op_name(function)}
     return frozenset(names)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from .. import _torch
 from ..errors import PassError, SplitpointError
 from ..ranges import Range
+from ..torch_internals.pass_notes import keep_note
 from .base import Found, Pass, compiling
 
 
@@ -69,7 +69,7 @@ class PassManager:
                     found = Found(found)
                 if not isinstance(found, Found):
                     raise PassError(f"{where} must return its number of matches, got {found!r}")
-                _torch.keep_note(json.dumps([index, found.matches, found.notes, found.chosen]))
+                keep_note(json.dumps([index, found.matches, found.notes, found.chosen]))
 
     def uuid(self) -> str:
         """Identifies the passes, in order, with their settings."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch
+from ..torch_internals.operators import op_name
+from ..torch_internals.sizes import statically_equal
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CASTS = frozenset({"prims::convert_element_type", "aten::_to_copy"})
@@ -24,7 +25,7 @@ def value(node: fx.Node) -> Any:
 
 def name_of(node: fx.Node) -> str:
     """The operator a node calls, without a default overload."""
-    return _torch.op_name(node.target) if node.op == "call_function" else ""
+    return op_name(node.target) if node.op == "call_function" else ""
 
 
 def argument(node: fx.Node, index: int, name: str) -> Any:
@@ -50,7 +51,7 @@ def is_transparent(node: fx.Node, hidden: int) -> bool:
     return (
         name in VIEWS
         and own.dim() > 0
-        and _torch.statically_equal(own.shape[-1], hidden)
+        and statically_equal(own.shape[-1], hidden)
         # One unknown dimension can be written as -1 when results get their shape back.
         and sum(isinstance(size, torch.SymInt) for size in own.shape) <= 1
     )
@@ -105,6 +106,6 @@ def row_of(node: object, hidden: int) -> fx.Node | None:
     """The [hidden] tensor that an operand is, or is a view of."""
     while isinstance(node, fx.Node) and value(node).dim() != 1:
         node = node.args[0] if name_of(node) in (*VIEWS, "aten::expand") else None
-    if isinstance(node, fx.Node) and _torch.statically_equal(value(node).shape[0], hidden):
+    if isinstance(node, fx.Node) and statically_equal(value(node).shape[0], hidden):
         return node
     return None

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch
+from ..torch_internals.operators import op_name
+from ..torch_internals.sizes import statically_at_most, statically_equal
 from .base import Pass
 
 
 def _same_shape(node: fx.Node, value: torch.Tensor, result: torch.Tensor) -> bool:
     return len(value.shape) == len(result.shape) and all(
-        map(_torch.statically_equal, value.shape, result.shape)
+        map(statically_equal, value.shape, result.shape)
     )
 
 
@@ -24,9 +25,7 @@ def _whole(node: fx.Node, value: torch.Tensor, result: torch.Tensor) -> bool:
     dim, start, end, step = given + [0, None, None, 1][len(given) :]
     if not isinstance(dim, int) or start not in (0, None) or step != 1:
         return False
-    return end is None or (
-        isinstance(end, int) and _torch.statically_at_most(value.shape[dim], end)
-    )
+    return end is None or (isinstance(end, int) and statically_at_most(value.shape[dim], end))
 
 
 def _same_dtype(node: fx.Node, value: torch.Tensor, result: torch.Tensor) -> bool:
@@ -34,7 +33,7 @@ def _same_dtype(node: fx.Node, value: torch.Tensor, result: torch.Tensor) -> boo
         value.dtype == result.dtype
         and value.device == result.device
         and _same_shape(node, value, result)
-        and all(map(_torch.statically_equal, value.stride(), result.stride()))
+        and all(map(statically_equal, value.stride(), result.stride()))
     )
 
 
@@ -60,7 +59,7 @@ class NoopElimination(Pass):
         removed = 0
         outputs = set(graph.output_node().all_input_nodes)
         for node in list(graph.nodes):
-            changes_nothing = NOOPS.get(_torch.op_name(node.target))
+            changes_nothing = NOOPS.get(op_name(node.target))
             if changes_nothing is None:
                 continue
             source = node.args[0]

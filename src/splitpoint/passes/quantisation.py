@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .. import _torch
 from ..collectives import reference
 from ..collectives.policy import Quant
+from ..torch_internals.graphs import real_tensors
+from ..torch_internals.operators import is_random
+from ..torch_internals.sizes import size_at, statically_equal
 from .base import current_range
 from .match import Match, Miss, check_order
 from .nodes import describe, name_of, value
@@ -77,7 +79,7 @@ def find_quantisation(found: Match) -> None:
         if node not in reach.following or not isinstance(own, Tensor) or own.dtype not in KINDS:
             continue
         codes = 2 * own.numel() if own.dtype == torch.uint8 else own.numel()
-        if not _torch.statically_equal(codes, count):
+        if not statically_equal(codes, count):
             continue
         try:
             _add(found, node, reach)
@@ -92,7 +94,7 @@ def _add(found: Match, node: fx.Node, reach: _Reach) -> None:
     misses = []
     for kind in KINDS[value(node).dtype](found.hidden):
         try:
-            with _torch.real_tensors():
+            with real_tensors():
                 inverse, holders = _tried(kind, found, node, reach)
         except Miss as miss:
             misses.append(str(miss))
@@ -157,14 +159,14 @@ def _is_pure(node: fx.Node) -> bool:
         return False
     if node.target is operator.getitem:
         return True
-    return name_of(node).startswith(("aten::", "prims::")) and not _torch.is_random(node.target)
+    return name_of(node).startswith(("aten::", "prims::")) and not is_random(node.target)
 
 
 def _is_scalar(given: Any) -> bool:
     return (
         isinstance(given, Tensor)
         and given.dtype == torch.float32
-        and all(_torch.statically_equal(n, 1) for n in given.shape)
+        and all(statically_equal(n, 1) for n in given.shape)
     )
 
 
@@ -235,9 +237,7 @@ def _may_hold(node: fx.Node, kind: Kind, found: Match) -> bool:
         kind.values_for_scale > 0
         and isinstance(own, Tensor)
         and own.dtype == kind.scales_dtype
-        and _torch.statically_equal(
-            own.numel() * kind.values_for_scale, value(found.norms[0]).numel()
-        )
+        and statically_equal(own.numel() * kind.values_for_scale, value(found.norms[0]).numel())
     )
 
 
@@ -245,7 +245,7 @@ def _trials(found: Match) -> Iterator[Tensor]:
     """Random norms of a shape that the range has, in the input's dtype. What has a scale of its
     own is of many sizes."""
     given = value(found.norms[0])
-    shape = [_torch.size_at(size, _size()) for size in given.shape]
+    shape = [size_at(size, _size()) for size in given.shape]
     generator = torch.Generator().manual_seed(0)
     tried = 0
     while tried < TRIED:
@@ -273,10 +273,10 @@ def _run(
     known: dict[fx.Node, Any] = dict(given)
     for node in found.norms:
         own = value(node)
-        known[node] = norm.to(own.dtype).reshape([_torch.size_at(n, size) for n in own.shape])
+        known[node] = norm.to(own.dtype).reshape([size_at(n, size) for n in own.shape])
     for node in (each for each in steps if each not in given):
         if _is_size(value(node)):
-            known[node] = _torch.size_at(value(node), size)
+            known[node] = size_at(value(node), size)
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
         assert callable(node.target)

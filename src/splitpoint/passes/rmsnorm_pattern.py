@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch
+from ..torch_internals.sizes import statically_equal
 from .match import Match, Miss, check_order
 from .nodes import (
     CASTS,
@@ -154,9 +154,7 @@ def _adds(found: Match) -> list[fx.Node]:
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     one, two = value(a), value(b)
-    return len(one.shape) == len(two.shape) and all(
-        map(_torch.statically_equal, one.shape, two.shape)
-    )
+    return len(one.shape) == len(two.shape) and all(map(statically_equal, one.shape, two.shape))
 
 
 def _with_residual(found: Match, add: fx.Node) -> Match:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .. import _torch, _torch_distributed
 from ..errors import InvalidField
 from ..ranges import Range
+from ..torch_internals import distributed
+from ..torch_internals.graphs import add_call
+from ..torch_internals.sizes import statically_divisible, statically_equal
 from .base import Found
 from .collective import Choice, CollectivePass, substitute
 from .match import Match
@@ -61,11 +63,11 @@ class SequenceParallel(CollectivePass):
 
     def uuid(self) -> str:
         """As of every collective pass, and the rank: the rows that it takes are in the graph."""
-        return f"{super().uuid()} {_torch_distributed.ranks()}"
+        return f"{super().uuid()} {distributed.ranks()}"
 
     def choose(self, found: Match) -> Choice:
         """Split all matches, or with `pad` off those whose rows divide."""
-        world = _torch_distributed.group_of(found.group).size()
+        world = distributed.group_of(found.group).size()
         if _divides(found, world):
             return Choice(f"sequence parallel over {world} ranks", "split")
         if self.pad:
@@ -100,7 +102,7 @@ class SequenceParallel(CollectivePass):
 
 def _divides(found: Match, world: int) -> bool:
     given = value(found.input)
-    return _torch.statically_divisible(given.numel() // found.hidden, world)
+    return statically_divisible(given.numel() // found.hidden, world)
 
 
 _TRANSPARENT = frozenset({*CASTS, *VIEWS, "aten::constant_pad_nd", "_c10d_functional::wait_tensor"})
@@ -114,7 +116,7 @@ class _Rows:
         self.graph = graph
         self.hidden = found.hidden
         self.name = found.group
-        group = _torch_distributed.group_of(found.group)
+        group = distributed.group_of(found.group)
         self.world, self.rank = group.size(), group.rank()
         self.flat = self._flat(found.input)
         self.rows = self._size(self.flat)
@@ -135,14 +137,14 @@ class _Rows:
 
     def reduce_scatter(self, node: fx.Node) -> fx.Node:
         """This rank's rows of the sum over ranks."""
-        ops = torch.ops._c10d_functional
+        ops = distributed.collective_ops()
         whole = self._padded(self._flat(node))
         part = self._call(ops.reduce_scatter_tensor.default, whole, "sum", self.world, self.name)
         return self._call(ops.wait_tensor.default, part)
 
     def all_gather(self, own: fx.Node) -> fx.Node:
         """All rows, [tokens, hidden], of which each rank has its own."""
-        ops = torch.ops._c10d_functional
+        ops = distributed.collective_ops()
         whole = self._call(ops.all_gather_into_tensor.default, own, self.world, self.name)
         whole = self._call(ops.wait_tensor.default, whole)
         return whole if self.padding is None else self._pad(whole, self.padding[1])
@@ -178,12 +180,12 @@ class _Rows:
         assert isinstance(own, fx.Node)
         same = [value(own).shape[0], self.share]
         sizes = [size.meta["val"] if isinstance(size, fx.Node) else size for size in same]
-        return own if _torch.statically_equal(*sizes) else None
+        return own if statically_equal(*sizes) else None
 
     # --- nodes -------------------------------------------------------------------------
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
-        return _torch.call(self.graph, target, *args)
+        return add_call(self.graph, target, *args)
 
     def _flat(self, node: fx.Node) -> fx.Node:
         if value(node).dim() == 2:
@@ -209,21 +211,19 @@ class _Rows:
 def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     if value(node).dtype == dtype:
         return node
-    return _torch.call(graph, torch.ops.prims.convert_element_type.default, node, dtype)
+    return add_call(graph, torch.ops.prims.convert_element_type.default, node, dtype)
 
 
 def _rmsnorm(graph: fx.Graph, total: fx.Node, found: Match) -> fx.Node:
     """The norm of fp32 rows, in fp32."""
     aten = torch.ops.aten
-    square = _torch.call(graph, aten.mul.Tensor, total, total)
-    mean = _torch.call(graph, aten.mean.dim, square, [-1], True)
-    root = _torch.call(
-        graph, aten.rsqrt.default, _torch.call(graph, aten.add.Scalar, mean, found.eps)
-    )
-    norm = _torch.call(graph, aten.mul.Tensor, total, root)
+    square = add_call(graph, aten.mul.Tensor, total, total)
+    mean = add_call(graph, aten.mean.dim, square, [-1], True)
+    root = add_call(graph, aten.rsqrt.default, add_call(graph, aten.add.Scalar, mean, found.eps))
+    norm = add_call(graph, aten.mul.Tensor, total, root)
     if found.weight is None:
         return norm
     weight = _cast(graph, found.weight, torch.float32)
     if found.weight_bias:
-        weight = _torch.call(graph, aten.add.Scalar, weight, found.weight_bias)
-    return _torch.call(graph, aten.mul.Tensor, norm, weight)
+        weight = add_call(graph, aten.add.Scalar, weight, found.weight_bias)
+    return add_call(graph, aten.mul.Tensor, norm, weight)

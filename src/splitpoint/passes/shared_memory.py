@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .. import _torch
 from ..collectives import admission, ops
 from ..collectives.policy import FUSED
+from ..torch_internals.graphs import add_call
 from .base import Found
 from .collective import Choice, CollectivePass
 from .match import Match
@@ -42,9 +42,7 @@ class SharedMemoryAllReduce(CollectivePass):
                 continue
             (wait,) = node.users
             with graph.inserting_before(node):
-                made = _torch.call(
-                    graph, torch.ops.splitpoint.all_reduce.default, source, group=group
-                )
+                made = add_call(graph, torch.ops.splitpoint.all_reduce.default, source, group=group)
             wait.replace_all_uses_with(made)
             graph.erase_node(wait)
             graph.erase_node(node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -16,12 +15,12 @@ log = logging.getLogger("splitpoint")
 
 
 def open_store(config: Config) -> Store | None:
-    """The store that a configuration names; None where it names none, or one that others may
-    write to, which is said in the log."""
+    """The store that a configuration names; None where it names none, or one that others could
+    write to or exchange, which is said in the log."""
     if config.cache_dir == "" or sys.platform == "win32":
         return None
     folder = store_folder() if config.cache_dir is None else Path(config.cache_dir).expanduser()
-    store = Store(Path(os.path.realpath(folder)))
+    store = Store(folder.absolute())
     try:
         store.check_trust()
     except UntrustedStore as error:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import _torch_wrapper
+from ..torch_internals.containers import TreeSpec, tree_unflatten, treespec_dumps, treespec_loads
+from ..torch_internals.operators import OPERATOR_TYPES, operator_at, operator_path
 
 Json = Any
 
@@ -28,7 +29,7 @@ def encode(value: Any) -> Json:
     Raises:
         NotKept: when there is none.
     """
-    if value is _torch_wrapper.tree_unflatten:
+    if value is tree_unflatten:
         return ["unflatten"]
     if isinstance(value, types.ModuleType) and value is math:
         return ["module", "math"]
@@ -38,11 +39,11 @@ def encode(value: Any) -> Json:
         return ["torch", str(value).removeprefix("torch.")]
     if isinstance(value, torch.device):
         return ["device", str(value)]
-    if isinstance(value, _torch_wrapper.OPERATORS):
-        return ["operator", *_torch_wrapper.operator_path(value)]
-    if isinstance(value, _torch_wrapper.TreeSpec):
+    if isinstance(value, OPERATOR_TYPES):
+        return ["operator", *operator_path(value)]
+    if isinstance(value, TreeSpec):
         try:
-            return ["spec", _torch_wrapper.treespec_dumps(value)]
+            return ["spec", treespec_dumps(value)]
         except (NotImplementedError, TypeError, ValueError) as error:
             raise NotKept(f"a result of type {value.type}: {error}") from error
     if callable(value):
@@ -61,7 +62,7 @@ def decode(data: Json) -> Any:
     """
     kind, *rest = data
     if kind == "unflatten":
-        return _torch_wrapper.tree_unflatten
+        return tree_unflatten
     if kind == "module":
         return math
     if kind == "float":
@@ -71,10 +72,10 @@ def decode(data: Json) -> Any:
     if kind == "device":
         return torch.device(rest[0])
     if kind == "operator":
-        return _torch_wrapper.operator_at(rest)
+        return operator_at(rest)
     if kind == "spec":
         json.loads(rest[0])
-        return _torch_wrapper.treespec_loads(rest[0])
+        return treespec_loads(rest[0])
     if kind == "object":
         found = _find(rest[0], rest[1])
         if found is None:

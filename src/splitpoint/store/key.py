@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _torch_wrapper
-from .code import short
+from ..capture.code import short
+from ..torch_internals.state import changed_inductor_config, torch_state
 
 if TYPE_CHECKING:
     from ..graph.pieces import Piece
@@ -29,7 +29,7 @@ FORMAT = 2
 """Counts up when what is stored changes its meaning."""
 
 _NO_PART = frozenset(
-    ("__main__.py", "arguments", "bench", "cli.py", "errors.py", "report", "run.py", "__pycache__")
+    ("__main__.py", "bench", "cli", "errors.py", "integrations", "report", "__pycache__")
 )
 """What of this package has no say in what is stored: commands, what they print, and messages.
 All the rest may have one, so its source is in every key."""
@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
         **_software(),
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
-        "torch_state": json.dumps(_torch_wrapper.state()),
+        "torch_state": json.dumps(torch_state()),
         "inductor_config": _inductor_config(),
     }
 
@@ -78,7 +78,8 @@ def piece_fields(
     return {
         **environment(),
         "piece": short(description),
-        "takes_size": str(piece.takes_size),
+        "takes": str(piece.takes),
+        "lengths": " ".join(str(each.lengths) for each in planned if each.lengths),
         "range": " ".join(str(each.range) for each in planned),
         "hint": " ".join(str(each.hint) for each in planned),
         "passes": passes,
@@ -89,8 +90,6 @@ def piece_fields(
 
 @functools.cache
 def _software() -> dict[str, str]:
-    from .. import __version__
-
     package = Path(__file__).parent.parent
     own = hashlib.sha256()
     for name, path in _sources(str(package), ""):
@@ -99,7 +98,7 @@ def _software() -> dict[str, str]:
         own.update(f"{name} {len(source)}\n".encode() + source)
     return {
         "format": str(FORMAT),
-        "splitpoint": f"{__version__} {own.hexdigest()[:16]}",
+        "splitpoint": own.hexdigest()[:16],
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "python": f"{sys.implementation.name} {platform.python_version()}",
         "system": f"{platform.system()} {platform.machine()} {platform.libc_ver()[0]}",
@@ -141,4 +140,4 @@ def _inductor_config() -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith("TORCHINDUCTOR_") and name not in _NO_EFFECT
     }
-    return json.dumps([found, _torch_wrapper.changed_inductor_config()], default=repr)
+    return json.dumps([found, changed_inductor_config()], default=repr)

@@ -5,9 +5,11 @@
     <folder>/aside/                                  what was found damaged
     <folder>/locks/                                  one file a key
 
-What is in a file is hashed each time that it is read, so damage of any kind is a miss. Files
-appear under their names by a rename, whole or not at all. Nothing here raises because a disk
-is full or a folder cannot be written: what cannot be kept is compiled again next time.
+What is in a file is hashed each time that it is read, so damage of any kind is a miss; so is a
+link, and whatever others may write to (`folder`). Libraries are loaded as they were hashed
+(`loadable`). Files appear under their names by a rename, whole or not at all. Nothing here raises
+because a disk is full or a folder cannot be written: what cannot be kept is compiled again next
+time.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ import json
 import logging
 import os
 import re
-import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import UntrustedStore
+from .folder import Damaged, Folder, content
+from .loadable import loadable
 
 log = logging.getLogger("splitpoint")
+
+Read = TypeVar("Read")
 
 OBJECTS, ASIDE, LOCKS = "objects", "aside", "locks"
 KINDS = ("models", "pieces")
@@ -56,17 +61,14 @@ class Problem:
         return f"{self.path}: {self.what}"
 
 
-class Damaged(Exception):
-    """A file that must not be used; says why."""
-
-
 class Store:
     """Entries by kind and key, and objects by content.
 
     Args:
         folder: made when something is first written.
         lock_timeout_s: how long to wait for another process that holds a lock.
-        step: called with a name before each step of a write; for tests that interrupt there.
+        step: called with a name before each step of a write, and between the check of a library
+            and its use; for tests that interrupt there.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Store:
         step: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folder = folder
+        self._inside = Folder(folder, "the store")
         self.lock_timeout_s = lock_timeout_s
         self._step = step
         self._warned: set[str] = set()
@@ -85,50 +88,14 @@ class Store:
 
     def check_trust(self) -> None:
         """Check that nobody else can have put anything here. A folder that is not there yet
-        is fine.
+        is fine if the way to it is.
 
         Raises:
-            UntrustedStore: when the folder is another user's, or others may write to it.
+            UntrustedStore: when the folder, or something on the way to it, is another user's or
+                others may write to it.
         """
-        try:
-            found = os.stat(self.folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise UntrustedStore(f"the store {self.folder} cannot be read: {error}") from error
-        if not stat.S_ISDIR(found.st_mode):
-            raise UntrustedStore(f"the store {self.folder} is not a folder: remove the file")
-        if problem := _foreign(found):
-            raise UntrustedStore(
-                f"the store {self.folder} {problem}, and code is run from it: take it over with "
-                f"chown -R and chmod -R go-w if you trust what is in it, or set another cache_dir"
-            )
-
-    def _read_file(self, path: Path) -> bytes:
-        """The bytes of a file that nobody else can have written.
-
-        Raises:
-            FileNotFoundError: when there is none.
-            Damaged: when it is not to be trusted or cannot be read.
-        """
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(str(path)) from error
-        except OSError as error:
-            raise Damaged(f"cannot be read ({error.strerror})") from error
-        try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
-                raise Damaged("is not a plain file")
-            if problem := _foreign(found):
-                raise Damaged(problem)
-            with os.fdopen(handle, "rb", closefd=False) as file:
-                return file.read()
-        except OSError as error:
-            raise Damaged(f"cannot be read ({error.strerror})") from error
-        finally:
-            os.close(handle)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._inside.prove()
 
     @staticmethod
     def digest(data: bytes) -> str:
@@ -148,49 +115,78 @@ class Store:
     def read(self, kind: str, key: str, use: bool = True) -> dict[str, Any] | None:
         """An entry, or None. A damaged one is reported and set aside. Unless it is not for
         `use`, it will be pruned after those used before."""
-        path = self.entry_path(kind, key)
-        try:
-            found = decode_entry(self._read_file(path), kind, key)
-        except FileNotFoundError:
-            return None
-        except Damaged as problem:
-            self.set_aside(path, str(problem))
-            return None
-        if use:
-            with contextlib.suppress(OSError):
-                os.utime(path)
-        return found
+
+        def entry(handle: int) -> dict[str, Any]:
+            found = decode_entry(content(handle), kind, key)
+            if use:
+                with contextlib.suppress(OSError):
+                    os.utime(handle)
+            return found
+
+        return self._read(self.entry_path(kind, key), entry)
 
     def keys(self, kind: str, prefix: str = "") -> list[str]:
         """The keys of a kind that start with a prefix, latest first."""
-        pattern = f"{prefix[:2] or '??'}/{prefix}*.json"
         found = []
-        for path in (self.folder / kind).glob(pattern):
-            with contextlib.suppress(OSError):
-                found.append((path.stat().st_mtime_ns, path.stem))
+        for path in self._paths(kind, prefix[:2]):
+            if path.suffix == ".json" and path.stem.startswith(prefix):
+                with contextlib.suppress(OSError):
+                    found.append((path.stat().st_mtime_ns, path.stem))
         return [key for _, key in sorted(found, reverse=True)]
 
-    def object(self, digest: str) -> Path | None:
-        """The path of an object whose content was checked just now, or None. A damaged one is
-        reported and set aside."""
-        path = self.object_path(digest)
+    def object(self, digest: str) -> bytes | None:
+        """The content of an object, or None. A damaged one is reported and set aside."""
+        return self._read(self.object_path(digest), lambda handle: _object(handle, digest))
+
+    def library(self, digest: str) -> Path | None:
+        """A name under which the loader finds the content of an object as it was checked just
+        now, as long as this process runs; None as `object`."""
+
+        def library(handle: int) -> Path:
+            data = _object(handle, digest)
+            self._step("checked")
+            return loadable(handle, data, digest)
+
+        return self._read(self.object_path(digest), library)
+
+    def _read(self, path: Path, read: Callable[[int], Read]) -> Read | None:
+        """What is read from a file's descriptor; None where it is not there, or not to be used,
+        which is said."""
         try:
-            if hashlib.sha256(self._read_file(path)).hexdigest() != digest:
-                raise Damaged("does not have the content that its name says")
+            with self._inside.file(*self._parts(path)) as handle:
+                return read(handle)
         except FileNotFoundError:
             return None
         except Damaged as problem:
-            self.set_aside(path, str(problem))
-            return None
-        return path
+            self.set_aside(problem.path or path, str(problem))
+        except OSError as error:
+            self._refused(error, f"cannot read {path}")
+        return None
+
+    def _parts(self, path: Path) -> tuple[str, ...]:
+        return path.relative_to(self.folder).parts
+
+    def _refused(self, error: Exception, what: str, then: str = "") -> None:
+        """Warn that something could not be done, for the same reason once."""
+        trusted = not isinstance(error, UntrustedStore)
+        reason = _reason(error)
+        if reason not in self._warned:
+            self._warned.add(reason)
+            log.warning(
+                "store: %s", f"{what} ({reason}){then}" if trusted else f"not used: {reason}"
+            )
 
     def set_aside(self, path: Path, why: str) -> None:
-        """Report a file in one line, and move it out of the way if possible."""
+        """Report a file or folder in one line, and move it out of the way if possible."""
         log.warning("store: %s %s; it is not used", path, why)
-        with contextlib.suppress(OSError):
-            aside = self.folder / ASIDE
-            aside.mkdir(mode=0o700, exist_ok=True)
-            os.replace(path, aside / f"{path.name}-{time.time_ns():x}")
+        *above, name = self._parts(path)
+        with (
+            contextlib.suppress(OSError, Damaged),
+            self._inside.opened(*above) as source,
+            self._inside.opened(ASIDE, make=True) as aside,
+        ):
+            there = f"{name}-{time.time_ns():x}"
+            os.replace(name, there, src_dir_fd=source, dst_dir_fd=aside)
 
     # --- writing -----------------------------------------------------------------------
 
@@ -203,47 +199,51 @@ class Store:
     def write_object(self, data: bytes) -> str | None:
         """Keep some bytes and return their digest; None when that is not possible."""
         digest = self.digest(data)
-        path = self.object_path(digest)
-        if path.exists() and self.object(digest) is not None:
+        if self.object(digest) is not None or self._write_file(self.object_path(digest), data):
             return digest
-        return digest if self._write_file(path, data) else None
+        return None
 
     def _write_file(self, path: Path, data: bytes) -> bool:
-        temporary = path.with_name(f"tmp-{os.getpid()}-{os.urandom(6).hex()}")
+        temporary = f"tmp-{os.getpid()}-{os.urandom(6).hex()}"
+        *above, name = self._parts(path)
         try:
             self._step("folder")
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.parent.parent.mkdir(mode=0o700, exist_ok=True)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            try:
-                handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(handle, "wb") as file:
-                    self._step("created")
-                    file.write(data[: len(data) // 2])
-                    file.flush()
-                    self._step("half")
-                    file.write(data[len(data) // 2 :])
-                    file.flush()
-                    self._step("written")
-                    os.fsync(file.fileno())
-                self._step("synced")
-                os.replace(temporary, path)
-                self._step("renamed")
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
-        except OSError as error:
-            if str(error.strerror) not in self._warned:
-                self._warned.add(str(error.strerror))
-                log.warning(
-                    "store: cannot write to %s (%s); what is compiled now is compiled again next "
-                    "time",
-                    self.folder,
-                    error.strerror,
-                )
+            with self._made(*above) as folder:
+                try:
+                    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                    handle = os.open(temporary, flags, 0o600, dir_fd=folder)
+                    with os.fdopen(handle, "wb") as file:
+                        self._step("created")
+                        file.write(data[: len(data) // 2])
+                        file.flush()
+                        self._step("half")
+                        file.write(data[len(data) // 2 :])
+                        file.flush()
+                        self._step("written")
+                        os.fsync(file.fileno())
+                    self._step("synced")
+                    os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                    self._step("renamed")
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary, dir_fd=folder)
+                    raise
+        except (OSError, Damaged) as error:
+            what = f"cannot write to {self.folder}"
+            self._refused(error, what, "; what is compiled now is compiled again next time")
             return False
         return True
+
+    @contextlib.contextmanager
+    def _made(self, *names: str) -> Iterator[int]:
+        """A folder to write in; what must not be used in its place is set aside first."""
+        try:
+            with self._inside.opened(*names, make=True):
+                pass
+        except Damaged as problem:
+            self.set_aside(problem.path or self.folder, str(problem))
+        with self._inside.opened(*names, make=True) as folder:
+            yield folder
 
     @contextlib.contextmanager
     def lock(self, key: str, wait: bool = True) -> Iterator[bool]:
@@ -255,10 +255,11 @@ class Store:
         import fcntl
 
         path = self.folder / LOCKS / f"{key}.lock"
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError:
+            with self._made(LOCKS) as folder:
+                handle = os.open(path.name, flags, 0o600, dir_fd=folder)
+        except (OSError, Damaged):
             yield False
             return
         with os.fdopen(handle, "r"):
@@ -291,29 +292,71 @@ class Store:
     def entries(self) -> Iterator[tuple[str, str, Path]]:
         """(kind, key, path) of every entry."""
         for kind in KINDS:
-            for path in sorted((self.folder / kind).glob("??/*.json")):
-                yield kind, path.stem, path
+            for path in self._paths(kind):
+                if path.suffix == ".json":
+                    yield kind, path.stem, path
 
     def objects(self) -> Iterator[Path]:
         """The path of every object."""
-        yield from sorted((self.folder / OBJECTS).glob("??/" + "[0-9a-f]" * 64))
+        for path in self._paths(OBJECTS):
+            if OBJECT.fullmatch(path.relative_to(self.folder).as_posix()):
+                yield path
+
+    def _paths(
+        self, top: str, head: str = "", problems: list[Problem] | None = None
+    ) -> Iterator[Path]:
+        """The path of everything in the folders of two digits, or in one of them, in order; adds
+        which cannot be used to `problems`."""
+
+        def names(*inside: str) -> list[str]:
+            try:
+                return self._inside.names(*inside)
+            except FileNotFoundError:
+                pass
+            except (OSError, Damaged) as error:
+                if problems is not None:
+                    path = self.folder.joinpath(*inside)
+                    problems.append(Problem(path, _reason(error)))
+            return []
+
+        for each in [head] if head else names(top):
+            if len(each) == 2:
+                for name in names(top, each):
+                    yield self.folder / top / each / name
+
+    def content(self, path: Path) -> bytes:
+        """The bytes of an entry or object, if they are those that were written.
+
+        Raises:
+            FileNotFoundError: when it is not there.
+            Damaged: when it must not be used.
+        """
+        kind = self._parts(path)[0]
+        with self._inside.file(*self._parts(path)) as handle:
+            if kind == OBJECTS:
+                return _object(handle, path.name)
+            data = content(handle)
+        decode_entry(data, kind, path.stem)
+        return data
 
     def verify(self) -> list[Problem]:
         """Read everything; say what is damaged or missing. Changes nothing."""
         problems: list[Problem] = []
         good: set[str] = set()
+        for top in (OBJECTS, *KINDS):
+            for _ in self._paths(top, problems=problems):
+                pass
         for path in self.objects():
             try:
-                if hashlib.sha256(self._read_file(path)).hexdigest() != path.name:
-                    raise Damaged("does not have the content that its name says")
+                self.content(path)
                 good.add(path.name)
-            except (Damaged, FileNotFoundError) as problem:
-                problems.append(Problem(path, str(problem)))
+            except (Damaged, OSError) as problem:
+                problems.append(Problem(path, _reason(problem)))
         for kind, key, path in self.entries():
             try:
-                entry = decode_entry(self._read_file(path), kind, key)
-            except (Damaged, FileNotFoundError) as problem:
-                problems.append(Problem(path, str(problem)))
+                entry = decode_entry(self.content(path), kind, key)
+            except (Damaged, OSError) as problem:
+                problems.append(Problem(path, _reason(problem)))
                 continue
             problems += [
                 Problem(path, f"refers to {digest}, which is not there or damaged")
@@ -332,9 +375,9 @@ class Store:
         found = []
         for kind, key, path in self.entries():
             try:
-                entry = decode_entry(self._read_file(path), kind, key)
+                entry = decode_entry(self.content(path), kind, key)
                 needs = set(entry.get("objects", ()))
-            except (Damaged, FileNotFoundError):
+            except (Damaged, OSError):
                 needs = set()
             with contextlib.suppress(OSError):
                 found.append((path.stat().st_mtime_ns, path, path.stat().st_size, needs))
@@ -362,20 +405,35 @@ class Store:
         for path in self.objects():
             if path.name not in kept and (full or path.stat().st_mtime < old):
                 remove(path, sizes[path.name])
-        for path in [*self.folder.glob("*/??/tmp-*"), *self.folder.glob(f"{ASIDE}/*")]:
+        unfinished = [
+            path
+            for top in (OBJECTS, *KINDS)
+            for path in self._paths(top)
+            if path.name.startswith("tmp-")
+        ]
+        with contextlib.suppress(OSError, Damaged):
+            unfinished += [self.folder / ASIDE / name for name in self._inside.names(ASIDE)]
+        for path in unfinished:
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < old or path.parent.name == ASIDE:
                     remove(path, path.stat().st_size)
         return removed, freed
 
 
-def _foreign(found: os.stat_result) -> str:
-    """Why somebody else may have written a file or folder, or ""."""
-    if found.st_uid not in (os.geteuid(), 0):
-        return f"belongs to user {found.st_uid}"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})"
-    return ""
+def _object(handle: int, digest: str) -> bytes:
+    """The content of an object.
+
+    Raises:
+        Damaged: when it is not what its name says.
+    """
+    data = content(handle)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise Damaged("does not have the content that its name says")
+    return data
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def decode_entry(data: bytes, kind: str, key: str) -> dict[str, Any]:

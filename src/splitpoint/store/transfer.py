@@ -7,7 +7,8 @@ import tarfile
 from pathlib import Path
 
 from ..errors import StoreError
-from .store import ENTRY, OBJECT, Damaged, Store, decode_entry
+from .folder import Damaged
+from .store import ENTRY, OBJECT, Store, decode_entry
 
 LARGEST = 1 << 30
 """No file of a store is larger than this."""
@@ -27,7 +28,10 @@ def export(store: Store, path: Path) -> int:
             for each in paths:
                 if each in bad:
                     continue
-                data = each.read_bytes()
+                try:
+                    data = store.content(each)
+                except (Damaged, FileNotFoundError):  # since it was verified
+                    continue
                 header = tarfile.TarInfo(each.relative_to(store.folder).as_posix())
                 header.size, header.mode = len(data), 0o600
                 archive.addfile(header, io.BytesIO(data))

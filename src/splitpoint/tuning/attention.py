@@ -38,7 +38,7 @@ class AttentionTuner:
     def choose(self, shape: AttentionShape, range_: Range) -> str:
         """The fastest variant for attention in a range: the least mean, over the range's first,
         middle and last size, of the time relative to the best variant there."""
-        admitted = [n for n, v in VARIANTS.items() if v.fits(shape) and v.promises(range_)]
+        admitted = [n for n, v in VARIANTS.items() if v.fits(shape) and v.promises(shape, range_)]
         names = [TORCH, *admitted]
         losses = dict.fromkeys(names, 0.0)
         for size in probes(shape, range_) if admitted else ():

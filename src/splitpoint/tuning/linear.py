@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.bounds import Expected
 from ..kernels.layout import quantize
-from ..memory import Streamed
+from ..kernels.memory import Streamed
 from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range

@@ -1,0 +1,171 @@
+"""See at the price of a few thousand loads that nothing in a module tree was changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .. import kernels
+from ..errors import KernelBuildError
+from ..torch_internals.tensors import address_of, have_addresses
+from .reads import Reads
+
+log = logging.getLogger("splitpoint")
+
+
+class ModuleWatch:
+    """Compares the dicts and classes of a module tree, and tensors, with what they were at
+    `renew`.
+
+    Sees attributes, parameters, buffers and submodules that are added, removed or replaced,
+    a new `__class__` or `__dict__`, and tensors whose memory, dtype or shape is exchanged. What
+    an attribute refers to may change unseen (a list that grows, say).
+    """
+
+    def __init__(self, owner: torch.nn.Module, kind: Callable[[], Any]) -> None:
+        self.owner = owner
+        self.check: Any = kind()
+        """Tells when called whether all is as it was."""
+
+    def renew(self, tensors: Sequence[torch.Tensor], versioned: Collection[int]) -> bool:
+        """Take things as they are now; of tensors whose id is in `versioned`, in-place updates
+        count as changes too. False when this Python has no means to watch dicts."""
+        marked = [(tensor, address_of(tensor), id(tensor) in versioned) for tensor in tensors]
+        modules = list(self.owner.modules())
+        return bool(self.check.renew(list(dicts_of(modules)), modules, [], [], marked))
+
+
+def dicts_of(modules: Sequence[torch.nn.Module]) -> Iterator[dict[str, Any]]:
+    """The dicts that hold what modules have."""
+    for module in modules:
+        own = vars(module)
+        yield from (own, own["_parameters"], own["_buffers"], own["_modules"])
+
+
+def tree_ids(owner: torch.nn.Module) -> set[int]:
+    """The ids of all that a watch over a module tree looks at."""
+    return ids_of(list(owner.modules()))
+
+
+def ids_of(modules: Sequence[torch.nn.Module]) -> set[int]:
+    """The ids of modules and of the dicts that hold what they have."""
+    return {*map(id, modules), *map(id, dicts_of(modules))}
+
+
+def watch(
+    owner: torch.nn.Module | None,
+    tensors: Sequence[torch.Tensor],
+    versioned: Collection[int] = (),
+) -> ModuleWatch | None:
+    """A watch over a module tree and tensors, as `ModuleWatch.renew` takes them; None where
+    there is no module or no means."""
+    kind = _kind()
+    if owner is None or kind is None or any(map(_is_opaque, tensors)):
+        return None
+    made = ModuleWatch(owner, kind)
+    return made if made.renew(tensors, versioned) else None
+
+
+class Rest:
+    """Checks facts that a watch over a module tree does not see.
+
+    Those whose value follows from a few dicts and objects are left to a watch over these. Where
+    one of these changes and all facts hold nevertheless, the watch is made anew; where that
+    happens too often, the facts themselves are looked at from then on.
+
+    Args:
+        check: whether all facts hold.
+        check_rest: makes the check of all facts but those that the given `Reads` came to see.
+            Called only while all facts hold, as it goes by what they are now.
+        owner: the tree.
+        tensors: ids of the tensors that are watched, at the moment of asking.
+    """
+
+    def __init__(
+        self,
+        check: Callable[[], bool],
+        check_rest: CheckRest,
+        owner: torch.nn.Module,
+        tensors: Tensors,
+    ) -> None:
+        self._check = check
+        self._check_rest = check_rest
+        self._owner = owner
+        self._tensors = tensors
+        self._watched: Callable[[], bool] = bool
+        self._unwatched: Callable[[], bool] = bool
+        self._way: Callable[[], bool] | None = None
+        """Whether the tree still leads to the places watched; None when none are."""
+        self._patience = PATIENCE
+        self._modules: list[torch.nn.Module] = []
+        """The tree's. A new one may have been read nowhere yet, so no way leads to it."""
+        self._take()
+
+    def __call__(self) -> bool:
+        """Whether the facts hold."""
+        return self._unwatched() and (self._watched() or self._again())
+
+    def renew(self) -> None:
+        """Go by the tree as it is now. The facts hold."""
+        if self._way is not None and not (self._way() and self._modules == self._modules_now()):
+            self._take()
+
+    def _modules_now(self) -> list[torch.nn.Module]:
+        return list(self._owner.modules())
+
+    def _take(self) -> None:
+        self._modules = self._modules_now()
+        reads = Reads(ids_of(self._modules))
+        self._unwatched = self._check_rest(self._owner, self._tensors(), reads)
+        watched, way = watch_reads(reads), watch_reads(reads.way())
+        assert watched is not None  # or there would be no watch over the tree
+        self._watched, self._way = watched, way
+
+    def _again(self) -> bool:
+        if not self._check():
+            return False
+        self._patience -= 1
+        if self._patience > 0:
+            self._take()
+        else:
+            self._unwatched = self._check_rest(self._owner, self._tensors(), None)
+            self._watched, self._way = _always, None
+        return True
+
+
+PATIENCE = 4
+"""How often a watch over facts is made before it is given up."""
+
+CheckRest = Callable[[torch.nn.Module, Collection[int], Reads | None], Callable[[], bool]]
+Tensors = Callable[[], Collection[int]]
+
+
+def _always() -> bool:
+    return True
+
+
+def watch_reads(reads: Reads) -> Callable[[], bool] | None:
+    """A function that tells whether all that `reads` noted is as it is now; None where there are
+    no means."""
+    kind = _kind()
+    made: Any = kind() if kind is not None else None
+    if made is None or not made.renew(reads.whole, reads.objects, reads.keyed, reads.lists, []):
+        return None
+    return made  # type: ignore[no-any-return]
+
+
+def _kind() -> Callable[[], Any] | None:
+    if not have_addresses():
+        return None
+    try:
+        return kernels.watch_type()
+    except KernelBuildError as error:
+        log.info("modules are checked by torch's guards alone: %s", error)
+        return None
+
+
+def _is_opaque(tensor: torch.Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.is_meta

@@ -1,0 +1,1 @@
+"""What MODEL names on the command line: catalogue, weights, and the tensor-parallel model."""

@@ -1,1 +1,0 @@
-"""Runs the straight-line code of a range in C++ instead of Python."""

@@ -1,0 +1,134 @@
+"""Which kernel each range gives its linear layers and its attention: asked for, or measured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from .. import kernels
+from ..config import Config
+from ..errors import KernelBuildError
+from ..passes import attention, linear
+from ..passes.linear_sites import LinearShape
+from ..ranges import Range
+from ..tuning.attention import AttentionTuner
+from ..tuning.linear import LinearTuner
+from ..tuning.measure import Budget
+from .lanes import Lane
+
+log = logging.getLogger("splitpoint")
+
+
+class KernelChoice:
+    """Chooses for the lanes of one program, with one budget for all measuring."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        budget = Budget(config.linear_budget_s)
+        self.linear_tuner = LinearTuner(torch.get_num_threads(), budget)
+        self.attention_tuner = AttentionTuner(torch.get_num_threads(), budget)
+        self._reserved: dict[tuple[int, str], int] = {}
+        """Bytes of the packed copies that lanes need, by the weight's id and layout."""
+        self._warned = False
+
+    def choose(self, lanes: Sequence[Lane]) -> None:
+        """Choose the kernels of each lane."""
+        # Attention first: it takes a fraction of a second, and linear layers may take all there is.
+        self._choose_attention(lanes)
+        self._choose_linear(lanes)
+
+    def _choose_attention(self, lanes: Sequence[Lane]) -> None:
+        """Choose a kernel for each shape of attention in each lane, and note it in the plan."""
+        for lane in lanes:
+            named = self._config.attention_for(lane.planned.range)
+            if named == "torch" or self._config.backend == "eager" or lane.attention is not None:
+                continue
+            lane.attention = {}
+            shapes = dict.fromkeys(shape for _, shape in attention.find(lane.graph.split))
+            if not shapes or not self._kernels_available():
+                continue
+            for shape in shapes:
+                name = named
+                if named == "auto":
+                    name = self.attention_tuner.choose(shape, lane.planned.range)
+                variant = attention.VARIANTS.get(name)
+                fits = variant is not None and variant.fits(shape)
+                lane.attention[shape] = name if fits else "torch"
+            if set(lane.attention.values()) != {"torch"}:
+                summary = {str(shape): name for shape, name in lane.attention.items()}
+                lane.planned = replace(lane.planned, attention=summary)
+
+    def _choose_linear(self, lanes: Sequence[Lane]) -> None:
+        """Choose a kernel for each shape of linear layer in each lane, and note it in the
+        plan."""
+        asked: dict[tuple[LinearShape, int], dict[tuple[int, ...], tuple[torch.Tensor, ...]]] = {}
+        for index, lane in enumerate(lanes):
+            if (
+                self._config.linear_for(lane.planned.range) == "inductor"
+                or lane.kernels is not None
+            ):
+                continue
+            lane.kernels = {}
+            for site, held in lane.graph.linear_sites():
+                asked.setdefault((site.shape, index), {})[tuple(map(id, held))] = held
+        if self._config.backend == "eager" or not asked or not self._kernels_available():
+            return
+        # The tuner wants all that concerns a kind of layer together; of that the largest sizes
+        # come first: they gain most by a copy, which smaller ones then have for nothing.
+        kinds = list(dict.fromkeys(shape.of_any_rows for shape, _ in asked))
+        for shape, index in sorted(
+            asked, key=lambda at: (kinds.index(at[0].of_any_rows), -lanes[at[1]].planned.range.end)
+        ):
+            lane = lanes[index]
+            assert lane.kernels is not None
+            lane.kernels[shape] = self._choice(shape, lane.planned.range, asked[shape, index])
+        self.linear_tuner.free()
+        for lane in lanes:
+            if lane.kernels and set(lane.kernels.values()) != {"inductor"}:
+                summary = {str(shape): name for shape, name in lane.kernels.items()}
+                lane.planned = replace(lane.planned, linear=summary)
+
+    def _choice(
+        self,
+        shape: LinearShape,
+        range_: Range,
+        weights: Mapping[tuple[int, ...], tuple[torch.Tensor, ...]],
+    ) -> str:
+        """The variant for the layers of one shape, whose weights, by their ids, are these."""
+        name = self._config.linear_for(range_)
+        if name == "auto":
+            ids = {each for site in weights for each in site}
+            layouts = {layout for each, layout in self._reserved if each in ids}
+            only_copies = self._config.free_original_weights
+            name = self.linear_tuner.choose(
+                shape, range_, layouts, only_copies, [*weights.values()]
+            )
+        variant = linear.VARIANTS.get(name)
+        if variant is None or not variant.fits(shape):
+            return "inductor"
+        layout = linear.layout_of(variant, shape)
+        if layout == "plain":
+            return name
+        sizes = linear.nbytes(shape, layout)
+        needed = {
+            (each, layout): size for site in weights for each, size in zip(site, sizes, strict=True)
+        }
+        room = self._config.max_packed_bytes
+        if room is not None and sum((self._reserved | needed).values()) > room:
+            log.info("%s for %s would exceed max_packed_bytes", name, shape)
+            return "inductor"
+        self._reserved |= needed
+        return name
+
+    def _kernels_available(self) -> bool:
+        try:
+            kernels.load()
+        except KernelBuildError as error:
+            if not self._warned:
+                log.warning("linear layers stay with Inductor, attention with torch: %s", error)
+                self._warned = True
+            return False
+        return True

@@ -1,0 +1,76 @@
+"""What a compiled model did so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..passes.manager import MatchCount
+from ..ranges import Range, align
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a compiled model did so far. `print(stats)` shows a table."""
+
+    captures: int = 0
+    """Graphs captured; more than one when the model branches on the size."""
+    pieces: int = 0
+    """Pieces of all graphs, equal ones counted each."""
+    unique_pieces: int = 0
+    """Pieces that differ: what is compiled, once per range."""
+    compilations: int = 0
+    """Pieces compiled, ranges counted each, also those that share code."""
+    loads: int = 0
+    """Compiled pieces taken from the store, ranges counted each."""
+    dispatches: dict[Range, int] = field(default_factory=dict)
+    """Calls by range."""
+    packed_bytes: int = 0
+    """Memory of weights in other layouts, beside the module's own."""
+    freed_bytes: int = 0
+    """Memory of the module's own weights that was given back."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Calls by kind of arguments, where there are several."""
+    eager_calls: int = 0
+    """Calls that ran the model itself: size 0, sizes out of plan if allowed, and those of ranges
+    that are compiled in the background (which `dispatches` counts too)."""
+    failed: dict[Range, str] = field(default_factory=dict)
+    """Ranges that could not be compiled in the background, and why; the model serves them."""
+    matches: tuple[MatchCount, ...] = ()
+    """What the passes matched, by (pass, piece, range)."""
+    occurrences: dict[tuple[Range, str], int] = field(default_factory=dict)
+    """How often each compiled range calls each piece (by fingerprint)."""
+
+    def matched(self, name: str) -> dict[Range, int]:
+        """Matches of a pass by range of the plan, with those of equal pieces counted each. A
+        piece whose matches are not known counts as none."""
+        counts: dict[Range, int] = {}
+        for count in self.matches:
+            if count.name == name and count.range in self.dispatches:
+                times = self.occurrences.get((count.range, count.piece), 1)
+                counts[count.range] = counts.get(count.range, 0) + times * (count.matches or 0)
+        return counts
+
+    def __str__(self) -> str:
+        rows = [("range", "calls")]
+        rows += [(str(range_), str(calls)) for range_, calls in self.dispatches.items()]
+        rows += [(f"arguments: {kind}", str(calls)) for kind, calls in self.kinds.items()]
+        if self.eager_calls:
+            rows.append(("eager", str(self.eager_calls)))
+        heading = (
+            f"{self.captures} captured, {self.pieces} pieces of which {self.unique_pieces} unique, "
+            f"{self.compilations} compilations"
+        )
+        if self.loads:
+            heading += f", {self.loads} loaded"
+        if self.packed_bytes:
+            heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
+        if self.freed_bytes:
+            heading += f", {self.freed_bytes / 2**20:.1f} MiB of original weights freed"
+        table = align(rows, right={1}) if len(rows) > 1 else []
+        by_pass: dict[str, int] = {}
+        for count in self.matches:
+            by_pass[count.name] = by_pass.get(count.name, 0) + (count.matches or 0)
+        failed = [f"{range_} is not compiled: {why}" for range_, why in self.failed.items()]
+        passes = [f"pass {name} matched {matches} times" for name, matches in by_pass.items()]
+        notes = dict.fromkeys(f"{c.name}: {note}" for c in self.matches for note in c.notes)
+        return "\n".join([heading, *table, *failed, *passes, *notes])

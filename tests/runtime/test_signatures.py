@@ -1,0 +1,221 @@
+"""One compiled model for arguments of several kinds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from splitpoint import Config, Plan, Range, compile, errors
+
+CONFIG = Config(max_size=32, split_points=[8], cache_dir="")
+PLAIN = Config(max_size=32, split_points=[8], cache_dir="", backend="eager")
+SIZES = (5, 1, 8, 9, 32)
+
+
+def masked(
+    x: torch.Tensor, mask: torch.Tensor | None = None, scale: float = 1.0, *, back: str = "all"
+) -> Any:
+    y = x.float() * scale
+    if mask is not None:
+        y = y.masked_fill(mask, 0) if mask.dtype is torch.bool else y + mask
+    return y if back == "all" else (y.sum(-1), len(back))
+
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"mask": lambda n: torch.rand(n, 4) > 0.5},
+    {"mask": lambda n: torch.randn(n, 4)},
+    {"mask": lambda n: torch.randn(4, n).T},
+    {"scale": 2.0},
+    {"scale": 2},
+    {"scale": -0.0},
+    {"scale": math.nan},
+    {"back": "sums", "mask": lambda n: torch.randn(n, 4)},
+]
+
+
+def called(kind: dict[str, Any], size: int) -> dict[str, Any]:
+    return {name: value(size) if callable(value) else value for name, value in kind.items()}
+
+
+def check(compiled: Any, kind: dict[str, Any], size: int, **options: Any) -> None:
+    x, given = torch.randn(size, 4, **options), called(kind, size)
+    torch.testing.assert_close(compiled(x, **given), masked(x, **given), equal_nan=True)
+
+
+def test_each_kind_of_arguments_has_its_own_graphs(tmp_path: Path) -> None:
+    config = Config(max_size=32, split_points=[8], cache_dir=str(tmp_path), max_signatures=9)
+    for loads in (False, True):
+        compiled = compile(masked, config)
+        for size in SIZES:
+            for kind in KINDS:
+                check(compiled, kind, size)
+                check(compiled, kind, size)
+        stats = compiled.stats()
+        assert (stats.compilations == 0) is loads
+        assert (stats.loads > 0) is loads
+        assert stats.captures >= len(KINDS)
+        assert stats.eager_calls == 0
+        # At size 1 all layouts are the same.
+        assert list(stats.kinds.values()) == [10, 10, 12, 8, *[10] * 5]
+        assert sum(stats.dispatches.values()) == 2 * len(SIZES) * len(KINDS)
+    plan = compiled.plan
+    assert plan.ranges == (Range(1, 8), Range(9, 32))
+    assert "mask is bool[size, 4]" in plan.kinds[1]
+    assert "scale is 2.0" in plan.kinds[4]
+    assert Plan.from_json(plan.to_json()) == plan
+    assert f"arguments 2: {plan.kinds[1]}" in str(plan)
+    assert "scale is nan" in str(stats)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_calls_of_all_kinds_in_any_order_are_sent_right(seed: int) -> None:
+    """Kinds that differ in several places, in first calls of any order."""
+    chance = random.Random(seed)
+    tensors = (
+        None,
+        lambda n: torch.randn(n, 2),
+        lambda n: torch.randn(n),
+        lambda n: torch.randn(2, n).T,
+        lambda n: torch.zeros(n, 2, dtype=torch.int64),
+        lambda n: [torch.randn(n), torch.randn(n)],
+        lambda n: {"a": torch.randn(n)},
+    )
+    values = (None, 1, 1.0, True, "text", (1, 2), torch.float32)
+
+    def describe(given: Any) -> Any:
+        if isinstance(given, torch.Tensor):
+            return str(given.dtype), given.dim()
+        if isinstance(given, (list, dict)):
+            return type(given).__name__, len(given)
+        return repr(given)
+
+    def model(x: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        return x + 1, [describe(each) for each in rest], {k: describe(v) for k, v in named.items()}
+
+    kinds = [
+        (
+            [chance.choice(tensors) for _ in range(chance.randint(0, 2))],
+            {k: chance.choice((*tensors, *values)) for k in "ab" if chance.random() < 0.7},
+        )
+        for _ in range(6)
+    ]
+    compiled = compile(model, Config(**{**vars(PLAIN), "max_signatures": 6}))
+    for size, _ in itertools.product((3, 1, 8, 32), range(3)):
+        for rest, named in chance.sample(kinds, len(kinds)):
+            x = torch.randn(size, 4)
+            args = [each(size) if callable(each) else each for each in rest]
+            kwargs = {
+                k: v(size) if callable(v) and v is not torch.float32 else v
+                for k, v in named.items()
+            }
+            found, wanted = compiled(x, *args, **kwargs), model(x, *args, **kwargs)
+            assert found[1:] == wanted[1:]
+            torch.testing.assert_close(found[0], wanted[0])
+    assert compiled.stats().eager_calls == 0
+
+
+def test_weights_and_equal_pieces_are_shared() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(64, 64)
+            self.second = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            x = self.first(x)
+            x = torch.cumsum(x, 0)  # a splitting op: what is before it is equal for both kinds
+            return self.second(x if mask is None else x + mask)
+
+    config = Config(
+        max_size=8,
+        cache_dir="",
+        splitting_ops=["aten::cumsum"],
+        linear={"1-8": "packed"},
+    )
+    model = Model().eval().requires_grad_(False)
+    compiled = compile(model, config)
+    x, mask = torch.randn(3, 64), torch.randn(3, 64)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-4)
+    before = compiled.stats()
+    torch.testing.assert_close(compiled(x, mask), model(x, mask), rtol=1e-3, atol=1e-4)
+    after = compiled.stats()
+    assert after.packed_bytes == before.packed_bytes > 0
+    assert after.compilations - before.compilations == 1
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+        model.second.bias.add_(1)
+    for given in ((x,), (x, mask)):
+        torch.testing.assert_close(compiled(*given), model(*given), rtol=1e-3, atol=1e-4)
+
+
+def test_more_kinds_than_allowed_are_refused_by_what_changes() -> None:
+    compiled = compile(masked, Config(**{**vars(PLAIN), "max_signatures": 3}))
+    check(compiled, {"mask": KINDS[1]["mask"]}, 5)
+    check(compiled, {"scale": 0.25}, 5)
+    check(compiled, {"scale": 0.5}, 5)
+    with pytest.raises(errors.TooManySignatures, match=r"3 kinds .* scale is 1\.0, is 0\.25") as e:
+        compiled(torch.randn(5, 4), scale=0.75)
+    assert len(str(e.value).splitlines()) <= 3
+    check(compiled, {"scale": 0.5}, 9)
+
+
+def test_what_is_wrong_and_not_of_another_kind_stays_an_error() -> None:
+    compiled = compile(masked, PLAIN, dynamic_dims={"x": 0, "mask": 0})
+    for kind in KINDS[:3]:
+        check(compiled, {"mask": None, **kind}, 5)
+    x = torch.randn(5, 4)
+    with pytest.raises(errors.SizeMismatch):
+        compiled(x, mask=torch.randn(6, 4))
+    with pytest.raises(errors.WrongDimension):
+        compiled(torch.randn(5, 3))
+    with pytest.raises(errors.GradientRequired):
+        compiled(x, mask=torch.randn(5, 4, requires_grad=True))
+    with pytest.raises(errors.WrongArguments):
+        compiled()
+    with pytest.raises(errors.SizeOutOfPlan):
+        compiled(torch.randn(33, 4), scale=3.0)
+    assert len(compiled.stats().kinds) == 3
+
+
+def test_arguments_that_cannot_be_captured_are_told_from_those_that_could() -> None:
+    def model(x: torch.Tensor, how: str = "add") -> torch.Tensor:
+        if how != "add":
+            raise NotImplementedError(how)
+        return x + 1
+
+    compiled = compile(model, PLAIN)
+    x = torch.randn(5, 4)
+    compiled(x)
+    with pytest.raises(errors.InputError, match="how was 'add'"):
+        compiled(x, how="subtract")
+    torch.testing.assert_close(compiled(x), x + 1)
+    assert compiled.stats().kinds == {}
+
+
+@pytest.mark.parametrize("more", [{"lazy": True}, {"background": True}])
+def test_kinds_of_which_some_ranges_are_compiled_later(more: dict[str, Any]) -> None:
+    compiled = compile(masked, Config(max_size=32, split_points=[8], cache_dir="", **more))
+    for kind in (*KINDS[:3], *KINDS[:3]):
+        for size in SIZES:
+            check(compiled, kind, size)
+    assert compiled.wait()
+    for kind in KINDS[:3]:
+        check(compiled, kind, 9)
+    compiled.close()
+
+
+def test_size_zero_and_sizes_out_of_plan_of_a_new_kind() -> None:
+    compiled = compile(masked, Config(max_size=8, on_out_of_plan="eager", cache_dir=""))
+    check(compiled, KINDS[0], 5)
+    check(compiled, KINDS[1], 0)
+    check(compiled, KINDS[2], 9)
+    assert compiled.stats().eager_calls == 2
+    assert compiled.stats().kinds == {}
