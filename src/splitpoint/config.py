@@ -251,6 +251,12 @@ class Config:
             notes.append(NOT_AUTOTUNED)
         return Plan(self.max_size, tuple(map(self.planned, sorted(ranges))), tuple(notes))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the arguments it was made from, since its mappings are views."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {k: _plain(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+        return Config.from_dict, (plain,)
+
     def to_json(self) -> str:
         """The configuration as JSON text; `from_json` gives an equal one back.
 
@@ -260,12 +266,7 @@ class Config:
         """
         data: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         data["passes"] = [pass_to_json(p) for p in self.passes]
-        for name in ("linear", "attention"):
-            if not isinstance(data[name], str):
-                data[name] = dict(data[name])
-        data["inductor_options"] = {
-            k: dict(v) if isinstance(v, Mapping) else v for k, v in self.inductor_options.items()
-        }
+        data = {k: _plain(v) if isinstance(v, Mapping) else v for k, v in data.items()}
         try:
             return json.dumps(data, indent=2)
         except TypeError as error:
@@ -305,6 +306,10 @@ class Config:
                     f"Config has no field {name!r}; its fields are {', '.join(sorted(known))}"
                 )
         return cls(**data)
+
+
+def _plain(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in mapping.items()}
 
 
 def _max_size(name: str, value: object, config: Config) -> int:

@@ -183,6 +183,7 @@ import importlib, json, sys
 import torch
 import model as source
 from splitpoint import Config, api, compile
+from splitpoint.runtime.compiled_model import _roots
 from splitpoint.capture.facts import Describer
 from splitpoint.store import open_store
 from splitpoint.store.key import digest
@@ -201,7 +202,7 @@ for name, change in [*hits.items(), *misses.items()]:
     names = dict(source=source, module=source.make(), torch=torch, config=dict(plain))
     exec(change, names)
     module, config = names["module"], Config(**names["config"])
-    roots = api._roots(module)
+    roots = _roots(module)
     signature = api.signature_of(module, (torch.randn(3, 32),), {}, None)
     note = Describer()
     fields = model_fields(config, signature, roots, note)
@@ -426,3 +427,16 @@ def test_no_store_is_used_where_none_is_wanted(tmp_path: Path) -> None:
         compiled(torch.randn(3, 8))
         assert (compiled.stats().compilations, compiled.stats().loads) == (1, 0)
     assert not (tmp_path / "store").exists()
+
+
+def test_a_graph_that_computes_nothing_is_kept_too(tmp_path: Path) -> None:
+    config = Config(max_size=32, split_points=[8], cache_dir=str(tmp_path))
+    x = torch.randn(3, 4)
+    for loads in (0, 2):
+        compiled = compile(times_one, config)
+        torch.testing.assert_close(compiled(x), x)
+        assert compiled.stats().loads == loads
+
+
+def times_one(x: torch.Tensor) -> torch.Tensor:
+    return x.float() * 1.0

@@ -26,6 +26,7 @@ from splitpoint.graph.pieces import Piece, split
 from splitpoint.passes.base import Pass
 from splitpoint.passes.noop import NoopElimination
 from splitpoint.ranges import PlannedRange, Range
+from splitpoint.runtime import compiled_model
 from splitpoint.runtime.model_key import model_fields
 from splitpoint.store import key
 from splitpoint.store.store import Store
@@ -226,7 +227,7 @@ class Model:
 
     def fields(self) -> dict[str, str]:
         signature = api.signature_of(self.module, self.arguments, {}, self.dynamic_dims)
-        roots = api._roots(self.module)
+        roots = compiled_model._roots(self.module)
         found = model_fields(Config(**self.config), signature, roots, Describer())
         assert found is not None
         return found

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from .. import Config, compile
-from ..api import CompiledModel
 from ..graph.pieces import Name
 from ..graph.stitch import assemble, rebind, stitch
 from ..ranges import align
 from ..report.environment import environment
+from ..runtime.compiled_model import CompiledModel
 from ..tuning.measure import THREAD_CPU_TIME, interleave
 
 PLANS = {

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import Config, compile
-from ..api import CompiledModel
 from ..errors import OutputMismatch
 from ..ranges import align
 from ..report.environment import environment
+from ..runtime.compiled_model import CompiledModel
 from ..tuning.measure import clock_for
 from .cost import Cost, cost_of
 
@@ -133,7 +133,7 @@ def embed(model: Callable[..., Any], batch: Batch) -> Tensor:
     return torch.nn.functional.normalize(mean, dim=1)
 
 
-def encoder(model: Any, config: Config = CONFIG) -> CompiledModel:
+def encoder(model: torch.nn.Module, config: Config = CONFIG) -> CompiledModel:
     """A compiled encoder of Hugging Face's."""
     dims = {name: {0: "batch", 1: "length"} for name in ("input_ids", "attention_mask")}
     most = {"batch": BATCHES[-1], "length": MAX_LENGTH}

@@ -11,9 +11,10 @@ from unittest.mock import patch
 
 import torch
 
-from .. import Config, api, compile
+from .. import CompiledModel, Config, compile
 from ..capture.regions import cover
 from ..models.catalogue import DTYPES, load
+from ..runtime import compiled_model
 from ..runtime.packed_weights import PackedWeights
 from ..runtime.program import Program
 
@@ -73,10 +74,10 @@ def _splitpoint(model: Any, config: Config, arguments: dict[str, Any]) -> dict[s
     parts = _Parts()
     compiled = compile(model, config, dynamic_dims={"input_ids": 1})
     with (
-        patch.object(api, "cover", parts.around("capture", cover)),
+        patch.object(compiled_model, "cover", parts.around("capture", cover)),
         patch.object(Program, "compile_all", parts.around("compile", Program.compile_all)),
         patch.object(PackedWeights, "_add", parts.around("pack", PackedWeights._add)),
-        patch.object(api.CompiledModel, "_start", parts.around("start", api.CompiledModel._start)),
+        patch.object(CompiledModel, "_start", parts.around("start", CompiledModel._start)),
     ):
         start = cpu_s()
         compiled(**arguments)

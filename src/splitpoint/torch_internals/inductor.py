@@ -87,7 +87,8 @@ def inductor_compile(
     made: list[tuple[Any, Any]] = []
 
     def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        graph = compile_fx_inner(gm, example_inputs, **kwargs)
+        with code_even_without_calls(gm.graph):
+            graph = compile_fx_inner(gm, example_inputs, **kwargs)
         context = TracingContext.get()
         made.append((graph, context.fw_metadata if fits("duties of wrappers") else None))
         return graph
@@ -146,6 +147,22 @@ def inductor_compile(
         around,
         tuple(dict.fromkeys(kernels)),
     )
+
+
+def code_even_without_calls(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
+    """Inside, Inductor writes code for a graph that calls nothing too, which it otherwise leaves to
+    fx: it does so when the code is to be cached with AOTAutograd's."""
+    calls = ("call_function", "call_method", "call_module")
+    if any(node.op in calls for node in graph.nodes) or not fits(
+        "code for graphs that compute nothing"
+    ):
+        return contextlib.nullcontext()
+    import torch._functorch.config as functorch_config
+
+    patched: contextlib.AbstractContextManager[Any] = functorch_config.patch(
+        bundled_autograd_cache=True
+    )
+    return patched
 
 
 @contextlib.contextmanager

@@ -309,6 +309,13 @@ USES = (
         ("torch._inductor.standalone_compile:CompiledArtifact@_compiled_fn",),
     ),
     Use(
+        "code for graphs that compute nothing",
+        "speed",
+        "have Inductor write code for a graph that returns what it was given, which can be kept",
+        "models with such a piece are captured and compiled at each start",
+        ("torch._functorch.config:bundled_autograd_cache",),
+    ),
+    Use(
         "one compile for several ranges",
         "speed",
         "see what a compile asks about the size, so that ranges share it where nothing differs",

@@ -1,0 +1,414 @@
+"""What `compile()` returns: a callable that sends each call to the graph of its size's range."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..capture.capture import Capture, capture, described
+from ..capture.dims import Lengths, out_of_plan
+from ..capture.facts import Roots
+from ..capture.regions import capture_for, cover, cover_some
+from ..capture.signature import DynamicDims, Signature, changing, more_dims
+from ..config import Config
+from ..errors import (
+    CaptureError,
+    InputError,
+    InvalidDynamicDims,
+    SizeMismatch,
+    SizeNotServed,
+    SizeOutOfPlan,
+    TooManySignatures,
+    WrongArguments,
+    WrongDimension,
+    WrongDtype,
+    WrongRank,
+    WrongStrides,
+    WrongValue,
+)
+from ..graph.pieces import split
+from ..ranges import NOT_SERVED, Plan
+from ..store import open_store
+from .dispatch import Dispatch
+from .entry import write_entry
+from .freed_weights import check_whole
+from .lanes import Graph
+from .plan_lanes import lanes_of, lanes_of_lengths
+from .program import Program
+from .stats import Stats
+from .warm_start import start_or
+
+log = logging.getLogger("splitpoint")
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """What is to change from call to call, as `compile` was told."""
+
+    dims: DynamicDims | None
+    max_dims: Mapping[str, int]
+    size: str | None
+    found: DynamicDims | None = None
+    """What calls have shown, where nothing was said."""
+
+
+_OTHER_KIND = (WrongArguments, WrongValue, WrongDtype, WrongRank, WrongStrides)
+"""How arguments are of another kind, and not wrong."""
+
+_OTHER_LENGTHS = (WrongDimension, SizeMismatch)
+"""How they show that other dimensions change, where it was not said which do."""
+
+
+class CompiledModel:
+    """A module or function that sends each call to the graph of its size's range.
+
+    Everything else is that of the module: `state_dict()`, attributes, `.to()` before the
+    first call. Tensors updated in place, and parameters replaced by others of the same
+    kind, are followed. For inference: gradients are never recorded.
+
+    The first call captures the model with its arguments and compiles the plan. Calls with
+    arguments of another kind (a tensor in place of None, another dtype, another value of a
+    constant) are captured and compiled too, up to `Config.max_signatures`.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        config: Config,
+        dynamic: Dynamic,
+    ) -> None:
+        own = self.__dict__
+        own["module"] = function
+        own["config"] = config
+        own["_dynamic"] = dynamic
+        own["_lock"] = threading.RLock()
+        own["_program"] = None
+        own["_early_eager_calls"] = 0
+        own["_call"] = self._other_call
+        if not isinstance(function, torch.nn.Module):
+            for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+                own[name] = getattr(function, name, None)
+            own["__wrapped__"] = function  # where inspect.signature looks
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model at the size of its arguments.
+
+        Raises:
+            InputError: one subclass per way in which the arguments do not fit.
+            CaptureError, CompileError, GuardError: at the first call (or, with
+                `lazy=True`, at the first call of a range).
+            StateChanged: when the module is not as it was at capture.
+            WeightsFreed: when weights are needed that `free_original_weights` freed.
+        """
+        try:
+            return self._call(*args, **kwargs)
+        except TypeError as error:
+            # Without a further frame it was Python that could not bind the arguments.
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                fits = inspect.signature(forward_of(self.module))
+                raise WrongArguments(f"the arguments do not fit {fits}: {error}") from None
+            raise
+
+    # --- what the user reads -----------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan: as configured before the first call, as compiled after it."""
+        found: Plan = self._program.plan if self._program else self.config.plan()
+        return found
+
+    def stats(self) -> Stats:
+        """Counters since creation or the last `reset()`."""
+        if self._program is None:
+            return Stats(eager_calls=self._early_eager_calls)
+        lanes = [lane for lane in self._program.lanes if lane]
+        graphs = list({id(lane.graph): lane.graph for lane in lanes}.values())
+        counts = self._program.counts
+        return Stats(
+            captures=sum(len(d.regions.captures) for d in self._program.dispatches),
+            pieces=sum(graph.piece_count for graph in graphs),
+            unique_pieces=len({name for graph in graphs for name in graph.unique}),
+            compilations=counts.compilations,
+            loads=counts.loads,
+            dispatches=self._program.calls_by_range(),
+            kinds=self._program.calls_by_kind(),
+            packed_bytes=self._program.binding.weights.nbytes,
+            freed_bytes=self._program.binding.originals.nbytes,
+            eager_calls=counts.eager_calls + self._early_eager_calls,
+            failed=self._program.failed(),
+            matches=tuple(counts.matches),
+            occurrences=dict(
+                Counter(
+                    (lane.planned.range, step[1].removeprefix("p_"))
+                    for lane in lanes
+                    if lane.body is not None
+                    for step in lane.body.steps
+                    if step is not None and step[0] == "piece"
+                )
+            ),
+        )
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is compiled in the background any more (`Config.background`); False
+        when that takes longer.
+
+        Raises:
+            BackgroundError: when some of it failed, each time.
+        """
+        program = self._program
+        return program is None or program.wait(timeout_s)
+
+    def close(self) -> None:
+        """Compile nothing more in the background, and wait until the piece that is compiled now
+        is done. Calls go on being served by what is there. A program that ends does the same."""
+        if self._program is not None:
+            self._program.background.close()
+
+    def reset(self) -> None:
+        """Forget what was captured and compiled; the next call starts anew."""
+        self.close()
+        with self._lock:
+            self.__dict__.update(_program=None, _early_eager_calls=0, _call=self._other_call)
+
+    def __repr__(self) -> str:
+        name = getattr(self.module, "__qualname__", type(self.module).__name__)
+        state = "compiled" if self._program else "not called yet"
+        return f"<splitpoint.CompiledModel of {name}, {state}, {len(self.plan.ranges)} ranges>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as what it was made from: what was compiled comes back through the
+        store, or is compiled anew.
+
+        Raises:
+            WeightsFreed: when weights of the module were freed.
+        """
+        check_whole(_roots(self.module).owner)
+        return type(self), (self.module, self.config, self._dynamic)
+
+    # --- the module --------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["module"], name)
+        if getattr(value, "__self__", None) is not self.module or not callable(value):
+            return value
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = value(*args, **kwargs)
+            return self if result is self.module else result  # .to(), .eval(), ...
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.module, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.module)})
+
+    # --- the first call of a kind -------------------------------------------------------
+
+    def _other_call(self, *args: Any, **kwargs: Any) -> Any:
+        """A call whose arguments are not seen to be of a kind that was captured."""
+        with self._lock:
+            program: Program | None = self._program
+            before = self._dynamic
+            found = self._kind_of(program.dispatches if program else [], args, kwargs)
+            if not isinstance(found, tuple):
+                signature = self._signature(args, kwargs)
+                if 0 in signature.lengths:  # nothing to capture from, and nothing to gain
+                    self.__dict__["_early_eager_calls"] += 1
+                    return self.module(*args, **kwargs)
+                if said := out_of_plan(signature.dims, signature.lengths, self.config.max_size):
+                    return self._out_of_plan(said, args, kwargs)
+                try:
+                    found = self._start(signature), signature.lengths
+                except CaptureError as error:
+                    self.__dict__["_dynamic"] = before
+                    if isinstance(found, InputError):  # says more than where tracing stopped
+                        raise found from error
+                    raise
+                if self._dynamic is not before:
+                    log.warning(
+                        "other dimensions change too, so the model was captured and compiled anew, "
+                        "which dynamic_dims=%s saves from the start",
+                        self._dynamic.found,
+                    )
+            dispatch, lengths = found
+            program = self._program
+        assert program is not None
+        index = program.index_at(dispatch, lengths)
+        if index == NOT_SERVED:
+            return self._not_served(dispatch, lengths, args, kwargs)
+        program.calls[index] += 1
+        tensors = dispatch.arguments.tensors_in(dispatch.arguments.bind(args, kwargs))
+        with torch.no_grad():
+            return program.runners[index](*lengths, *tensors)
+
+    def _kind_of(
+        self, known: Sequence[Dispatch], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Dispatch, Lengths] | InputError | None:
+        """What serves a call, and its lengths; where it is to be captured, how it differs from the
+        first kind that was, if any.
+
+        Raises:
+            InputError: when it can be neither.
+        """
+        if not known:
+            return None
+        arguments = known[0].arguments.bind(args, kwargs)
+        refused: list[InputError] = []
+        for dispatch in known:
+            try:
+                return dispatch, dispatch.arguments.explain(arguments)
+            except InputError as error:
+                refused.append(error)
+        wrong = [error for error in refused if not isinstance(error, _OTHER_KIND)]
+        first = (wrong or refused)[0]
+        most = 1 if self.config.free_original_weights else self.config.max_signatures
+        if most > 1 and self._dynamic.dims is None and isinstance(first, _OTHER_LENGTHS):
+            changed = more_dims(known[refused.index(first)].arguments, arguments)
+            self.__dict__["_dynamic"] = replace(self._dynamic, found=changed)
+        elif wrong or most == 1:
+            raise first
+        try:
+            signature = self._signature(args, kwargs)
+        except InputError:
+            raise first from None
+        if len(known) >= most:
+            changes = changing([*(dispatch.arguments for dispatch in known), signature])
+            raise TooManySignatures(
+                f"the model was captured for {len(known)} kinds of arguments already, and "
+                f"{changes}: pass what changes as a tensor, or raise max_signatures"
+            )
+        return first
+
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
+        dynamic: Dynamic = self._dynamic
+        dims = dynamic.found if dynamic.dims is None else dynamic.dims
+        given = dims, dynamic.max_dims, dynamic.size, self.config.max_size
+        return Signature(forward_of(self.module), args, kwargs, *given)
+
+    def _start(self, signature: Signature) -> Dispatch:
+        program = self._program or Program(self.config, open_store(self.config))
+        roots = _roots(self.module)
+        check_whole(roots.owner)
+        dispatch = start_or(program, signature, roots, lambda: self._compile(program, signature))
+        program.binding.free_originals()
+        entry = write_entry(program, self._not_served, self._other_call)
+        self.__dict__.update(_program=program, _call=entry)
+        return dispatch
+
+    def _compile(self, program: Program, signature: Signature) -> Dispatch:
+        config, dims = self.config, signature.dims
+        if config.background and not dims.is_size_alone:
+            raise InvalidDynamicDims(
+                f"background=True is for one dynamic dimension, got {', '.join(dims.names)}: "
+                f"leave it out, or compile ranges when they are called with lazy=True"
+            )
+        if config.compile_shapes and dims.is_size_alone:
+            raise InvalidDynamicDims(
+                f"compile_sizes has {config.compile_shapes[0]}, but one dimension changes: write "
+                f"sizes"
+            )
+        capture_at = functools.partial(capture, self.module, signature)
+        if dims.is_size_alone:
+            regions = cover(capture_at, signature.size, config.max_size)
+        else:
+            regions = cover_some(capture_at, dims, signature.lengths, config.max_size)
+        graphs = [_graph(captured, signature, config) for captured in regions.captures]
+        if dims.is_size_alone:
+            lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
+        else:
+            lanes = lanes_of_lengths(config, dims, graphs, signature.lengths)
+        notes = [*config.plan().notes, *(f"refused: {r}" for r in regions.refusals)]
+        stand_in = _stand_in(self.module, signature)
+        dispatch = program.add(lanes, notes, signature, regions, stand_in)
+        captures = list(regions.captures)
+
+        def graph_at(lengths: Lengths) -> Graph:
+            captures.append(capture_for(capture_at, captures, lengths))
+            dispatch.regions = replace(regions, captures=tuple(captures))
+            return _graph(captures[-1], signature, config)
+
+        dispatch.capture_at = graph_at
+        if not config.lazy:
+            try:
+                program.compile_all()
+            except BaseException:
+                program.drop(dispatch)
+                raise
+        return dispatch
+
+    # --- sizes without a lane ----------------------------------------------------------
+
+    def _not_served(
+        self, dispatch: Dispatch, lengths: Lengths, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if 0 in lengths:
+            self._program.counts.eager_calls += 1
+            return self.module(*args, **kwargs)
+        if said := out_of_plan(dispatch.dims, lengths, self.config.max_size):
+            return self._out_of_plan(said, args, kwargs)
+        assert dispatch.regions is not None
+        raise SizeNotServed(
+            f"{described(dispatch.dims.names, lengths)} is refused by the model itself: "
+            f"{'; '.join(dispatch.regions.refusals)}"
+        )
+
+    def _out_of_plan(self, said: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.config.on_out_of_plan == "eager":
+            if self._program is None:
+                self.__dict__["_early_eager_calls"] += 1
+            else:
+                self._program.counts.eager_calls += 1
+            return self.module(*args, **kwargs)
+        raise SizeOutOfPlan(f"{said}, split the batch, or set on_out_of_plan='eager'")
+
+
+def _roots(function: Callable[..., Any]) -> Roots:
+    """Where what a capture reads is looked up."""
+    owner = function if isinstance(function, torch.nn.Module) else None
+    if owner is None:
+        bound_to = getattr(function, "__self__", None)
+        owner = bound_to if isinstance(bound_to, torch.nn.Module) else None
+    return Roots(owner, forward_of(function))
+
+
+def _stand_in(module: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
+    """The module itself, called as a stitched function is."""
+
+    def run(*given: Any) -> Any:
+        count = len(signature.dims.names)
+        args, kwargs = signature.with_tensors(given[:count], given[count:])
+        return module(*args, **kwargs)
+
+    return run
+
+
+def _graph(captured: Capture, signature: Signature, config: Config) -> Graph:
+    dims = signature.dims
+    return Graph(
+        split(captured.graph_module, config.splitting_ops, captured.symbols, dims, captured.bound),
+        captured.inputs,
+        len(signature.tensors),
+        (captured.result_leaves, captured.result_spec),
+        captured.state,
+        conditions=() if dims.is_size_alone else captured.assumptions,
+        argument_names=[leaf.path for leaf in signature.tensors],
+    )
+
+
+def forward_of(module: Callable[..., Any]) -> Callable[..., Any]:
+    """What a call of a module or function runs, whose signature its arguments fit."""
+    return module.forward if isinstance(module, torch.nn.Module) else module
