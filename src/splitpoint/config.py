@@ -44,6 +44,7 @@ Raises a `ConfigError` for a value that cannot be used.
 
 Backend = Literal["inductor", "eager"]
 OnGuard = Literal["split", "error"]
+OnBreak = Literal["split", "error"]
 OnOutOfPlan = Literal["error", "eager"]
 Hint = Literal["start", "middle", "end"]
 ModuleGuards = Literal["every_call", "first_call"]
@@ -94,6 +95,10 @@ class Config:
     on_guard: OnGuard = "split"
     """What to do when a graph turns out to be valid for a part of its range only: "split"
     the range there and compile both parts, or raise an "error" that names the guard."""
+    on_break: OnBreak = "split"
+    """What to do where the model cannot be captured as one graph (it branches on data, prints,
+    keeps something for the next call): "split" has torch.compile cut it there and run what no graph
+    can hold in Python, with a warning, and gives each part the ranges; "error" names the line."""
     on_out_of_plan: OnOutOfPlan = "error"
     """What to do with a size above max_size: raise an "error" or run the model "eager"."""
     backend: Backend = "inductor"
@@ -499,6 +504,7 @@ _CHECKS: Mapping[str, Check] = {
     "compile_sizes": _sizes,
     "splitting_ops": _names,
     "on_guard": _one_of(OnGuard),
+    "on_break": _one_of(OnBreak),
     "on_out_of_plan": _one_of(OnOutOfPlan),
     "backend": _one_of(Backend),
     "hint": _one_of(Hint),

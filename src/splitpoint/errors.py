@@ -150,6 +150,13 @@ class InvalidDynamicDims(InputError):
 class CaptureError(SplitpointError, RuntimeError):
     """The model could not be captured as one graph."""
 
+    details: str = ""
+    """What torch said, in full."""
+
+
+class GraphBreak(CaptureError):
+    """The model does what no graph can hold: it branches on data, prints, reads a file."""
+
 
 class SideEffect(CaptureError):
     """The model changes Python state in its forward, which a graph cannot repeat."""

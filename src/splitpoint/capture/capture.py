@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import CaptureError, SideEffect, UnsupportedGraph
+from ..errors import CaptureError, GraphBreak, SideEffect, UnsupportedGraph
 from ..torch_internals.assumptions import Assumed
 from ..torch_internals.dynamo import DynamoCapture, DynamoFailure, dynamo_capture
 from ..torch_internals.guard_checks import Sees
@@ -97,10 +97,7 @@ def capture(
     try:
         dynamo = dynamo_capture(target, args, kwargs)
     except DynamoFailure as error:
-        raise CaptureError(
-            f"the model cannot be captured as one graph at "
-            f"{described(signature.dims.names, lengths)}: {error}"
-        ) from error.__cause__
+        raise _not_one_graph(error, described(signature.dims.names, lengths)) from error.__cause__
     _check_side_effects(dynamo.side_effects)
 
     owner = function if isinstance(function, torch.nn.Module) else None
@@ -174,6 +171,20 @@ def capture(
         dynamo.traced_code,
         tuple(names),
     )
+
+
+def _not_one_graph(error: DynamoFailure, where: str) -> CaptureError:
+    said = next(iter(str(error).splitlines()), "").strip()
+    lines = [f"the model cannot be captured as one graph at {where}: {said}"]
+    if error.line:
+        lines.append(f"at {error.line}")
+    kind: type[CaptureError] = CaptureError
+    if error.is_break:
+        kind = GraphBreak
+        lines.append("rewrite it, or have the graph cut there by on_break='split'")
+    found = kind("\n".join(lines))
+    found.details = error.details
+    return found
 
 
 def _seen_by(reads: Reads | None) -> Sees:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import UnsupportedGraph
+from ..errors import SplitpointError, UnsupportedGraph
 from ..torch_internals.containers import tree_flatten
 from ..torch_internals.dynamo import DynamoCapture
 from ..torch_internals.sizes import expression_of
@@ -77,7 +77,16 @@ class Result:
         args, kwargs = signature.with_tensors(lengths, stand_ins)
 
         def run() -> tuple[list[Any], Any]:
-            leaves, spec = tree_flatten(dynamo.result(probes, args, kwargs))
+            try:
+                result = dynamo.result(probes, args, kwargs)
+            except SplitpointError:
+                raise
+            except Exception as error:  # whatever the model's own code makes of a stand-in
+                raise UnsupportedGraph(
+                    f"the model does more with what it computed than return it "
+                    f"({type(error).__name__}: {error}): leave that to the caller"
+                ) from error
+            leaves, spec = tree_flatten(result)
             return leaves, spec
 
         self._run = run

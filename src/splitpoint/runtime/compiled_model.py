@@ -6,7 +6,6 @@ import functools
 import inspect
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,12 +20,15 @@ from ..capture.signature import DynamicDims, Signature, changing, more_dims
 from ..config import Config
 from ..errors import (
     CaptureError,
+    GraphBreak,
     InputError,
     InvalidDynamicDims,
+    SideEffect,
     SizeMismatch,
     SizeNotServed,
     SizeOutOfPlan,
     TooManySignatures,
+    UnsupportedGraph,
     WrongArguments,
     WrongDimension,
     WrongDtype,
@@ -41,9 +43,10 @@ from .dispatch import Dispatch
 from .entry import write_entry
 from .freed_weights import check_whole
 from .lanes import Graph
+from .parts import Parts
 from .plan_lanes import lanes_of, lanes_of_lengths
 from .program import Program
-from .stats import Stats
+from .stats import Stats, stats_of
 from .warm_start import start_or
 
 log = logging.getLogger("splitpoint")
@@ -91,6 +94,7 @@ class CompiledModel:
         own["_dynamic"] = dynamic
         own["_lock"] = threading.RLock()
         own["_program"] = None
+        own["_parts"] = None
         own["_early_eager_calls"] = 0
         own["_call"] = self._other_call
         if not isinstance(function, torch.nn.Module):
@@ -123,38 +127,17 @@ class CompiledModel:
     def plan(self) -> Plan:
         """The plan: as configured before the first call, as compiled after it."""
         found: Plan = self._program.plan if self._program else self.config.plan()
+        if self._parts is not None:
+            found = replace(found, notes=(*found.notes, *self._parts.notes()))
         return found
 
     def stats(self) -> Stats:
         """Counters since creation or the last `reset()`."""
-        if self._program is None:
-            return Stats(eager_calls=self._early_eager_calls)
-        lanes = [lane for lane in self._program.lanes if lane]
-        graphs = list({id(lane.graph): lane.graph for lane in lanes}.values())
-        counts = self._program.counts
-        return Stats(
-            captures=sum(len(d.regions.captures) for d in self._program.dispatches),
-            pieces=sum(graph.piece_count for graph in graphs),
-            unique_pieces=len({name for graph in graphs for name in graph.unique}),
-            compilations=counts.compilations,
-            loads=counts.loads,
-            dispatches=self._program.calls_by_range(),
-            kinds=self._program.calls_by_kind(),
-            packed_bytes=self._program.binding.weights.nbytes,
-            freed_bytes=self._program.binding.originals.nbytes,
-            eager_calls=counts.eager_calls + self._early_eager_calls,
-            failed=self._program.failed(),
-            matches=tuple(counts.matches),
-            occurrences=dict(
-                Counter(
-                    (lane.planned.range, step[1].removeprefix("p_"))
-                    for lane in lanes
-                    if lane.body is not None
-                    for step in lane.body.steps
-                    if step is not None and step[0] == "piece"
-                )
-            ),
-        )
+        programs = [self._program] if self._program else []
+        if self._parts is not None:
+            programs += [part.program for part in self._parts.parts]
+        eager_calls = self._early_eager_calls + (self._parts.eager_calls if self._parts else 0)
+        return stats_of(programs, eager_calls)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing is compiled in the background any more (`Config.background`); False
@@ -176,7 +159,9 @@ class CompiledModel:
         """Forget what was captured and compiled; the next call starts anew."""
         self.close()
         with self._lock:
-            self.__dict__.update(_program=None, _early_eager_calls=0, _call=self._other_call)
+            self.__dict__.update(
+                _program=None, _parts=None, _early_eager_calls=0, _call=self._other_call
+            )
 
     def __repr__(self) -> str:
         name = getattr(self.module, "__qualname__", type(self.module).__name__)
@@ -232,7 +217,13 @@ class CompiledModel:
                 if said := out_of_plan(signature.dims, signature.lengths, self.config.max_size):
                     return self._out_of_plan(said, args, kwargs)
                 try:
+                    if self._parts is not None:
+                        return self._parts.first_call(signature, args, kwargs)
                     found = self._start(signature), signature.lengths
+                except (GraphBreak, SideEffect, UnsupportedGraph) as error:
+                    if self.config.on_break == "error":
+                        raise
+                    return self._cut(error, signature, args, kwargs)
                 except CaptureError as error:
                     self.__dict__["_dynamic"] = before
                     if isinstance(found, InputError):  # says more than where tracing stopped
@@ -254,6 +245,16 @@ class CompiledModel:
         tensors = dispatch.arguments.tensors_in(dispatch.arguments.bind(args, kwargs))
         with torch.no_grad():
             return program.runners[index](*lengths, *tensors)
+
+    def _cut(
+        self, why: CaptureError, signature: Signature, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """Have what cannot be captured served in parts, all of it where nothing was captured."""
+        self.__dict__["_parts"] = parts = Parts(self.module, self.config, signature, why)
+        result = parts.first_call(signature, args, kwargs)
+        if self._program is None:
+            self.__dict__["_call"] = parts
+        return result
 
     def _kind_of(
         self, known: Sequence[Dispatch], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,24 @@ def dynamo_backend(
             "call: call splitpoint.compile(module, Config(...)) instead"
         )
     check_options(config)
+    return part_of(graph_module, config).run
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of Dynamo's graphs, compiled for the ranges of its size."""
+
+    run: Callable[..., Any]
+    """What Dynamo calls."""
+    program: Program
+
+
+def part_of(graph_module: fx.GraphModule, config: Config) -> Part:
+    """One of Dynamo's graphs, for the ranges of a configuration.
+
+    Raises:
+        InvalidDynamicDims: as `dynamo_backend`.
+    """
     # Parameters may arrive with requires_grad; inputs of the pieces never do.
     values = [
         node.meta["example_value"] for node in graph_module.graph.find_nodes(op="placeholder")
@@ -104,7 +122,7 @@ def dynamo_backend(
         with torch.no_grad():
             return runners[index](size, *args)
 
-    return run
+    return Part(run, program)
 
 
 def check_options(config: Config) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from ..passes.manager import MatchCount
 from ..ranges import Range, align
+
+if TYPE_CHECKING:
+    from .program import Program
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -74,3 +82,42 @@ class Stats:
         passes = [f"pass {name} matched {matches} times" for name, matches in by_pass.items()]
         notes = dict.fromkeys(f"{c.name}: {note}" for c in self.matches for note in c.notes)
         return "\n".join([heading, *table, *failed, *passes, *notes])
+
+
+def stats_of(programs: Sequence[Program], eager_calls: int) -> Stats:
+    """What some programs did, with calls of the model itself that none of them counted."""
+    lanes = [lane for program in programs for lane in program.lanes if lane]
+    graphs = list({id(lane.graph): lane.graph for lane in lanes}.values())
+    regions = [dispatch.regions for program in programs for dispatch in program.dispatches]
+    counts = [program.counts for program in programs]
+    return Stats(
+        captures=sum(1 if each is None else len(each.captures) for each in regions),
+        pieces=sum(graph.piece_count for graph in graphs),
+        unique_pieces=len({name for graph in graphs for name in graph.unique}),
+        compilations=sum(each.compilations for each in counts),
+        loads=sum(each.loads for each in counts),
+        dispatches=dict(sorted(_added(program.calls_by_range() for program in programs).items())),
+        kinds=_added(program.calls_by_kind() for program in programs),
+        packed_bytes=sum(program.binding.weights.nbytes for program in programs),
+        freed_bytes=sum(program.binding.originals.nbytes for program in programs),
+        eager_calls=sum(each.eager_calls for each in counts) + eager_calls,
+        failed={range_: why for program in programs for range_, why in program.failed().items()},
+        matches=tuple(match for each in counts for match in each.matches),
+        occurrences=dict(
+            Counter(
+                (lane.planned.range, step[1].removeprefix("p_"))
+                for lane in lanes
+                if lane.body is not None
+                for step in lane.body.steps
+                if step is not None and step[0] == "piece"
+            )
+        ),
+    )
+
+
+def _added(counts: Iterable[Mapping[K, int]]) -> dict[K, int]:
+    total: dict[K, int] = {}
+    for each in counts:
+        for key, count in each.items():
+            total[key] = total.get(key, 0) + count
+    return total

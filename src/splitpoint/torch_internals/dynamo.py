@@ -6,10 +6,12 @@ import ast
 import builtins
 import contextlib
 import inspect
+import linecache
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +56,41 @@ class DynamoCapture:
 
 class DynamoFailure(Exception):
     """Dynamo could not capture the callable; the cause says why."""
+
+    details = ""
+    """All that torch said."""
+    line = ""
+    """Where in the user's code it was, "file.py:12 in forward: y = x.item()", if that is known."""
+    is_break = False
+    """Whether torch.compile would break the graph there and go on; else the model itself fails."""
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_\d+")
+
+
+def _failure(error: Exception) -> DynamoFailure:
+    from torch._dynamo.exc import TorchRuntimeError
+
+    failure = DynamoFailure(str(error).split("\n\nfrom user code")[0])
+    failure.details = str(error)
+    frames = list(_FRAME.finditer(failure.details.partition("from user code")[2]))
+    own = [each for each in frames if not each["file"].startswith(_TORCH)] or frames
+    if own:
+        failure.line = user_line(own[-1]["file"], int(own[-1]["line"]), own[-1]["name"])
+    # An operator that refuses its inputs, and an exception that the model raises, are no breaks.
+    failure.is_break = not isinstance(error, TorchRuntimeError)
+    failure.is_break &= not failure.details.startswith("Observed exception")
+    return failure
+
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def user_line(file: str, number: int, function: str) -> str:
+    """A line of the user's code, "file.py:12 in forward: y = x.item()"."""
+    code, function = linecache.getline(file, number).strip(), _RESUMED.sub(r"\1", function)
+    return f"{file}:{number} in {function}" + (f": {code}" if code else "")
 
 
 class _Fetched(Exception):
@@ -114,7 +151,7 @@ def dynamo_capture(
             with quiet("torch._subclasses.fake_tensor"):
                 out = fullgraph_capture(function, args, dict(kwargs))
         except TorchDynamoException as error:
-            raise DynamoFailure(str(error).split("\n\nfrom user code")[0]) from error
+            raise _failure(error) from error
     effects: tuple[str, ...] = ()
     for warning in caught:
         if found := re.search(r"we found certain side effects.*?(\[.*\])$", str(warning.message)):

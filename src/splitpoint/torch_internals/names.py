@@ -316,6 +316,13 @@ USES = (
         ("torch._functorch.config:bundled_autograd_cache",),
     ),
     Use(
+        "where graphs are cut",
+        "words",
+        "name the line at which torch.compile ended a graph",
+        "the plan of a model that was cut names the first such line only",
+        ("torch._dynamo.output_graph:GraphCompileReason",),
+    ),
+    Use(
         "one compile for several ranges",
         "speed",
         "see what a compile asks about the size, so that ranges share it where nothing differs",
