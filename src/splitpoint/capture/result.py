@@ -8,6 +8,7 @@ from the size cannot pass for a constant; it becomes an output of the graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,19 @@ from torch import fx
 from ..errors import UnsupportedGraph
 from ..torch_internals.containers import tree_flatten
 from ..torch_internals.dynamo import DynamoCapture
-from ..torch_internals.sizes import expression_of
+from ..torch_internals.sizes import (
+    Extent,
+    Symbols,
+    expression_of,
+    in_terms_of_size,
+    python_code,
+    range_shapes,
+)
 from ..torch_internals.tensors import memory_of
 from .dims import Lengths
+from .leaves import PLAIN, TensorLeaf
 from .signature import Signature
-from .sources import Argument, Bound, GraphOutput, SizeInput
+from .sources import Argument, Bound, GraphOutput, Integer, Shape, SizeInput
 
 
 class Result:
@@ -35,6 +44,7 @@ class Result:
         tensors: Sequence[torch.Tensor],
         inputs: Sequence[Argument | Bound | SizeInput],
         values: Sequence[Any],
+        symbols: Symbols,
     ) -> None:
         """
         Args:
@@ -44,6 +54,7 @@ class Result:
             tensors: the tensor arguments of that call.
             inputs: where the graph's inputs come from.
             values: what they were.
+            symbols: what those of the graph mean.
 
         Raises:
             UnsupportedGraph: for a result that cannot be made anew at another size.
@@ -51,7 +62,12 @@ class Result:
         self.graph = dynamo.graph_module.graph
         self.inputs = inputs
         self.placeholders = self.graph.find_nodes(op="placeholder")
-        stand_ins: list[Any] = list(tensors)
+        self.symbols = symbols
+        self.dims = signature.dims
+        # The shape of an argument that the graph does not take follows from the size too.
+        named = zip(self.dims.names, lengths, strict=True)
+        self.shapes = range_shapes([Extent(name, 1, _ANY, n) for name, n in named])
+        stand_ins: list[Any] = [self._stand_in(leaf) for leaf in signature.tensors]
         for source, value in zip(inputs, dynamo.placeholders, strict=True):
             if isinstance(source, Argument):
                 stand_ins[source.index] = value
@@ -77,8 +93,15 @@ class Result:
         args, kwargs = signature.with_tensors(lengths, stand_ins)
 
         def run() -> tuple[list[Any], Any]:
-            leaves, spec = tree_flatten(dynamo.result(probes, args, kwargs))
-            return leaves, spec
+            try:
+                made = dynamo.result(probes, args, kwargs)
+            except RuntimeError as error:  # that a probe has no element to read
+                raise UnsupportedGraph(
+                    f"the model makes a Python number of a tensor or of the size for its result "
+                    f"({error}): return the tensor, or the size itself"
+                ) from error
+            # torch's trees would make a tuple of a torch.Size.
+            return tree_flatten(made, is_leaf=lambda value: isinstance(value, torch.Size))
 
         self._run = run
         found, self.spec = run()
@@ -106,15 +129,28 @@ class Result:
             )
         if isinstance(value, int) and value >= _FIRST_PROBE:
             return GraphOutput(value - _FIRST_PROBE)
-        if isinstance(value, tuple) and any(
-            isinstance(part, torch.SymInt) or (isinstance(part, int) and part >= _FIRST_PROBE)
-            for part in value
-        ):
+        if isinstance(value, torch.Size):
+            return Shape(tuple(self._leaf(index, part) for part in value))
+        if not _is_constant(value) and self._run()[0][index] is not value:
             raise UnsupportedGraph(
-                f"the model returns a {type(value).__name__} that holds the size: return the "
-                f"integers, or the tensor itself"
+                f"the model returns a {type(value).__name__} that it makes at each call, and that "
+                f"torch cannot take apart: return a tuple, list, dict or NamedTuple, or register "
+                f"the class (torch.export.register_dataclass)"
             )
         return value
+
+    def _stand_in(self, leaf: TensorLeaf) -> torch.Tensor:
+        """An argument of which the dynamic dimensions are symbols."""
+        lengths = self.shapes.lengths
+        strides = []
+        for dim in range(len(leaf.shape)):
+            factor, powers = leaf.stride_at(dim, len(lengths))
+            grown = [n**power for n, power in zip(lengths, powers, strict=True)]
+            strides.append(math.prod([factor, *grown]))
+        dynamic = leaf.dynamic
+        shape = [lengths[dynamic[d]] if d in dynamic else n for d, n in enumerate(leaf.shape)]
+        with torch.inference_mode(False), self.shapes.fake_mode:
+            return torch.empty_strided(shape, strides, dtype=leaf.dtype, device=leaf.device)
 
     def _tensor(self, index: int, value: torch.Tensor) -> GraphOutput | Argument | Bound:
         if id(value) in self.output_of:
@@ -139,15 +175,17 @@ class Result:
         bound = sum(isinstance(source, Bound) for source in self.inputs)
         return Bound(bound + len(self.returned) - 1)
 
-    def _integer(self, value: torch.SymInt) -> GraphOutput:
-        wanted = expression_of(value)
-        for node in self.graph.nodes:
-            if expression_of(node.meta.get("example_value")) == wanted:
-                return self._output(node)
-        raise UnsupportedGraph(
-            f"the model returns an integer that follows from the size ({wanted}) and that it does "
-            f"not compute with: return the size itself"
-        )
+    def _integer(self, value: torch.SymInt) -> Integer:
+        own = value.node.shape_env is self.shapes.env
+        expr = expression_of(value)
+        assert expr is not None
+        expr = in_terms_of_size(expr, self.shapes.symbols if own else self.symbols)
+        if not expr.free_symbols <= set(self.dims.symbols):
+            raise UnsupportedGraph(
+                f"the model returns an integer that is known only when it runs ({value}): return "
+                f"the tensor that it is read from"
+            )
+        return Integer(python_code(expr))
 
     def _output(self, node: fx.Node) -> GraphOutput:
         self.outputs.append(node)
@@ -170,6 +208,18 @@ def _probe(node: Any, index: int) -> Any:
         return torch.empty(0)
     return _FIRST_PROBE + index
 
+
+def _is_constant(value: object) -> bool:
+    """Whether a value that is made at each call may as well be made once."""
+    if isinstance(value, (range, slice)):
+        return all(_is_constant(each) for each in (value.start, value.stop, value.step))
+    if isinstance(value, frozenset):
+        return all(map(_is_constant, value))
+    return isinstance(value, PLAIN) and not (isinstance(value, int) and value >= _FIRST_PROBE)
+
+
+_ANY = 2**31
+"""No length is greater."""
 
 _FIRST_PROBE = 7_919_000_000_000
 """Stands, with those above it, for integers that the graph returns; no real size is near."""
