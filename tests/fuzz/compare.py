@@ -195,7 +195,11 @@ def _structure(wanted: Any, found: Any, path: str) -> str:
         if isinstance(wanted, torch.Tensor):
             return _kind(wanted, found, path)
         same = wanted == found or callable(wanted) or hasattr(wanted, "__next__")
-        return "" if same or isinstance(wanted, torch.nn.Module) else f"{path} is {found!r}, not {wanted!r}"
+        return (
+            ""
+            if same or isinstance(wanted, torch.nn.Module)
+            else f"{path} is {found!r}, not {wanted!r}"
+        )
     if [key for key, _ in inside] != [key for key, _ in ours]:
         return f"{path} holds {[k for k, _ in ours]}, not {[k for k, _ in inside]}"
     pairs = zip(inside, ours, strict=True)
@@ -324,3 +328,12 @@ def _is_unstable(
         sides.append(_Side(model(*given), given, model))
     same = [not _values(sides[0], each) for each in sides[1:]]
     return not all(same)
+
+
+def compared(names: Mapping[str, Any]) -> Report:
+    """`check`, for tests: nothing may differ, and nothing may be refused."""
+    report = check(names)
+    assert not report.finding, report.finding
+    assert not report.refusals, report.refusals[0]
+    assert report.calls
+    return report

@@ -6,6 +6,7 @@ import linecache
 import re
 import string
 import sys
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ class Program:
                 "\n",
                 f"CONFIG = dict({', '.join(f'{k}={v!r}' for k, v in self.config.items())})",
                 f"DIMS = {dims!r}",
-                f"MAX_DIMS = {dict(n=4, l=9) if self.two_dims else {}!r}",
+                f"MAX_DIMS = {LARGEST if self.two_dims else {}!r}",
                 f"CALLS = {list(self.calls)!r}",
                 EPILOGUE,
             ]
@@ -157,6 +158,8 @@ SIZES = (5, 1, 2, 3, 4, 8, 9)
 SHAPES = ((2, 3), (1, 1), (1, 5), (3, 1), (2, 4), (1, 8), (1, 9), (3, 3), (4, 9), (2, 2))
 """Sizes 8 and 9 are at and beside the split point, 36 is the largest."""
 
+LARGEST = {"n": 4, "l": 9}
+
 MODES = ("no_grad", "inference_mode", "enable_grad", "inference_arguments")
 
 SPLITTING_OPS = (
@@ -180,7 +183,10 @@ def programs(draw: st.DrawFn, inductor: float = 0.3) -> Program:
     table = ARGUMENTS_OF_TWO if two_dims else ARGUMENTS
     kinds = ["floats", *draw(st.lists(st.sampled_from(sorted(table)), max_size=3))]
     arguments = dict(zip("xyzw", kinds, strict=False))
-    config: dict[str, Any] = dict(max_size=36 if two_dims else 9, split_points=[8 if two_dims else 4])
+    config: dict[str, Any] = {
+        "max_size": 36 if two_dims else 9,
+        "split_points": [8 if two_dims else 4],
+    }
     config["backend"] = "inductor" if draw(st.floats(0, 1)) < inductor else "eager"
     for name, values in _OPTIONS.items():
         if draw(st.integers(0, 3)) == 3:
@@ -189,7 +195,9 @@ def programs(draw: st.DrawFn, inductor: float = 0.3) -> Program:
         config["compile_sizes"] = [(2, 3)] if two_dims else [3]
     lengths = draw(st.permutations(SHAPES if two_dims else [(size,) for size in SIZES]))
     calls = tuple((each, draw(st.sampled_from(MODES))) for each in lengths)
-    shell = Program(arguments, (), Line("None", "None"), config, calls, two_dims, draw(st.booleans()))
+    shell = Program(
+        arguments, (), Line("None", "None"), config, calls, two_dims, draw(st.booleans())
+    )
     return _filled(draw, shell)
 
 
@@ -247,7 +255,9 @@ class _Growing:
     def _run(self, code: str) -> bool:
         """Run a line at all sizes; False when it failed at one."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                # A tensor that out= gives another shape is no update of it.
+                warnings.filterwarnings("error", message="An output with one or more elements")
                 for space in self.spaces:
                     exec(code, space)
         except Exception:  # noqa: BLE001 - whatever eager PyTorch says, the line is no use
@@ -315,7 +325,11 @@ class _Growing:
                 return None
             given[name] = draw(st.sampled_from(choices))
         # `format` would look attributes up: each name stands for its text.
-        return re.sub(r"\{(\w)\}", lambda m: given[m[1]], template).replace("{{", "{").replace("}}", "}")
+        return (
+            re.sub(r"\{(\w)\}", lambda m: given[m[1]], template)
+            .replace("{{", "{")
+            .replace("}}", "}")
+        )
 
 
 def _is_small(values: Sequence[Any]) -> bool:

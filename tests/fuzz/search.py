@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,10 @@ def run(program: Program, summary: Summary, folder: Path | None = None) -> Repor
     """
     if folder is not None:
         (folder / "running.py").write_text(program.text())
-    report = check(load(program.text()))
+    try:
+        report = check(load(program.text()))
+    except Exception as error:  # noqa: BLE001 - a long search goes on without this program
+        report = Report(finding=f"it cannot be compared: {type(error).__name__}: {error}")
     summary.programs += 1
     summary.calls += report.calls
     summary.unstable += report.unstable
@@ -84,14 +88,14 @@ def run(program: Program, summary: Summary, folder: Path | None = None) -> Repor
         key = name, message
         summary.refused[key] += 1
         if key not in summary.causes:
-            small = smaller(program, lambda r, key=key: key in _refusals(r))
+            small = smaller(program, lambda r, key=key: key in _refusals(r), 5)
             summary.causes[key] = "; ".join(small.traits())
     if report.finding:
         said = kind_of(report.finding)
         if said in summary.findings:
             summary.findings[said].times += 1
         else:
-            small = smaller(program, lambda r: kind_of(r.finding) == said)
+            small = smaller(program, lambda r: kind_of(r.finding) == said, 60)
             summary.findings[said] = Finding(report.finding, small)
             if folder is not None:
                 path = folder / f"finding_{len(summary.findings)}.py"
@@ -114,12 +118,12 @@ def without_details(message: str) -> str:
     return re.sub(r"\[[^\]]*\]|\([^)]*\)|'[^']*'", "..", short)[:160]
 
 
-def smaller(program: Program, shows: Callable[[Report], bool], tries: int = 60) -> Program:
-    """The program without what it can lose and still show something."""
-    left = iter(range(tries))
+def smaller(program: Program, shows: Callable[[Report], bool], seconds: float) -> Program:
+    """The program without what it can lose and still show something, as far as time allows."""
+    ends = time.monotonic() + seconds
 
     def still(candidate: Program) -> bool:
-        if next(left, None) is None:
+        if time.monotonic() > ends:
             return False
         try:
             return shows(check(load(candidate.text())))

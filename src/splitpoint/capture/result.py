@@ -78,13 +78,14 @@ class Result:
             for source, node, value in zip(inputs, self.placeholders, values, strict=True)
             if isinstance(source, Bound)
         }
-        self.memory: dict[int | None, fx.Node] = {}
-        """The input that is in some memory, by what `memory_of` says of it."""
+        self.memory: dict[int | None, list[tuple[fx.Node, torch.Tensor]]] = {}
+        """The inputs that are in some memory, by what `memory_of` says of it."""
         for source, node, value in zip(inputs, self.placeholders, values, strict=True):
             if isinstance(source, Bound):
-                self.memory.setdefault(memory_of(value), node)
+                self.memory.setdefault(memory_of(value), []).append((node, value))
             elif isinstance(source, Argument):
-                self.memory.setdefault(memory_of(node.meta["example_value"]), node)
+                value = node.meta["example_value"]
+                self.memory.setdefault(memory_of(value), []).append((node, value))
         outputs = self.graph.output_node().args[0]
         assert isinstance(outputs, (tuple, list))
         self.outputs = list(outputs)
@@ -159,21 +160,22 @@ class Result:
             return Argument(self.arguments[id(value)])
         if id(value) in self.bound:
             return self._output(self.bound[id(value)])
+        if self._run()[0][index] is value:
+            self.returned.append(index)
+            bound = sum(isinstance(source, Bound) for source in self.inputs)
+            return Bound(bound + len(self.returned) - 1)
         memory = memory_of(value)
-        if memory is not None and (of := self.memory.get(memory)) is not None:
-            with self.graph.inserting_before(self.graph.output_node()):
-                # Only its kind counts: views of inputs are made outside of compiled code.
-                node = self.graph.call_function(torch.ops.aten.alias.default, (of,))
-            node.meta["example_value"] = _view(of.meta["example_value"], value)
-            return self._output(node)
-        if self._run()[0][index] is not value:
+        of = [node for node, whole in self.memory.get(memory, ()) if _starts_in(whole, value)]
+        if memory is None or not of:
             raise UnsupportedGraph(
                 f"the model returns a tensor {tuple(value.shape)} that is made anew from one that "
                 f"it does not compute with: return that one itself, or a copy"
             )
-        self.returned.append(index)
-        bound = sum(isinstance(source, Bound) for source in self.inputs)
-        return Bound(bound + len(self.returned) - 1)
+        with self.graph.inserting_before(self.graph.output_node()):
+            # Only its kind counts: views of inputs are made outside of compiled code.
+            node = self.graph.call_function(torch.ops.aten.alias.default, (of[0],))
+        node.meta["example_value"] = _view(of[0].meta["example_value"], value)
+        return self._output(node)
 
     def _integer(self, value: torch.SymInt) -> Integer:
         own = value.node.shape_env is self.shapes.env
@@ -200,6 +202,13 @@ def _view(of: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     if value.dtype != of.dtype:
         flat = flat.view(value.dtype)
     return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _starts_in(whole: torch.Tensor, view: torch.Tensor) -> bool:
+    """Whether a view starts in the tensor whose memory it is in; one of an argument does."""
+    ahead = view.storage_offset() * view.element_size()
+    ahead -= whole.storage_offset() * whole.element_size()
+    return isinstance(ahead, torch.SymInt) or ahead >= 0
 
 
 def _probe(node: Any, index: int) -> Any:
