@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from splitpoint import Config, compile
-from splitpoint.errors import SplitpointError
+from splitpoint.errors import CaptureError, SplitpointError
 
 SECONDS = 60
 """How long a call may take, compiling included."""
@@ -30,6 +30,8 @@ class Report:
     calls: int = 0
     refusals: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     """Class and message of each error of the library's own."""
+    refused_whole: bool = False
+    """Whether it was the model, which other calls would not change."""
     unstable: int = 0
     """Calls whose values eager PyTorch does not determine: rounding of the arguments changes
     them as much."""
@@ -53,6 +55,7 @@ def check(names: Mapping[str, Any]) -> Report:
                 said = _call(names, report, eager, ours, compiled, lengths, mode)
                 if said:
                     report.finding = f"{start} start, lengths {lengths}, {mode}: {said}"
+                if said or report.refused_whole:
                     return report
             if start == "warm":
                 report.warm_loads = compiled.stats().loads
@@ -90,6 +93,7 @@ def _call(
                 found = compiled(*ours_given)
         except SplitpointError as error:
             report.refusals.append((type(error).__name__, str(error)))
+            report.refused_whole = isinstance(error, CaptureError)
             _restore(eager, before)
             return _changed(arguments(), ours_given, before, ours)
         except Hangs:

@@ -65,12 +65,18 @@ def _batch(first: int, count: int, inductor: float) -> list[Program]:
     return made
 
 
-def run(program: Program, summary: Summary, folder: Path | None = None) -> Report:
+def run(
+    program: Program,
+    summary: Summary,
+    folder: Path | None = None,
+    explain_refusals: bool = True,
+) -> Report:
     """Run a program and note what came of it.
 
     Args:
         program: which.
         summary: is added to.
+        explain_refusals: make the first program that is refused with a message small.
         folder: where the program is kept while it runs, for when the process dies of it.
     """
     if folder is not None:
@@ -87,7 +93,7 @@ def run(program: Program, summary: Summary, folder: Path | None = None) -> Repor
     for name, message in {(name, without_details(text)) for name, text in report.refusals}:
         key = name, message
         summary.refused[key] += 1
-        if key not in summary.causes:
+        if explain_refusals and key not in summary.causes:
             small = smaller(program, lambda r, key=key: key in _refusals(r), 5)
             summary.causes[key] = "; ".join(small.traits())
     if report.finding:
