@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import signal
 import tempfile
@@ -79,7 +78,7 @@ def _call(
             made: list[Any] = names["arguments"](*lengths)
             return made
 
-    before = copy.deepcopy(dict(state_of(eager)))
+    before = _copied(eager)
     given, ours_given = arguments(), arguments()
     with _mode(mode):
         try:
@@ -144,6 +143,10 @@ def state_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in vars(model).items():
         if isinstance(value, torch.Tensor):
             yield name, value
+
+
+def _copied(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state_of(model)}
 
 
 def _restore(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
@@ -230,7 +233,7 @@ class _Side:
         }
         self.known |= {f"self.{name}": tensor for name, tensor in state_of(model)}
         self.results = {p: each for p, each in leaves(result) if isinstance(each, torch.Tensor)}
-        self.state_after = copy.deepcopy(dict(state_of(model)))
+        self.state_after = _copied(model)
 
     @property
     def all(self) -> dict[str, torch.Tensor]:
