@@ -74,6 +74,8 @@ class Program:
     calls: tuple[tuple[tuple[int, ...], str], ...]
     """The lengths of the dynamic dimensions, and the mode of gradients."""
     two_dims: bool
+    named: bool
+    """Whether dynamic dimensions have names."""
     frozen: bool
     """Whether parameters require no gradients."""
 
@@ -98,7 +100,8 @@ class Program:
         dims: dict[str, Any] = {}
         for name, kind in self.arguments.items():
             if of := self.table[kind][1]:
-                dims[name] = of if self.two_dims else (*of,) if len(of) > 1 else next(iter(of))
+                plain = tuple(of) if len(of) > 1 else next(iter(of))
+                dims[name] = of if self.named else plain
         parameters = ", ".join(self.arguments)
         lengths = "n, l" if self.two_dims else "n"
         return "\n".join(
@@ -191,13 +194,14 @@ def programs(draw: st.DrawFn, inductor: float = 0.3) -> Program:
     for name, values in _OPTIONS.items():
         if draw(st.integers(0, 3)) == 3:
             config[name] = draw(st.sampled_from(values))
+    named = two_dims or draw(st.integers(0, 3)) == 3
     if draw(st.booleans()):
-        config["compile_sizes"] = [(2, 3)] if two_dims else [3]
+        config["compile_sizes"] = [(2, 3)] if two_dims else [(3,)] if named else [3]
     lengths = draw(st.permutations(SHAPES if two_dims else [(size,) for size in SIZES]))
     calls = tuple((each, draw(st.sampled_from(MODES))) for each in lengths)
-    shell = Program(
-        arguments, (), Line("None", "None"), config, calls, two_dims, draw(st.booleans())
-    )
+    frozen = draw(st.booleans())
+    nothing = Line("None", "None")
+    shell = Program(arguments, (), nothing, config, calls, two_dims, named, frozen)
     return _filled(draw, shell)
 
 
