@@ -137,6 +137,40 @@ def test_what_the_compiler_assumes_of_them_is_kept() -> None:
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("dims", [NAMED, {"x": 0}])
+def test_a_length_that_the_compiler_fixed_to_its_hint_is_kept(dims: Any) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        x[len(x) - 1] = 3  # whether that is the whole of x, Inductor decides by the hint
+        return x + 1
+
+    config = Config(max_size=36, split_points=[8], hint="start", cache_dir="")
+    compiled = compile(model, config, dynamic_dims=dims)
+    for batch, length in ((1, 8), (2, 8), (3, 8), (1, 8), (4, 8)):
+        x = torch.randn(batch, length, 4)
+        y = x.clone()
+        torch.testing.assert_close(compiled(x), model(y))
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dims", [NAMED, {"x": {0: "batch"}}])
+def test_what_the_store_has_no_code_for_is_captured_and_compiled(tmp_path: Path, dims: Any) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] == 5:
+            return x * 3
+        x = x.clone()
+        x[len(x) - 1] = 3
+        return x + 1
+
+    config = Config(max_size=64, split_points=[8], cache_dir=str(tmp_path), hint="start")
+    for shapes in (((1, 8), (3, 8)), ((1, 8), (3, 8), (2, 8), (5, 8), (5, 2), (7, 8), (1, 8))):
+        compiled = compile(model, config, dynamic_dims=dims)
+        for batch, length in shapes:
+            x = torch.randn(batch, 8 if len(dims["x"]) == 1 else length)
+            torch.testing.assert_close(compiled(x), model(x))
+    assert compiled.stats().loads > 0
+    assert compiled.stats().eager_calls == 0
+
+
 def test_a_size_that_is_not_the_product() -> None:
     def model(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, int]:
         return x.sum(1)[:, None] * y, x.shape[1]

@@ -26,7 +26,7 @@ from .module_state import ModuleState
 from .reads import Cells, Reads
 from .result import Result
 from .signature import Signature
-from .sources import Argument, Bound, GraphOutput, SizeInput
+from .sources import Argument, Bound, SizeInput
 
 log = logging.getLogger("splitpoint")
 
@@ -40,9 +40,8 @@ class Capture:
     placeholders: tuple[Any, ...]
     """Value (fake tensor, SymInt) of each graph input."""
     inputs: tuple[Argument | Bound | SizeInput, ...]
-    result_leaves: tuple[GraphOutput | Argument | Bound | object, ...]
-    """Leaves of the callable's result: from the graph, an argument or a tensor of the module
-    returned as it came, or a constant."""
+    result_leaves: tuple[object, ...]
+    """Leaves of the callable's result: what `sources` has for them, or constants."""
     result_spec: Any
     assumptions: tuple[Assumption, ...]
     """What tracing took for granted about the size."""
@@ -136,7 +135,7 @@ def capture(
         return rest
 
     symbols = _symbols(signature, inputs, dynamo, tensors)
-    result = Result(dynamo, signature, lengths, tensors, inputs, values)
+    result = Result(dynamo, signature, lengths, tensors, inputs, values, symbols)
     fetch_all = dynamo.inputs
 
     def fetch() -> list[Any]:

@@ -57,7 +57,7 @@ class TensorLeaf:
                 continue
             outer = self.strides[dim] * self.shape[dim]
             for other, stride in enumerate(self.strides):
-                if other != dim and stride >= outer and stride % outer == 0 and outer:
+                if other != dim and outer and stride >= outer and stride % outer == 0:
                     scale = shape[dim] * strides[dim]
                     strides[other] = strides[other] // outer * scale
         return tuple(strides)

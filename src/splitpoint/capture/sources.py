@@ -29,3 +29,18 @@ class GraphOutput:
     """A leaf of the result that the graph computes, by output index."""
 
     index: int
+
+
+@dataclass(frozen=True)
+class Integer:
+    """A leaf of the result that is an integer which follows from the dynamic dimensions."""
+
+    code: str
+    """Python over their names."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A leaf of the result that is a `torch.Size`."""
+
+    parts: tuple[GraphOutput | Integer | int, ...]

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ..capture.module_state import Held
 from ..capture.postfix import NotPostfix, size_postfix
-from ..capture.sources import Argument, Bound, GraphOutput, SizeInput
+from ..capture.sources import Argument, Bound, GraphOutput, Integer, Shape, SizeInput
 from ..torch_internals.containers import tree_flatten, tree_unflatten
 from .overlap import Apart, Updates
 from .pieces import CallOp, CallPiece, Name, Size, Split
@@ -113,8 +115,8 @@ def stitch(
         inputs: where each graph input comes from.
         compiled: a callable for each unique piece, by fingerprint.
         argument_count: how many tensor arguments a call has.
-        result: leaves (`GraphOutput`, `Argument`, `Bound` or constant) and pytree spec of what the
-            callable returns; None to return the tuple of graph outputs.
+        result: leaves (of `capture.sources`, or constants) and pytree spec of what the callable
+            returns; None to return the tuple of graph outputs.
     """
     return _Writer(split, inputs, compiled, argument_count).body(result)
 
@@ -282,12 +284,7 @@ class _Writer:
     def write_result(self, leaves: Iterator[Any], spec: Any) -> str:
         """Source that nests the leaves of the result as the callable returned them."""
         if spec.is_leaf():
-            leaf = next(leaves)
-            if isinstance(leaf, GraphOutput):
-                return self.code(self.split.outputs[leaf.index])
-            if isinstance(leaf, (Argument, Bound)):
-                return f"{'a' if isinstance(leaf, Argument) else 'w'}{leaf.index}"
-            return self.code(leaf)
+            return self.leaf(next(leaves))
         if spec.type not in (tuple, list, dict):
             flat = [self.write_result(leaves, _LEAF) for _ in range(spec.num_leaves)]
             unflatten = self.constant(tree_unflatten)
@@ -299,6 +296,18 @@ class _Writer:
             return f"[{', '.join(parts)}]"
         pairs = zip(spec.context, parts, strict=True)
         return f"{{{', '.join(f'{self.code(key)}: {part}' for key, part in pairs)}}}"
+
+    def leaf(self, leaf: Any) -> str:
+        if isinstance(leaf, GraphOutput):
+            return self.code(self.split.outputs[leaf.index])
+        if isinstance(leaf, (Argument, Bound)):
+            return f"{'a' if isinstance(leaf, Argument) else 'w'}{leaf.index}"
+        if isinstance(leaf, Integer):
+            return f"({leaf.code})"
+        if isinstance(leaf, Shape):
+            parts = "".join(f"{self.leaf(part)}, " for part in leaf.parts)
+            return f"{self.constant(torch.Size)}(({parts}))"
+        return self.code(leaf)
 
     def write(self, step: CallPiece | CallOp) -> None:
         if isinstance(step, CallPiece):

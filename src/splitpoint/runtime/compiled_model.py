@@ -305,6 +305,8 @@ class CompiledModel:
         roots = _roots(self.module)
         check_whole(roots.owner)
         dispatch = start_or(program, signature, roots, lambda: self._compile(program, signature))
+        if dispatch.capture_at is None and not signature.dims.is_size_alone:  # from the store
+            dispatch.capture_at = self._captures_at(dispatch, signature, [])
         program.binding.free_originals()
         entry = write_entry(program, self._not_served, self._other_call)
         self.__dict__.update(_program=program, _call=entry)
@@ -335,14 +337,7 @@ class CompiledModel:
         notes = [*config.plan().notes, *(f"refused: {r}" for r in regions.refusals)]
         stand_in = _stand_in(self.module, signature)
         dispatch = program.add(lanes, notes, signature, regions, stand_in)
-        captures = list(regions.captures)
-
-        def graph_at(lengths: Lengths) -> Graph:
-            captures.append(capture_for(capture_at, captures, lengths))
-            dispatch.regions = replace(regions, captures=tuple(captures))
-            return _graph(captures[-1], signature, config)
-
-        dispatch.capture_at = graph_at
+        dispatch.capture_at = self._captures_at(dispatch, signature, list(regions.captures))
         if not config.lazy:
             try:
                 program.compile_all()
@@ -350,6 +345,21 @@ class CompiledModel:
                 program.drop(dispatch)
                 raise
         return dispatch
+
+    def _captures_at(
+        self, dispatch: Dispatch, signature: Signature, captures: list[Capture]
+    ) -> Callable[[Lengths], Graph]:
+        """`Dispatch.capture_at`, beside what was captured already."""
+
+        def graph_at(lengths: Lengths) -> Graph:
+            at = functools.partial(capture, self.module, signature)
+            captures.append(capture_for(at, captures, lengths))
+            regions = dispatch.regions
+            assert regions is not None
+            dispatch.regions = replace(regions, captures=(*regions.captures, captures[-1]))
+            return _graph(captures[-1], signature, self.config)
+
+        return graph_at
 
     # --- sizes without a lane ----------------------------------------------------------
 

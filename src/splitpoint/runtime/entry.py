@@ -34,7 +34,8 @@ def write_entry(
         table = dispatch.table if dispatch.dims.is_size_alone else dispatch.known
         names |= {f"_table{index}": table, f"_dispatch{index}": dispatch}
         lengths = [f"{LENGTH}{which}" for which in range(len(dispatch.dims.names))]
-        known.append(_Known(index, conditions, lengths, ", ".join([*lengths, *tensors])))
+        takes = ", ".join([*lengths, *tensors])
+        known.append(_Known(index, conditions, lengths, takes, dispatch.dims.is_size_alone))
         signature = dispatch.arguments.parameters
     parameters, forwarded, passed = _parameters(signature, names)
     lines = [f"def entry({parameters}):", "    _grad = _is_grad_enabled()"]
@@ -67,6 +68,8 @@ class _Known:
     """Names of the lengths of its dynamic dimensions."""
     arguments: str
     """Source of what its lanes are called with."""
+    is_size_alone: bool
+    """Whether its one length is the size, for which there is a table."""
 
 
 def _tree(known: list[_Known], forwarded: str, other: str, indent: str) -> list[str]:
@@ -98,7 +101,7 @@ def _tree(known: list[_Known], forwarded: str, other: str, indent: str) -> list[
 def _served(known: _Known, forwarded: str, indent: str) -> list[str]:
     lengths = f"({', '.join(known.lengths)},)"
     dispatch = f"_dispatch{known.index}"
-    if len(known.lengths) == 1:
+    if known.is_size_alone:
         (size,) = known.lengths
         found = [f"_index = _table{known.index}[{size}] if {size} <= _max_size else 0"]
     else:

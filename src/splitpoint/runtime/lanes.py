@@ -25,7 +25,7 @@ class Graph:
     """One captured graph, split, with where its inputs come from."""
 
     split: Split
-    """Without steps when the graph comes from a store: its lanes are compiled already."""
+    """Without steps when `is_loaded`: its lanes are compiled already."""
     inputs: Sequence[Argument | Bound | SizeInput]
     argument_count: int
     result: tuple[Sequence[Any], Any] | None = None
@@ -41,6 +41,8 @@ class Graph:
     """By piece: which of its inputs are tensors that the module holds, at every call of it."""
     argument_names: Sequence[str] = ()
     """What messages call the tensor arguments."""
+    is_loaded: bool = False
+    """Whether it comes from a store, so that nothing more can be compiled from it."""
 
     def __post_init__(self) -> None:
         self.piece_count = self.piece_count or self.split.piece_count

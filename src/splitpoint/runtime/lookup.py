@@ -61,7 +61,8 @@ class Lookup:
                 if self._is_right(lane, lengths):
                     return self.program.position(lane)
             graphs = {id(lane.graph): lane.graph for lane in self.dispatch.lanes}.values()
-            graph = next((graph for graph in graphs if graph.serves(lengths)), None)
+            able = (graph for graph in graphs if not graph.is_loaded and graph.serves(lengths))
+            graph = next(able, None)
             if graph is None:
                 if self.dispatch.capture_at is None:
                     return NOT_SERVED

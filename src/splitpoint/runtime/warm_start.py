@@ -352,6 +352,7 @@ class _Loader:
             conditions=self.assumptions(data["conditions"]),
             unique=tuple(data["unique"]),
             argument_names=[leaf.path for leaf in self.signature.tensors],
+            is_loaded=True,
         )
 
     def assumptions(self, kept: Sequence[Sequence[str]]) -> tuple[Assumption, ...]:

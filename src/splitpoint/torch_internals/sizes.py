@@ -172,26 +172,18 @@ class RangeShapes:
     extents: tuple[Extent, ...]
     lengths: tuple[int | torch.SymInt, ...]
     """The dimensions in this environment; a plain int for one of a single length."""
+    own: Mapping[sympy.Symbol, Extent]
+    """The symbols. A length says no longer which was its own once a compiler has replaced it."""
 
     @property
     def symbols(self) -> Symbols:
         """What the symbols mean."""
-        pairs = zip(self.extents, self.lengths, strict=True)
-        return {
-            length.node.expr: dim_symbol(extent.name)
-            for extent, length in pairs
-            if not isinstance(length, int)
-        }
+        return {symbol: dim_symbol(extent.name) for symbol, extent in self.own.items()}
 
     @property
     def bounds(self) -> dict[sympy.Symbol, tuple[int, int]]:
         """The intervals that the symbols started with."""
-        pairs = zip(self.extents, self.lengths, strict=True)
-        return {
-            length.node.expr: (extent.start, extent.end)
-            for extent, length in pairs
-            if not isinstance(length, int)
-        }
+        return {symbol: (extent.start, extent.end) for symbol, extent in self.own.items()}
 
     def value(self, like: object, symbols: Symbols) -> Any:
         """A placeholder's captured value, made anew with its sizes in this environment."""
@@ -257,4 +249,7 @@ def range_shapes(extents: Sequence[Extent]) -> RangeShapes:
         made: int | torch.SymInt = env.create_symintnode(symbol, hint=extent.hint, source=source)
         return made
 
-    return RangeShapes(env, mode, tuple(extents), tuple(map(length_in, extents)))
+    lengths = tuple(map(length_in, extents))
+    pairs = zip(lengths, extents, strict=True)
+    own = {length.node.expr: each for length, each in pairs if isinstance(length, torch.SymInt)}
+    return RangeShapes(env, mode, tuple(extents), lengths, own)
