@@ -16,6 +16,7 @@ def register_fakes() -> None:
     torch.library.register_fake("splitpoint::linear_packed", _linear_packed)
     torch.library.register_fake("splitpoint::linear_gemv", _linear_gemv)
     torch.library.register_fake("splitpoint::attention", _attention)
+    torch.library.register_fake("splitpoint::cached_attention", _cached_attention)
 
 
 def _pack_weight(weight: Tensor) -> Tensor:
@@ -64,3 +65,20 @@ def _attention(
     if rows_outside:
         return query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
     return query.new_empty(batch, heads, rows, value.shape[3])
+
+
+def _cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Tensor,
+    steps: Tensor,
+    tables: Tensor,
+    *,
+    layer: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    batch, heads, tokens, size = query.shape
+    return query.new_empty(batch, tokens, heads, size)

@@ -61,6 +61,8 @@ struct PackArgs {
 
 struct AttentionArgs;
 struct AttentionPart;
+struct CachedArgs;
+struct CachedSequence;
 
 // The kernels of one instruction set.
 struct KernelTable {
@@ -72,6 +74,8 @@ struct KernelTable {
   void (*widen)(const Bf16* from, float* to, int64_t count);
   void (*pack)(const PackArgs&, int64_t block0, int64_t block1);
   uint32_t (*read)(const char* from, int64_t bytes);
+  void (*attend_cached)(const CachedArgs&, const CachedSequence&, int64_t item, char* scratch);
+  void (*merge_cached)(const CachedArgs&, const CachedSequence&, int64_t kv_head);
 };
 
 extern const KernelTable kPortable;

@@ -1,0 +1,373 @@
+// Attention of few rows over a paged cache, as in decoding: what takes time is to read keys and
+// values, so each is read once for all rows. Four rows' products with a key share a register.
+#pragma once
+
+#include "cached_chunks.h"
+
+namespace splitpoint::SPLITPOINT_ISA {
+
+// Registers that hold kQuads rows each. Scores and weights of a set lie as [keys / 4][kLanes]: four
+// keys of each of its rows.
+inline constexpr int kFewSets = kFewRows / kQuads;
+inline constexpr int64_t kSetScores = kChunkKeys * kQuads;
+
+// Registers of columns that so many rows of a result take side by side.
+constexpr int few_columns(int rows) {
+  const int vecs = (kLanes == 16 ? 20 : 12) / rows;
+  return vecs >= 8 ? 8 : vecs >= 4 ? 4 : 2;
+}
+
+// What is kept of a set between chunks: unit i of a quarter belongs to every fourth key.
+struct FewState {
+  Vec top, total;
+};
+
+template <class F>
+struct Few {
+  using T = typename F::T;
+  using Work = typename F::Work;
+
+  const CachedArgs& a;
+  const CachedSequence& s;
+  int64_t kv_head, size, padded, quads, sets;
+  Work* q;         // [sets][quads][kLanes units]
+  float* scores;   // [sets][kSetScores]
+  Work* weights;   // likewise; the same memory where scores are what weights are
+  float* out;      // [rows][padded], columns as `order` leaves them
+  Work* k_room;
+  T* v_room;
+  FewState state[kFewSets];
+  IntVec last[kFewSets];  // the position of each row
+  float factors[kFewRows];
+
+  SPLITPOINT_INLINE Few(const CachedArgs& a, const CachedSequence& s, int64_t kv_head, char* memory)
+      : a(a), s(s), kv_head(kv_head), size(a.size) {
+    padded = padded_size(size);
+    quads = size / (4 * F::kDepth);
+    sets = ceil_div(s.rows, kQuads);
+    Scratch scratch{memory};
+    q = scratch.take<Work>(sets * kQuads * size);
+    scores = scratch.take<float>(kFewSets * kSetScores);
+    weights = F::kDepth == 2 ? scratch.take<Work>(kFewSets * kSetScores)
+                             : reinterpret_cast<Work*>(scores);
+    out = scratch.take<float>(kFewRows * padded);
+    k_room = F::kWidens ? scratch.take<Work>(kChunkKeys * size) : nullptr;
+    v_room = padded == size ? nullptr : scratch.take<T>(kChunkKeys * padded);
+  }
+
+  SPLITPOINT_INLINE void start() {
+    const T* queries = static_cast<const T*>(a.q);
+    for (int64_t set = 0; set < sets; ++set) {
+      state[set] = {splat(kMinusInfinity), Vec{}};
+      for (int64_t i = 0; i < kQuads; ++i) {
+        const int64_t row = set * kQuads + i < s.rows ? set * kQuads + i : s.rows - 1;
+        const int64_t token = row / a.group, head = kv_head * a.group + row % a.group;
+        const T* from = queries + head * a.q_head + (s.first + token) * a.q_row;
+        Work wide[F::kWidens ? kMostHeadSize : 1];
+        const Work* query = as_work<F>(from, size, wide);
+        Work* to = q + (set * quads * kQuads + i) * 4 * F::kDepth;
+        for (int64_t c = 0; c < quads; ++c) {
+          __builtin_memcpy(to + c * kLanes * F::kDepth, query + c * 4 * F::kDepth, 16);
+        }
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l) {
+          last[set][i * 4 + l] = static_cast<int32_t>(s.held + token);
+        }
+      }
+    }
+    __builtin_memset(out, 0, s.rows * padded * sizeof(float));
+  }
+
+  // Scores of kSets sets with a chunk's keys, without the scale.
+  template <int kSets>
+  SPLITPOINT_INLINE void score(int64_t first_set, const Work* keys, int64_t count,
+                               const Ahead& ahead) {
+    constexpr int kKeys = 8 / kSets;
+    const int64_t set_units = quads * kLanes * F::kDepth;
+    const int64_t step_bytes = kKeys * size * static_cast<int64_t>(sizeof(T));
+    for (int64_t j = 0; j < count; j += kKeys) {
+      const Work* key[kKeys];
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) {
+        // The last one again where there is none: its score is dropped.
+        key[i] = keys + (j + i < count ? j + i : count - 1) * size;
+      }
+      Vec acc[kSets][kKeys];
+#pragma GCC unroll 2
+      for (int set = 0; set < kSets; ++set) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kKeys; ++i) acc[set][i] = Vec{};
+      }
+      ahead.fetch(j / kKeys * step_bytes, (j / kKeys + 1) * step_bytes);
+      const Work* x = q + first_set * set_units;
+      for (int64_t c = 0; c < quads; ++c) {
+        Vec query[kSets];
+#pragma GCC unroll 2
+        for (int set = 0; set < kSets; ++set) {
+          query[set] = units(x + set * set_units + c * kLanes * F::kDepth);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kKeys; ++i) {
+          const Vec four = quad(key[i] + c * 4 * F::kDepth);
+#pragma GCC unroll 2
+          for (int set = 0; set < kSets; ++set) {
+            acc[set][i] = F::add(acc[set][i], four, query[set]);
+          }
+        }
+      }
+#pragma GCC unroll 2
+      for (int set = 0; set < kSets; ++set) {
+        float* to = scores + (first_set + set) * kSetScores + j * kQuads;
+#pragma GCC unroll 2
+        for (int i = 0; i < kKeys; i += 4) store(to + i * kQuads, quarter_sums(acc[set] + i));
+      }
+    }
+  }
+
+  // Scores of a set to weights, and to the factor of each row's result so far.
+  SPLITPOINT_INLINE void weigh(int64_t set, int64_t begin, int64_t count, bool masked) {
+    float* own = scores + set * kSetScores;
+    const int64_t groups = ceil_div(count, 4);
+    Vec tops = splat(kMinusInfinity);
+    const IntVec numbers = lane_numbers() & 3;
+    for (int64_t g = 0; g < groups; ++g) {
+      Vec value = load(own + g * kLanes) * a.scale;
+      if (a.softcap > 0) value = capped(value, a.softcap);
+      if (masked) {
+        const int64_t first = begin + g * 4;
+        const IntVec at = numbers + static_cast<int32_t>(first);
+        const auto end = static_cast<int32_t>(begin + count);
+        value = at <= last[set] && at < end ? value : splat(kMinusInfinity);
+        if (a.window > 0) {
+          const auto window = static_cast<int32_t>(a.window);
+          value = last[set] - at < window ? value : splat(kMinusInfinity);
+        }
+      }
+      store(own + g * kLanes, value);
+      tops = value > tops ? value : tops;
+    }
+    FewState& kept = state[set];
+    tops = quarter_tops(tops);
+    const Vec top = tops > kept.top ? tops : kept.top;
+    const Vec shift = top == kMinusInfinity ? Vec{} : top;
+    const Vec factor = exp_below(kept.top - shift);
+    Vec total = kept.total * factor;
+    for (int64_t g = 0; g < groups; ++g) {
+      const Vec weight = exp_below(load(own + g * kLanes) - shift);
+      store(weights + set * kSetScores + g * kLanes, weight);
+      total += weight;
+    }
+    kept = {top, total};
+#pragma GCC unroll 4
+    for (int i = 0; i < kQuads; ++i) factors[set * kQuads + i] = factor[4 * i];
+  }
+
+  // Adds a chunk's weighted values to kVecs registers of columns, from c on, of kRows rows.
+  template <int kRows, int kVecs>
+  SPLITPOINT_INLINE void add_values(int64_t row, int64_t c, const T* v, int64_t stride,
+                                    int64_t count, const Ahead& ahead) {
+    Vec acc[kRows][kVecs];
+    const Work* own[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec factor = splat(factors[row + r]);
+      own[r] = weights + (row + r) / kQuads * kSetScores + (row + r) % kQuads * 4;
+#pragma GCC unroll 8
+      for (int i = 0; i < kVecs; ++i) {
+        acc[r][i] = load(out + (row + r) * padded + c + i * kLanes) * factor;
+      }
+    }
+    v += c;
+    const int64_t four_bytes = 4 * size * static_cast<int64_t>(sizeof(T));
+    for (int64_t j = 0; j < count; j += 4) {
+      ahead.fetch(j / 4 * four_bytes, (j / 4 + 1) * four_bytes);
+      const auto step = [&](int64_t key, [[maybe_unused]] bool whole) __attribute__((always_inline)) {
+        Vec values[kVecs];
+        if constexpr (F::kDepth == 2) {
+#if defined(__AVX512BF16__)
+#pragma GCC unroll 4
+          for (int i = 0; i < kVecs; i += 2) {
+            const T* at = v + (j + key) * stride + i * kLanes;
+            const auto even = load_bits<__m512i>(at);
+            const auto odd = whole ? load_bits<__m512i>(at + stride) : __m512i{};
+            values[i] = (Vec)_mm512_unpacklo_epi16(even, odd);
+            values[i + 1] = (Vec)_mm512_unpackhi_epi16(even, odd);
+          }
+#endif
+        } else {
+#pragma GCC unroll 8
+          for (int i = 0; i < kVecs; ++i) values[i] = load(v + (j + key) * stride + i * kLanes);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const Vec weight = F::unit(own[r] + j * kQuads + key);
+#pragma GCC unroll 8
+          for (int i = 0; i < kVecs; ++i) acc[r][i] = F::add(acc[r][i], values[i], weight);
+        }
+      };
+      if (count - j >= 4) {
+#pragma GCC unroll 4
+        for (int key = 0; key < 4; key += F::kDepth) step(key, true);
+      } else {
+        for (int64_t key = 0; key < count - j; key += F::kDepth) {
+          step(key, key + F::kDepth <= count - j);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kVecs; ++i) {
+        store(out + (row + r) * padded + c + i * kLanes, acc[r][i]);
+      }
+    }
+  }
+
+  // All columns of some rows, from c on, in stretches of kVecs registers and then of fewer.
+  template <int kRows, int kVecs>
+  SPLITPOINT_INLINE void add_columns(int64_t row, int64_t c, const T* v, int64_t stride,
+                                     int64_t count, const Ahead& ahead) {
+    const Ahead none(v, 0);
+    for (; c + kVecs * kLanes <= padded; c += kVecs * kLanes) {
+      add_values<kRows, kVecs>(row, c, v, stride, count, row == 0 && c == 0 ? ahead : none);
+    }
+    if constexpr (kVecs > 2) {
+      if (c < padded) add_columns<kRows, kVecs / 2>(row, c, v, stride, count, ahead);
+    }
+  }
+
+  template <int kRows>
+  SPLITPOINT_INLINE void add_rows(int64_t row, const T* v, int64_t count, const Ahead& ahead) {
+    add_columns<kRows, few_columns(kRows)>(row, 0, v, padded, count, ahead);
+  }
+
+  SPLITPOINT_INLINE void chunk(const Chunk<T>& c, const Chunk<T>& next) {
+    const Ahead next_keys(next.k, next.count * size), next_values(next.v, next.count * size);
+    const Ahead none(c.k, 0);
+    const Work* keys = as_work<F>(c.k, c.count * size, k_room);
+    for (int64_t set = 0; set < sets; set += 2) {
+      const Ahead& ahead = set == 0 ? next_keys : none;
+      if (set + 1 < sets) {
+        score<2>(set, keys, c.count, ahead);
+      } else {
+        score<1>(set, keys, c.count, ahead);
+      }
+    }
+    const bool masked = c.count % 4 != 0 || c.begin + c.count > s.held + 1 ||
+                        (a.window > 0 && c.begin + a.window < s.held + s.tokens);
+    for (int64_t set = 0; set < sets; ++set) weigh(set, c.begin, c.count, masked);
+    const T* v = c.v;
+    if (padded != size) {
+      pad_rows(c.v, c.count, size, padded, v_room);
+      v = v_room;
+    }
+    for (int64_t row = 0; row < s.rows; row += 4) {
+      switch (s.rows - row) {
+        case 1: add_rows<1>(row, v, c.count, next_values); break;
+        case 2: add_rows<2>(row, v, c.count, next_values); break;
+        case 3: add_rows<3>(row, v, c.count, next_values); break;
+        default: add_rows<4>(row, v, c.count, next_values); break;
+      }
+    }
+  }
+};
+
+// One row's result, columns in order.
+template <class F>
+SPLITPOINT_INLINE void finish_row_of(const float* out, float factor, int64_t size,
+                                     typename F::T* y) {
+  using T = typename F::T;
+  for (int64_t c = 0; c < size; c += 2 * kLanes) {
+    Vec first = load(out + c) * factor, second = load(out + c + kLanes) * factor;
+#if defined(__AVX512BF16__)
+    if constexpr (F::kDepth == 2) {
+      // Pairs of values were made within quarters of a register.
+      const Vec low = first, high = second;
+      first = __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22,
+                                      23);
+      second = __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28,
+                                       29, 30, 31);
+    }
+#endif
+    if (c + 2 * kLanes <= size) {
+      store(y + c, first);
+      store(y + c + kLanes, second);
+    } else {
+      T lanes[2 * kLanes];
+      store(lanes, first);
+      store(lanes + kLanes, second);
+      __builtin_memcpy(y + c, lanes, (size - c) * sizeof(T));
+    }
+  }
+}
+
+SPLITPOINT_INLINE int64_t row_of_result(const CachedArgs& a, const CachedSequence& s,
+                                        int64_t kv_head, int64_t row) {
+  const int64_t heads = a.kv_heads * a.group, head = kv_head * a.group + row % a.group;
+  return ((s.first + row / a.group) * heads + head) * a.size;
+}
+
+SPLITPOINT_INLINE float over(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
+
+// One split of the keys of one head.
+template <class F>
+inline void attend_few(const CachedArgs& a, const CachedSequence& s, int64_t item, char* scratch) {
+  using T = typename F::T;
+  const int64_t kv_head = item / s.splits, split = s.first_split + item % s.splits;
+  const int64_t seen = first_seen(a, s.held);
+  int64_t begin = split * kSplitKeys, end = begin + kSplitKeys;
+  if (begin < seen) begin = seen;
+  if (end > s.held + s.tokens) end = s.held + s.tokens;
+  Few<F> few(a, s, kv_head, scratch);
+  few.start();
+  Chunk<T> chunk = chunk_at<T>(a, s, kv_head, begin, end);
+  while (chunk.count > 0) {
+    const Chunk<T> next = chunk_at<T>(a, s, kv_head, chunk.begin + chunk.count, end);
+    few.chunk(chunk, next);
+    chunk = next;
+  }
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const int64_t set = row / kQuads, unit = row % kQuads * 4;
+    const float total = quarter_totals(few.state[set].total)[unit];
+    const float* out = few.out + row * few.padded;
+    if (s.splits == 1) {
+      T* y = static_cast<T*>(a.y) + row_of_result(a, s, kv_head, row);
+      finish_row_of<F>(out, over(total), a.size, y);
+    } else {
+      float* to = s.partials + (item * s.rows + row) * partial_stride(a.size);
+      __builtin_memcpy(to, out, few.padded * sizeof(float));
+      to[few.padded] = few.state[set].top[unit];
+      to[few.padded + 1] = total;
+    }
+  }
+}
+
+// The splits of a head to one result.
+template <class F>
+inline void merge_few(const CachedArgs& a, const CachedSequence& s, int64_t kv_head) {
+  using T = typename F::T;
+  const int64_t stride = partial_stride(a.size), padded = padded_size(a.size);
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const auto partial = [&](int64_t split) __attribute__((always_inline)) {
+      return s.partials + ((kv_head * s.splits + split) * s.rows + row) * stride;
+    };
+    float top = kMinusInfinity, total = 0;
+    for (int64_t i = 0; i < s.splits; ++i) {
+      if (partial(i)[padded] > top) top = partial(i)[padded];
+    }
+    const float shift = top == kMinusInfinity ? 0.0f : top;
+    alignas(64) float sums[kMostHeadSize] = {};
+    for (int64_t i = 0; i < s.splits; ++i) {
+      const float* from = partial(i);
+      const float factor = exp_below(splat(from[padded] - shift))[0];
+      total += from[padded + 1] * factor;
+      for (int64_t c = 0; c < padded; c += kLanes) {
+        store(sums + c, load(sums + c) + load(from + c) * factor);
+      }
+    }
+    T* y = static_cast<T*>(a.y) + row_of_result(a, s, kv_head, row);
+    finish_row_of<F>(sums, over(total), a.size, y);
+  }
+}
+
+}  // namespace splitpoint::SPLITPOINT_ISA
