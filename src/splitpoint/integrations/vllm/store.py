@@ -72,9 +72,19 @@ class Kept:
             OSError: when it cannot be written.
         """
         make_folder(self.path.parent)
-        seconds = self.read() | {str(shape): dict(times) for shape, times in measured.items()}
+        seconds = self.read()
+        for shape, times in measured.items():
+            # The digits that mean something.
+            seconds[str(shape)] = {
+                n: (float(f"{a:.4g}"), float(f"{b:.4g}")) for n, (a, b) in times.items()
+            }
         text = json.dumps({"conditions": self.conditions, "seconds": seconds}, indent=1)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".linear-")
         with os.fdopen(handle, "w") as file:
             file.write(text)
         os.replace(name, self.path)
+
+
+def _rounded(seconds: float) -> float:
+    """With the digits that mean something."""
+    return float(f"{seconds:.4g}")
