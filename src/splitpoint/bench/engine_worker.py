@@ -7,6 +7,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
     )
-    clock = time.process_time if task["threads"] == 1 else time.perf_counter
+    clock: Callable[[], float] = time.process_time if task["threads"] == 1 else time.perf_counter
     numbers = random.Random(0)
 
     def seconds(batch: int, length: int, tokens: int) -> float:
@@ -42,12 +43,11 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         )
         start = clock()
         llm.generate(prompts, sampling, use_tqdm=False)
-        taken: float = clock() - start
-        return taken
+        return clock() - start
 
     def a_token(batch: int) -> float:
         first, all_ = seconds(batch, 32, 1), seconds(batch, 32, 1 + task["tokens"])
-        return (all_ - first) / task["tokens"]
+        return (all_ - first) / float(task["tokens"])
 
     seconds(max(task["batches"]), 32, 4)
     found = {
