@@ -266,3 +266,14 @@ class StoreError(SplitpointError):
 
 class UntrustedStore(StoreError, PermissionError):
     """A folder that code is run from, or one on the way to it, is open to somebody else."""
+
+
+# --- other programs --------------------------------------------------------------------
+
+
+class UnsupportedVllm(SplitpointError, ImportError):
+    """A name of vLLM that is read or replaced is missing, or takes other arguments."""
+
+
+class SharedCores(SplitpointError, RuntimeError):
+    """Threads are bound to fewer cores than there are of them."""

@@ -268,6 +268,27 @@ def bench_startup(args: argparse.Namespace) -> None:
         args.json.write_text(report.to_json() + "\n")
 
 
+def bench_vllm(args: argparse.Namespace) -> None:
+    """`splitpoint bench vllm`."""
+    from ..bench.engine import run
+    from ..bench.picture import check_outputs
+
+    check_outputs(json=args.json)
+    report = run(
+        args.model,
+        dtype=args.dtype,
+        threads=args.threads,
+        batches=args.batches,
+        prompt=args.prompt,
+        starts=args.starts,
+        eager=not args.compiled,
+        say=_say,
+    )
+    print(report)
+    if args.json:
+        args.json.write_text(report.to_json() + "\n")
+
+
 def tune_collective(args: argparse.Namespace) -> None:
     """`splitpoint tune collective`."""
     from ..bench.collective_tune import from_report, from_table
@@ -354,6 +375,7 @@ VERBS = {
     "bench parallel": bench_parallel,
     "tune collective": tune_collective,
     "bench startup": bench_startup,
+    "bench vllm": bench_vllm,
     "compile": compile_model,
     "cache list": cache_list,
     "cache verify": cache_verify,

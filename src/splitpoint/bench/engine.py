@@ -1,0 +1,156 @@
+"""`splitpoint bench vllm`: vLLM's engine on CPU, with this package's kernels and without."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..integrations.vllm import SWITCH
+from ..ranges import align
+from ..report.environment import environment
+
+Say = Callable[[str], None]
+
+WAYS = {"vllm": "0", "with splitpoint": "1"}
+"""What `SWITCH` is set to."""
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The outcome; `print` it for the table."""
+
+    environment: dict[str, Any]
+    starts: tuple[dict[str, Any], ...]
+    """What each process said, and which way it went; two that follow each other are a pair."""
+
+    def to_json(self) -> str:
+        """`{"environment": {...}, "starts": [...]}`."""
+        return json.dumps({"environment": self.environment, "starts": self.starts}, indent=2)
+
+    def __str__(self) -> str:
+        env = self.environment
+        rows = [("milliseconds", *WAYS, "ratio", "of the pairs")]
+        for what in self.starts[0]["seconds"]:
+            own, ours = (
+                [start["seconds"][what] for start in self.starts if start["way"] == way]
+                for way in WAYS
+            )
+            ratios = sorted(a / b for a, b in zip(own, ours, strict=True))
+            medians = [statistics.median(each) for each in (own, ours)]
+            rows.append(
+                (
+                    what,
+                    *(f"{1e3 * each:.1f}" for each in medians),
+                    f"{medians[0] / medians[1]:.2f}x",
+                    f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+                )
+            )
+        said = dict.fromkeys(line for start in self.starts for line in start["said"])
+        return "\n".join(
+            [
+                f"{env['model']}, {env['dtype']}, {env['threads']} threads, {env['mode']}; "
+                f"{env['clock']}, medians of {len(self.starts) // 2} processes each, in turn",
+                f"vLLM {env['vllm']}, torch {env['torch']} on {env['cpu']}, {env['vectors']}",
+                "",
+                *align(rows, right=range(1, len(rows[0]))),
+                "",
+                *said,
+            ]
+        )
+
+
+def run(
+    model: str,
+    *,
+    dtype: str = "bf16",
+    threads: int = 1,
+    batches: Sequence[int] = (1, 4, 8),
+    prompt: int = 512,
+    tokens: int = 64,
+    starts: int = 2,
+    eager: bool = True,
+    say: Say = lambda line: None,
+) -> EngineReport:
+    """Start engines in turn, one way and the other, and time each.
+
+    Args:
+        model: as `models.catalogue.find` takes it; with its weights in a folder.
+        dtype: "bf16" or "fp32".
+        threads: of torch's kernels.
+        batches: requests at a time, of which the time for each further token is taken.
+        prompt: the length of the prompt whose time to the first token is taken.
+        tokens: that each request makes.
+        starts: processes each way.
+        eager: whether vLLM compiles nothing (`--enforce-eager`).
+        say: is told what goes on.
+
+    Raises:
+        UsageError: when vLLM is not installed or a process fails.
+        ModelNotFound: as `find`.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UsageError("vLLM is not installed: README, In vLLM, says how")
+    from ..models.catalogue import find
+
+    folder = find(model)[2]
+    if folder is None:
+        raise UsageError(f"{model} has no folder with weights that vLLM could load")
+    task = {
+        "folder": str(folder),
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+        "threads": threads,
+        "batches": list(batches),
+        "prompt": prompt,
+        "tokens": tokens,
+        "eager": eager,
+    }
+    found = []
+    for turn in range(starts):
+        for way, switch in WAYS.items():
+            say(f"{way}, process {turn + 1} of {starts} ...")
+            found.append({"way": way, **_start(task, switch)})
+    about = {
+        **environment(),
+        **found[0]["about"],
+        "model": model,
+        "dtype": dtype,
+        "threads": threads,
+        "mode": "enforce_eager" if eager else "compiled by vLLM",
+        "clock": "CPU time" if threads == 1 else "wall time",
+        "vectors": found[-1]["instruction_set"],
+    }
+    return EngineReport(about, tuple(found))
+
+
+def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
+    """What one process says."""
+    command = [sys.executable, "-m", "splitpoint.bench.engine_worker", json.dumps(task)]
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(task["threads"]),
+        "PYTHONPATH": os.pathsep.join(paths),
+        SWITCH: switch,
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    lines = done.stdout.splitlines() + done.stderr.splitlines()
+    if done.returncode:
+        raise UsageError(f"a process with vLLM failed: {lines[-1] if lines else 'no message'}")
+    answer: dict[str, Any] = json.loads(
+        next(line for line in reversed(lines) if line.startswith('{"seconds"'))
+    )
+    said = [line.partition("Splitpoint: ")[2] for line in lines if "Splitpoint: " in line]
+    return {**answer, "said": said}

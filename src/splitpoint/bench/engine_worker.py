@@ -1,0 +1,69 @@
+"""One vLLM engine in a process of its own; prints its times as JSON."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+REPEATS = 3
+
+
+def main(task: dict[str, Any]) -> dict[str, Any]:
+    """Time an engine as `task` says."""
+    from vllm import LLM, SamplingParams, __version__
+
+    most = task["prompt"] + task["tokens"] + 1
+    llm = LLM(
+        task["folder"],
+        dtype=task["dtype"],
+        enforce_eager=task["eager"],
+        max_model_len=most,
+        max_num_batched_tokens=most,
+        max_num_seqs=max(task["batches"]),
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+    )
+    clock: Callable[[], float] = time.process_time if task["threads"] == 1 else time.perf_counter
+    numbers = random.Random(0)
+
+    def seconds(batch: int, length: int, tokens: int) -> float:
+        prompts = [
+            {"prompt_token_ids": [numbers.randrange(5, 1000) for _ in range(length)]}
+            for _ in range(batch)
+        ]
+        sampling = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        start = clock()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return clock() - start
+
+    def a_token(batch: int) -> float:
+        first, all_ = seconds(batch, 32, 1), seconds(batch, 32, 1 + task["tokens"])
+        return (all_ - first) / float(task["tokens"])
+
+    seconds(max(task["batches"]), 32, 4)
+    found = {
+        f"a token, batch {batch}": statistics.median(a_token(batch) for _ in range(REPEATS))
+        for batch in task["batches"]
+    }
+    found[f"first token of {task['prompt']}"] = statistics.median(
+        seconds(1, task["prompt"], 1) for _ in range(REPEATS)
+    )
+    kernels = sys.modules.get("splitpoint.kernels")
+    return {
+        "seconds": found,
+        "about": {"vllm": __version__},
+        "instruction_set": torch.ops.splitpoint.instruction_set("") if kernels else "",
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

