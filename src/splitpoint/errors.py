@@ -277,3 +277,14 @@ class UnsupportedVllm(SplitpointError, ImportError):
 
 class SharedCores(SplitpointError, RuntimeError):
     """Threads are bound to fewer cores than there are of them."""
+
+
+# --- caches and integrations -----------------------------------------------------------
+
+
+class CacheFull(SplitpointError, MemoryError):
+    """The cache of keys and values has no room for what a call wants to add."""
+
+
+class UnsupportedModel(SplitpointError, NotImplementedError):
+    """A model, or a way of calling it, that an integration cannot serve."""

@@ -1,0 +1,343 @@
+"""The forward of a causal language model, over compiled parts and the paged cache."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ... import api
+from ...config import Config
+from ...errors import UnsupportedModel
+from ...ranges import align
+from ...runtime.paged_cache import CachedSequence, PagedCache
+from .attention import NAME, register
+from .copies import Body, Given, Head, with_config
+from .layer import PagedLayer
+
+log = logging.getLogger("splitpoint")
+
+CACHED_ATTENTION = "splitpoint::cached_attention"
+
+_UNDERSTOOD = ("cache_position", "return_dict", "output_attentions", "output_hidden_states")
+"""Further arguments of a forward; the last two where they are off."""
+
+
+class Decoder:
+    """What `compile` puts in the place of a model's forward.
+
+    The body of the model sees the tokens of a step in one row, [1, tokens], whatever the batch, so
+    that its size is the tokens of the step. How much each sequence holds is data: no graph depends
+    on it. The head is compiled apart, for the rows whose logits are asked for.
+    """
+
+    def __init__(
+        self, model: Any, config: Config, *, max_cache_tokens: int, max_sequences: int
+    ) -> None:
+        register()
+        self.model = model
+        self.stock: Callable[..., Any] = model.forward
+        """The model's own."""
+        text = model.config.get_text_config(decoder=True)
+        configs = {id(each): _other(each) for each in (model.config, text)}
+        inner = getattr(model, model.base_model_prefix, None)
+        if not isinstance(inner, nn.Module) or inner is model:
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no body apart from its head: compile it with "
+                f"splitpoint.compile"
+            )
+        self.body = api.compile(
+            Body(with_config(inner, configs)),
+            replace(config, splitting_ops=(*config.splitting_ops, CACHED_ATTENTION)),
+            dynamic_dims={"input_ids": 1, "position_ids": 1},
+        )
+        head = with_config(model, configs)
+        head._modules[model.base_model_prefix] = Given()
+        self.head = api.compile(Head(head), config, dynamic_dims={"hidden": 0})
+        self.max_size = config.max_size
+        heads = text.num_attention_heads
+        self.cache = PagedCache(
+            text.num_hidden_layers,
+            getattr(text, "num_key_value_heads", None) or heads,
+            getattr(text, "head_dim", None) or text.hidden_size // heads,
+            model.dtype,
+            max_cache_tokens,
+            max_sequences,
+        )
+        self._said: set[str] = set()
+        self._checked = False
+
+    # --- what stands in model.forward --------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As the model's own: logits, and the cache that `past_key_values` is then.
+
+        Calls that need more than logits run the model itself, and the log says so once.
+
+        Raises:
+            CacheFull: when the tokens do not fit into the cache; nothing has changed then.
+            UnsupportedModel: when a cache that this filled comes with what only the model
+                itself can do.
+        """
+        given = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        why = self._not_served(given)
+        if why is None:
+            layer = _layer_of(past_key_values)
+            if layer is None and past_key_values is not None and past_key_values.get_seq_length():
+                why = "the cache was filled by the model itself"
+        if why is not None:
+            return self._leave_to_the_model(why, given)
+        assert input_ids is not None
+        if not self._checked:
+            self._check(input_ids.device)
+        keeps = self.model.config.use_cache if use_cache is None else use_cache
+        temporary = layer is None and past_key_values is None and not keeps
+        if layer is None:
+            layer = PagedLayer(self.cache, input_ids.shape[0])
+            if past_key_values is None and keeps:
+                past_key_values = DynamicCache()
+            if past_key_values is not None:
+                past_key_values.layers = [layer]
+                past_key_values.layer_class_to_replicate = None
+        with torch.no_grad():
+            logits = self._logits(layer, input_ids, attention_mask, position_ids, logits_to_keep)
+        if temporary:
+            layer.reset()
+        if kwargs.get("return_dict") is False:
+            return (logits, past_key_values) if past_key_values is not None else (logits,)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def _not_served(self, given: dict[str, Any]) -> str | None:
+        """Why a call needs the model itself, if it does."""
+        input_ids, mask = given["input_ids"], given["attention_mask"]
+        if input_ids is None or given["inputs_embeds"] is not None:
+            return "it passes inputs_embeds"
+        if given["labels"] is not None:
+            return "it asks for a loss"
+        if input_ids.numel() == 0 or input_ids.dim() != 2:
+            return f"input_ids has the shape {list(input_ids.shape)}"
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return "its attention_mask is not [batch, tokens]"
+        config = self.model.config
+        for name in ("output_attentions", "output_hidden_states"):
+            wanted = given.get(name)
+            if wanted or (wanted is None and getattr(config, name, False)):
+                return f"it asks for {name}"
+        known = {*_FORWARD, *_UNDERSTOOD}
+        for name, value in given.items():
+            if name not in known and value is not None:
+                return f"it passes {name}"
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
+            return "gradients are wanted (torch.no_grad() says that they are not)"
+        if self.model.training:
+            return "the model is in training mode"
+        return None
+
+    def _leave_to_the_model(self, why: str, given: dict[str, Any]) -> Any:
+        if why not in self._said:
+            self._said.add(why)
+            log.warning("a call of %s runs uncompiled: %s", type(self.model).__name__, why)
+        return self.stock(**{name: value for name, value in given.items() if value is not None})
+
+    # --- a step ------------------------------------------------------------------------
+
+    def _logits(
+        self,
+        layer: PagedLayer,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        wanted: int | Tensor,
+    ) -> Tensor:
+        batch, count = input_ids.shape
+        if batch != layer.batch_size:
+            raise UnsupportedModel(
+                f"the cache holds {layer.batch_size} sequences, and input_ids has {batch}: pass a "
+                f"cache of the same batch"
+            )
+        kept = self._kept(layer, mask, count)
+        if positions is None:
+            positions = torch.arange(layer.seen, layer.seen + count).unsqueeze(0)
+        positions = positions.expand(batch, count)
+        before = layer.seen, layer.kept
+        if kept is None:
+            tokens = [count] * batch
+            ids, places = input_ids.reshape(1, -1), positions.reshape(1, -1)
+        else:
+            tokens = kept.sum(1).tolist()
+            ids, places = input_ids[kept].unsqueeze(0), positions[kept].unsqueeze(0)
+        if kept is not None or layer.kept is not None:
+            ones = torch.ones(batch, 1, dtype=torch.bool)
+            old = layer.kept if layer.kept is not None else ones.expand(batch, layer.seen)
+            layer.kept = torch.cat([old, ones.expand(batch, count) if kept is None else kept], 1)
+        layer.seen += count
+        lengths = [sequence.length for sequence in layer.sequences]
+        try:
+            hidden = self._hidden(layer.sequences, tokens, ids, places)
+        except BaseException:
+            layer.seen, layer.kept = before
+            for sequence, length in zip(layer.sequences, lengths, strict=True):
+                self.cache.crop(sequence, length)
+            raise
+        if kept is not None:
+            whole = hidden.new_zeros(batch, count, hidden.shape[2])
+            whole[kept] = hidden[0]
+            hidden = whole
+        else:
+            hidden = hidden.view(batch, count, -1)
+        if isinstance(wanted, int):
+            rows = hidden[:, -wanted:] if wanted else hidden
+        else:
+            rows = hidden[:, wanted]
+        return self._head(rows)
+
+    def _kept(self, layer: PagedLayer, mask: Tensor | None, count: int) -> Tensor | None:
+        """Which columns of a step are tokens; None where all are."""
+        if mask is None:
+            return None
+        total = layer.seen + count
+        if mask.shape[1] != total:
+            raise UnsupportedModel(
+                f"attention_mask has {mask.shape[1]} columns, and with {layer.seen} in the cache "
+                f"and {count} new ones there are {total}: pass the mask of all of them"
+            )
+        if layer.kept is None and bool(mask.all()):
+            return None
+        mask = mask.bool()
+        before, old = mask[:, : layer.seen], layer.kept
+        if not (bool(before.all()) if old is None else before.equal(old)):
+            raise UnsupportedModel(
+                "attention_mask hides other tokens than when they were put into the cache: pass "
+                "the same mask, with columns added"
+            )
+        return mask[:, layer.seen :]
+
+    def _hidden(
+        self,
+        sequences: Sequence[CachedSequence],
+        tokens: Sequence[int],
+        ids: Tensor,
+        places: Tensor,
+    ) -> Tensor:
+        """The last hidden states [1, tokens, hidden] of the next tokens of some sequences, in parts
+        of at most `max_size`."""
+        parts = []
+        first, left = 0, list(tokens)
+        while first < ids.shape[1]:
+            room = self.max_size
+            now = []
+            for index, count in enumerate(left):
+                now.append(min(count, room))
+                room -= now[index]
+                left[index] -= now[index]
+            active = [(s, n) for s, n in zip(sequences, now, strict=True) if n]
+            last = first + sum(now)
+            with self.cache.lock:
+                self.cache.begin([s for s, _ in active], [n for _, n in active])
+                parts.append(
+                    self.body(
+                        ids[:, first:last],
+                        places[:, first:last],
+                        self.cache.blocks,
+                        self.cache.steps,
+                        self.cache.tables,
+                    )
+                )
+            first = last
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def _head(self, rows: Tensor) -> Tensor:
+        batch, count, size = rows.shape
+        parts = list(torch.split(rows.reshape(-1, size).contiguous(), self.max_size))
+        parts = [self.head(part) for part in parts]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return logits.view(batch, count, -1)
+
+    # --- once --------------------------------------------------------------------------
+
+    def _check(self, device: torch.device) -> None:
+        """Compare with the model itself, on a few tokens.
+
+        Raises:
+            UnsupportedModel: when logits differ by more than rounding explains.
+        """
+        text = self.model.config.get_text_config(decoder=True)
+        window = getattr(text, "sliding_window", None) or 0
+        count = min(max(8, window + 4 if window < 128 else 0), self.max_size)
+        ids = torch.arange(1, count + 1).unsqueeze(0) % text.vocab_size
+        with torch.no_grad():
+            expected = self.stock(input_ids=ids, use_cache=False).logits.double()
+            layer = PagedLayer(self.cache, 1)
+            parts = (ids[:, :-1], ids[:, -1:])
+            found = [self._logits(layer, part, None, None, 0) for part in parts]
+            layer.reset()
+        error = (torch.cat(found, 1).double() - expected).abs().amax() / expected.abs().amax()
+        most = CHECKED_WITHIN[self.model.dtype]
+        if not bool(error <= most):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} gives other logits over the paged cache (off by "
+                f"{float(error):.1e} of the largest, {most:.0e} is allowed): leave it to "
+                f"transformers"
+            )
+        self._checked = True
+
+    def __repr__(self) -> str:
+        rows = [("part", "captured", "ranges")]
+        for name, part in (("body", self.body), ("head", self.head)):
+            rows.append((name, str(part.stats().captures), " ".join(map(str, part.plan.ranges))))
+        return "\n".join(align(rows, right={1}))
+
+
+CHECKED_WITHIN = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float64: 1e-3}
+"""How far the largest difference of a logit may be, as a share of the largest logit."""
+
+_FORWARD = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+)
+
+
+def _other(config: Any) -> Any:
+    """The configuration with attention over the paged cache."""
+    other = copy.deepcopy(config)
+    other._attn_implementation = NAME
+    return other
+
+
+def _layer_of(cache: Cache | None) -> PagedLayer | None:
+    layers = getattr(cache, "layers", None) or []
+    return layers[0] if layers and isinstance(layers[0], PagedLayer) else None
