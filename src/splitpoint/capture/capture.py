@@ -343,6 +343,16 @@ def _with_size_arguments(function: Callable[..., Any], signature: Signature) -> 
     return with_size_arguments
 
 
+def _advice(changed: Sequence[str]) -> str:
+    """What else to do, where a cache of keys and values is what changes."""
+    if not any(".layers[" in each or "key_cache" in each for each in changed):
+        return ""
+    return (
+        "; for a transformers model with a KV cache call splitpoint.integrations.transformers."
+        "compile(model)"
+    )
+
+
 def _check_side_effects(sources: tuple[str, ...]) -> None:
     """Refuse changes to the module, the arguments and the caller's globals.
 
@@ -355,6 +365,6 @@ def _check_side_effects(sources: tuple[str, ...]) -> None:
     if own := [source for source in sources if source not in libraries]:
         raise SideEffect(
             f"the model changes Python state in its forward, which a compiled graph would not "
-            f"repeat: {', '.join(own)}. Return the value instead, or keep it in a buffer that is "
-            f"updated in place"
+            f"repeat: {', '.join(own[:3])}{f' and {len(own) - 3} more' if own[3:] else ''}. Return "
+            f"the value instead, or keep it in a buffer that is updated in place{_advice(own)}"
         )

@@ -1,1 +1,5 @@
-"""What MODEL names on the command line: catalogue, weights, and the tensor-parallel model."""
+"""What MODEL names on the command line, and how it is loaded."""
+
+from .catalogue import load
+
+__all__ = ["load"]

@@ -117,7 +117,7 @@ class Decoder:
             return self._leave_to_the_model(why, given)
         assert input_ids is not None
         if not self._checked:
-            self._check(input_ids.device)
+            self._check()
         keeps = self.model.config.use_cache if use_cache is None else use_cache
         temporary = layer is None and past_key_values is None and not keeps
         if layer is None:
@@ -283,7 +283,7 @@ class Decoder:
 
     # --- once --------------------------------------------------------------------------
 
-    def _check(self, device: torch.device) -> None:
+    def _check(self) -> None:
         """Compare with the model itself, on a few tokens.
 
         Raises:
@@ -291,21 +291,23 @@ class Decoder:
         """
         text = self.model.config.get_text_config(decoder=True)
         window = getattr(text, "sliding_window", None) or 0
-        count = min(max(8, window + 4 if window < 128 else 0), self.max_size)
-        ids = torch.arange(1, count + 1).unsqueeze(0) % text.vocab_size
+        count = min(max(12, window + 4 if window < 128 else 0), self.max_size + 1)
+        chance = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, text.vocab_size, (1, count), generator=chance)
         with torch.no_grad():
-            expected = self.stock(input_ids=ids, use_cache=False).logits.double()
+            expected = self.stock(input_ids=ids, use_cache=False).logits[0].double()
             layer = PagedLayer(self.cache, 1)
             parts = (ids[:, :-1], ids[:, -1:])
-            found = [self._logits(layer, part, None, None, 0) for part in parts]
+            found = [self._logits(layer, part, None, None, 0)[0] for part in parts]
             layer.reset()
-        error = (torch.cat(found, 1).double() - expected).abs().amax() / expected.abs().amax()
+        spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+        # Of most tokens: in bfloat16 a single one may go through another expert.
+        error = float(((torch.cat(found).double() - expected).norm(dim=-1) / spread).median())
         most = CHECKED_WITHIN[self.model.dtype]
-        if not bool(error <= most):
+        if not error <= most:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} gives other logits over the paged cache (off by "
-                f"{float(error):.1e} of the largest, {most:.0e} is allowed): leave it to "
-                f"transformers"
+                f"{error:.1e} of their spread, {most} is allowed): leave it to transformers"
             )
         self._checked = True
 
@@ -316,8 +318,9 @@ class Decoder:
         return "\n".join(align(rows, right={1}))
 
 
-CHECKED_WITHIN = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float64: 1e-3}
-"""How far the largest difference of a logit may be, as a share of the largest logit."""
+CHECKED_WITHIN = {torch.float32: 0.01, torch.bfloat16: 0.25}
+"""How far a token's logits may be off, as a share of their spread, in the median of a few tokens.
+Rounding gives some 1e-6 and 0.03, and attention that sees other keys 0.5 and more."""
 
 _FORWARD = (
     "input_ids",
