@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CacheFull
 
-BLOCK_TOKENS = 64
+BLOCK_TOKENS = 32
 """Tokens of a block: a head's keys of one lie in a row of some KiB."""
 
 

@@ -60,8 +60,8 @@ def compile(
         )
     if model.device.type != "cpu" or model.dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedModel(
-            f"the paged cache is for float32 and bfloat16 on CPU, and this model is {model.dtype} "
-            f"on {model.device}: leave it to transformers"
+            f"the paged cache is for float32 and bfloat16 on CPU, and this {type(model).__name__} "
+            f"is {model.dtype} on {model.device}: leave it to transformers"
         )
     tokens = max_cache_tokens or default_cache_tokens(model)
     decoder = Decoder(model, config or CONFIG, max_cache_tokens=tokens, max_sequences=max_sequences)
