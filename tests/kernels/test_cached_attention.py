@@ -53,9 +53,11 @@ class Case:
         rounds = kernels.use_instruction_set("") == "avx512_bf16"
         return Expected.of(*self.arguments(), **self.options, rounds_weights=rounds)
 
-    def check(self) -> None:
+    def check(self, threads: int = 1) -> None:
         expected = self.expected()
+        torch.set_num_threads(threads)
         y = self.run()
+        torch.set_num_threads(1)
         assert y.is_contiguous()
         assert y.dtype == self.query.dtype
         assert expected.exceeded(y) <= 1
@@ -166,9 +168,8 @@ def cases(draw: st.DrawFn) -> Case:
     instruction_set=st.sampled_from(kernels.instruction_sets()),
 )
 def test_matches_float64(case: Case, threads: int, instruction_set: str) -> None:
-    torch.set_num_threads(threads)
     kernels.use_instruction_set(instruction_set)
-    case.check()
+    case.check(threads)
 
 
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
@@ -191,12 +192,11 @@ def test_matches_float64_at_shapes_of_models(
     group: int,
     size: int,
 ) -> None:
-    torch.set_num_threads(2)
     kernels.use_instruction_set(instruction_set)
     for window, softcap in ((0, 0.0), (128, 0.0), (0, 50.0)):
         make_case(
             tokens, held, heads, group, size, 32, dtype, window=window, softcap=softcap
-        ).check()
+        ).check(threads=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
