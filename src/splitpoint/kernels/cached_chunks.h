@@ -15,17 +15,17 @@ struct Chunk {
   int64_t begin, count;
 };
 
-// The chunk of the first head that starts at a position and ends before `end`; none is there from
-// `end` on.
+// The chunk of the first head that starts at a position and ends before `end`, of `most` keys or
+// fewer; none is there from `end` on.
 template <class T>
 SPLITPOINT_INLINE Chunk<T> chunk_at(const CachedArgs& a, const CachedSequence& s, int64_t begin,
-                                    int64_t end) {
+                                    int64_t end, int64_t most) {
   if (begin >= end) return {nullptr, nullptr, begin, 0};
   const auto position = static_cast<uint32_t>(begin), tokens = static_cast<uint32_t>(a.block_tokens);
   const int64_t block = s.blocks[position / tokens], inside = position % tokens;
   int64_t count = a.block_tokens - inside;
   if (count > end - begin) count = end - begin;
-  if (count > kChunkKeys) count = kChunkKeys;
+  if (count > most) count = most;
   const int64_t at = (block * a.kv_heads * a.block_tokens + inside) * a.size;
   return {static_cast<const T*>(a.keys) + at, static_cast<const T*>(a.values) + at, begin, count};
 }

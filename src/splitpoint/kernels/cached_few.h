@@ -332,9 +332,14 @@ SPLITPOINT_INLINE int64_t row_of_result(const CachedArgs& a, const CachedSequenc
 
 SPLITPOINT_INLINE float over(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
 
-// One split of the keys, for all heads: those of a block follow each other in memory, and so do
-// blocks that were taken in order. Only where the next one lies elsewhere is it fetched ahead:
-// within a stretch that goes on, the CPU's own prefetching is faster without.
+// Keys that are fetched while as many are at work: a page of them, so that memory is asked evenly.
+template <class T>
+SPLITPOINT_INLINE int64_t few_chunk(int64_t size) {
+  const int64_t keys = 4096 / (size * static_cast<int64_t>(sizeof(T))) / kTokenStep * kTokenStep;
+  return keys < kTokenStep ? kTokenStep : keys > kChunkKeys ? kChunkKeys : keys;
+}
+
+// One split of the keys, for all heads: those of a block lie together.
 template <class F>
 inline void attend_few(const CachedArgs& a, const CachedSequence& s, int64_t item, char* scratch) {
   using T = typename F::T;
@@ -344,17 +349,12 @@ inline void attend_few(const CachedArgs& a, const CachedSequence& s, int64_t ite
   if (end > s.held + s.tokens) end = s.held + s.tokens;
   Few<F> few(a, s, scratch);
   few.start();
-  Chunk<T> chunk = chunk_at<T>(a, s, begin, end);
+  const int64_t most = few_chunk<T>(a.size);
+  Chunk<T> chunk = chunk_at<T>(a, s, begin, end, most);
   while (chunk.count > 0) {
-    const Chunk<T> next = chunk_at<T>(a, s, chunk.begin + chunk.count, end);
-    const bool goes_on = next.k == chunk.k + a.kv_heads * a.block_tokens * a.size;
+    const Chunk<T> next = chunk_at<T>(a, s, chunk.begin + chunk.count, end, most);
     for (int64_t h = 0; h < a.kv_heads; ++h) {
-      const Chunk<T> own = of_head(a, chunk, h);
-      if (goes_on) {
-        few.chunk(h, own, {own.k, own.v, 0, 0});
-      } else {
-        few.chunk(h, own, h + 1 < a.kv_heads ? of_head(a, chunk, h + 1) : next);
-      }
+      few.chunk(h, of_head(a, chunk, h), h + 1 < a.kv_heads ? of_head(a, chunk, h + 1) : next);
     }
     chunk = next;
   }
