@@ -136,7 +136,7 @@ int main() {
         }
       }
     }
-    runs += check_attention(*table);
+    runs += check_attention(*table) + check_cached(*table);
     std::printf("%s\n", table->name);
   }
   std::printf("%ld runs\n", runs);

@@ -2,8 +2,9 @@
 and checks a range.
 
 `load()` builds it on first use and registers `torch.ops.splitpoint.linear_packed`,
-`.linear_gemv`, `.pack_weight` and `.attention`; `layout` says what a packed weight looks like,
-`reference` and `attention` hold the same operators in float64. The library also has the runner
+`.linear_gemv`, `.pack_weight`, `.attention` and `.cached_attention`, whose keys and values lie in
+the blocks of a cache; `layout` says what a packed weight looks like, `reference`, `attention` and
+`cached_attention` hold the same operators in float64. The library also has the runner
 (`runner.cpp`) and the watch over a module (`watch.cpp`).
 """
 

@@ -30,10 +30,11 @@ def appended(
     """The cache after a step, as a copy."""
     result = cache.clone()
     for sequence in _sequences(steps, tables):
-        for i in range(sequence.tokens):
-            block, inside = sequence.place(sequence.held + i, cache.shape[4])
-            result[layer, 0, block, :, inside] = key[0, :, sequence.first + i]
-            result[layer, 1, block, :, inside] = value[0, :, sequence.first + i]
+        mine = slice(sequence.first, sequence.first + sequence.tokens)
+        at = torch.arange(sequence.held, sequence.held + sequence.tokens)
+        block, inside = sequence.place(at, cache.shape[4])
+        result[layer, 0, block, :, inside] = key[0, :, mine].transpose(0, 1)
+        result[layer, 1, block, :, inside] = value[0, :, mine].transpose(0, 1)
     return result
 
 
@@ -72,17 +73,14 @@ class Expected:
         _, heads, count, size = query.shape
         exact = torch.zeros(1, count, heads, size, dtype=torch.float64)
         allowed = torch.full_like(exact, TINY)
-        group = heads // key.shape[1]
         for sequence in _sequences(steps, tables):
             if sequence.tokens == 0:
                 continue
             mine = slice(sequence.first, sequence.first + sequence.tokens)
-            q = query[0, :, mine].double()
-            keys, values = (
-                half.double().repeat_interleave(group, 0)
-                for half in sequence.read(after[layer], window)
-            )
-            seen = _seen(sequence, keys.shape[1], window)
+            # Heads that share keys are rows of one product.
+            q = query[0, :, mine].double().reshape(key.shape[1], -1, size)
+            keys, values = (half.double() for half in sequence.read(after[layer], window))
+            seen = _seen(sequence, keys.shape[1], window).repeat(heads // key.shape[1], 1)
             scores = q @ keys.transpose(-1, -2) * scale
             wrong = (size + 4) * U32 * (q.abs() @ keys.abs().transpose(-1, -2)) * abs(scale)
             wrong = wrong + 2 * U32 * scores.abs()
@@ -99,7 +97,8 @@ class Expected:
             error = share * (weights @ values.abs())
             error = error + keys.shape[1] * TINY * (1 + values.abs().amax(-2, True))
             error = error + ROUNDOFF[query.dtype] * (right.abs() + error)
-            exact[0, mine], allowed[0, mine] = right.transpose(0, 1), error.transpose(0, 1)
+            exact[0, mine] = right.view(heads, -1, size).transpose(0, 1)
+            allowed[0, mine] = error.view(heads, -1, size).transpose(0, 1)
         return Expected(exact, allowed, after)
 
     def exceeded(self, y: Tensor) -> float:
@@ -115,17 +114,18 @@ class _Sequence:
     first: int
     tokens: int
     held: int
-    blocks: list[int]
+    blocks: Tensor
 
-    def place(self, position: int, block_tokens: int) -> tuple[int, int]:
-        return self.blocks[position // block_tokens], position % block_tokens
+    def place(self, positions: Tensor, block_tokens: int) -> tuple[Tensor, Tensor]:
+        return self.blocks[positions // block_tokens], positions % block_tokens
 
     def read(self, layer: Tensor, window: int) -> tuple[Tensor, Tensor]:
         """Keys and values of its positions, zeros where no query sees them."""
+        at = torch.arange(self._first_seen(window), self.held + self.tokens)
+        block, inside = self.place(at, layer.shape[3])
         halves = layer.new_zeros(2, layer.shape[2], self.held + self.tokens, layer.shape[4])
-        for position in range(self._first_seen(window), self.held + self.tokens):
-            block, inside = self.place(position, layer.shape[3])
-            halves[:, :, position] = layer[:, block, :, inside]
+        for half, stored in zip(halves, layer, strict=True):
+            half[:, at] = stored[block, :, inside].transpose(0, 1)
         return halves[0], halves[1]
 
     def _first_seen(self, window: int) -> int:
@@ -136,7 +136,7 @@ def _sequences(steps: Tensor, tables: Tensor) -> Iterator[_Sequence]:
     count, *rest = steps.tolist()
     starts, lengths = rest[: count + 1], rest[count + 1 : 2 * count + 1]
     for i, row in enumerate(rest[2 * count + 1 : 3 * count + 1]):
-        yield _Sequence(starts[i], starts[i + 1] - starts[i], lengths[i], tables[row].tolist())
+        yield _Sequence(starts[i], starts[i + 1] - starts[i], lengths[i], tables[row].long())
 
 
 def _seen(sequence: _Sequence, keys: int, window: int) -> Tensor:

@@ -17,9 +17,10 @@ inline constexpr int64_t kTokenStep = 16;
 
 // Rows (queries times the heads that share keys) of a sequence that are few: each key is read once
 // for all of them, and the keys are cut into splits, whose results are merged. Where a split ends
-// depends on nothing but the position, so that neither do results.
+// depends on the sequence alone, so that results depend on nothing else either.
 inline constexpr int64_t kFewRows = 8;
-inline constexpr int64_t kSplitKeys = 512;
+inline constexpr int64_t kLeastSplit = 256;
+inline constexpr int64_t kMostSplits = 32;
 
 // Rows of an item where there are many: a multiple of three registers of every instruction set.
 inline constexpr int64_t kWideRows = 144;
@@ -48,7 +49,7 @@ struct CachedSequence {
   const int32_t* blocks;  // where positions 0 to held + tokens - 1 lie
   // Filled in by plan():
   bool few;
-  int64_t rows, items, first_split, splits;
+  int64_t rows, items, split_keys, first_split, splits;
   float* partials;        // partial_floats() of its own, if any
 };
 
@@ -61,13 +62,14 @@ SPLITPOINT_SHARED int64_t first_seen(const CachedArgs& a, int64_t position) {
 SPLITPOINT_SHARED void plan(const CachedArgs& a, CachedSequence& s) {
   s.rows = s.tokens * a.group;
   s.few = s.rows <= kFewRows;
-  s.first_split = s.splits = s.items = 0;
+  s.split_keys = s.first_split = s.splits = s.items = 0;
   s.partials = nullptr;
   if (s.rows == 0) return;
   if (s.few) {
-    s.first_split = first_seen(a, s.held) / kSplitKeys;
-    s.splits = ceil_div(s.held + s.tokens, kSplitKeys) - s.first_split;
-    s.items = a.kv_heads * s.splits;
+    const int64_t first = first_seen(a, s.held), end = s.held + s.tokens;
+    s.split_keys = kLeastSplit * ceil_div(end - first, kLeastSplit * kMostSplits);
+    s.first_split = first / s.split_keys;
+    s.splits = s.items = ceil_div(end, s.split_keys) - s.first_split;
   } else {
     s.items = a.kv_heads * ceil_div(s.rows, kWideRows);
   }
@@ -79,13 +81,14 @@ SPLITPOINT_SHARED int64_t padded_size(int64_t size) { return ceil_div(size, 32) 
 SPLITPOINT_SHARED int64_t partial_stride(int64_t size) { return padded_size(size) + 16; }
 
 SPLITPOINT_SHARED int64_t partial_floats(const CachedArgs& a, const CachedSequence& s) {
-  return s.splits > 1 ? s.items * s.rows * partial_stride(a.size) : 0;
+  return s.splits > 1 ? s.splits * a.kv_heads * s.rows * partial_stride(a.size) : 0;
 }
 
 // What an item needs to work in, at a multiple of 64 bytes.
 SPLITPOINT_SHARED int64_t scratch_floats(const CachedArgs& a) {
   const int64_t size = padded_size(a.size);
-  return 2 * kChunkKeys * size + 2 * kChunkKeys * kStripRows + 2 * kWideRows * size +
+  const int64_t few = a.kv_heads * kFewRows * (2 * size + 8);
+  return few + 2 * kChunkKeys * size + 2 * kChunkKeys * kStripRows + 2 * kWideRows * size +
          4 * kWideRows + 256;
 }
 

@@ -15,32 +15,42 @@ struct Chunk {
   int64_t begin, count;
 };
 
-// The chunk that starts at a position and ends before `end`; none is there from `end` on.
+// The chunk of the first head that starts at a position and ends before `end`, of `most` keys or
+// fewer; none is there from `end` on.
 template <class T>
-SPLITPOINT_INLINE Chunk<T> chunk_at(const CachedArgs& a, const CachedSequence& s, int64_t kv_head,
-                                    int64_t begin, int64_t end) {
+SPLITPOINT_INLINE Chunk<T> chunk_at(const CachedArgs& a, const CachedSequence& s, int64_t begin,
+                                    int64_t end, int64_t most) {
   if (begin >= end) return {nullptr, nullptr, begin, 0};
   const auto position = static_cast<uint32_t>(begin), tokens = static_cast<uint32_t>(a.block_tokens);
   const int64_t block = s.blocks[position / tokens], inside = position % tokens;
   int64_t count = a.block_tokens - inside;
   if (count > end - begin) count = end - begin;
-  if (count > kChunkKeys) count = kChunkKeys;
-  const int64_t at = ((block * a.kv_heads + kv_head) * a.block_tokens + inside) * a.size;
+  if (count > most) count = most;
+  const int64_t at = (block * a.kv_heads * a.block_tokens + inside) * a.size;
   return {static_cast<const T*>(a.keys) + at, static_cast<const T*>(a.values) + at, begin, count};
 }
 
-// Fetches a stretch of what is used next, in bytes from its start, up to its end.
+// The same positions of another head.
+template <class T>
+SPLITPOINT_INLINE Chunk<T> of_head(const CachedArgs& a, const Chunk<T>& c, int64_t kv_head) {
+  const int64_t by = kv_head * a.block_tokens * a.size;
+  return {c.k + by, c.v + by, c.begin, c.count};
+}
+
+// Fetches what is used next, a stretch at a time, into the second-level cache: there is room for
+// more lines on their way to it than to the first.
 struct Ahead {
-  const char* from;
-  int64_t bytes;
+  const char* next;
+  const char* end;
 
   template <class T>
   SPLITPOINT_INLINE Ahead(const T* from, int64_t count)
-      : from(reinterpret_cast<const char*>(from)), bytes(count * static_cast<int64_t>(sizeof(T))) {}
+      : next(reinterpret_cast<const char*>(from)),
+        end(reinterpret_cast<const char*>(from + count)) {}
 
-  SPLITPOINT_INLINE void fetch(int64_t begin, int64_t end) const {
-    if (end > bytes) end = bytes;
-    for (int64_t i = begin; i < end; i += 64) __builtin_prefetch(from + i, 0, 3);
+  SPLITPOINT_INLINE void fetch(int64_t bytes) {
+    const char* stop = next + bytes < end ? next + bytes : end;
+    for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
 

@@ -29,59 +29,76 @@ struct Few {
 
   const CachedArgs& a;
   const CachedSequence& s;
-  int64_t kv_head, size, padded, quads, sets;
-  Work* q;         // [sets][quads][kLanes units]
-  float* scores;   // [sets][kSetScores]
-  Work* weights;   // likewise; the same memory where scores are what weights are
-  float* out;      // [rows][padded], columns as `order` leaves them
+  int64_t size, padded, quads, sets;
+  // Of each head:
+  Work* q;           // [sets][quads][kLanes units]
+  float* out;        // [rows][padded], columns as finish_row_of() finds them
+  FewState* state;   // [sets]
+  // Of the chunk at work:
+  float* scores;     // [sets][kSetScores]
+  Work* weights;     // likewise; the same memory where scores are what weights are
   Work* k_room;
   T* v_room;
-  FewState state[kFewSets];
   IntVec last[kFewSets];  // the position of each row
   float factors[kFewRows];
 
-  SPLITPOINT_INLINE Few(const CachedArgs& a, const CachedSequence& s, int64_t kv_head, char* memory)
-      : a(a), s(s), kv_head(kv_head), size(a.size) {
+  SPLITPOINT_INLINE Few(const CachedArgs& a, const CachedSequence& s, char* memory)
+      : a(a), s(s), size(a.size) {
     padded = padded_size(size);
     quads = size / (4 * F::kDepth);
     sets = ceil_div(s.rows, kQuads);
     Scratch scratch{memory};
-    q = scratch.take<Work>(sets * kQuads * size);
+    state = scratch.take<FewState>(a.kv_heads * sets);
+    q = scratch.take<Work>(a.kv_heads * q_stride());
+    out = scratch.take<float>(a.kv_heads * s.rows * padded);
     scores = scratch.take<float>(kFewSets * kSetScores);
     weights = F::kDepth == 2 ? scratch.take<Work>(kFewSets * kSetScores)
                              : reinterpret_cast<Work*>(scores);
-    out = scratch.take<float>(kFewRows * padded);
     k_room = F::kWidens ? scratch.take<Work>(kChunkKeys * size) : nullptr;
     v_room = padded == size ? nullptr : scratch.take<T>(kChunkKeys * padded);
   }
 
+  SPLITPOINT_INLINE int64_t q_stride() const { return sets * kQuads * size; }
+
   SPLITPOINT_INLINE void start() {
-    const T* queries = static_cast<const T*>(a.q);
     for (int64_t set = 0; set < sets; ++set) {
-      state[set] = {splat(kMinusInfinity), Vec{}};
       for (int64_t i = 0; i < kQuads; ++i) {
-        const int64_t row = set * kQuads + i < s.rows ? set * kQuads + i : s.rows - 1;
-        const int64_t token = row / a.group, head = kv_head * a.group + row % a.group;
-        const T* from = queries + head * a.q_head + (s.first + token) * a.q_row;
-        Work wide[F::kWidens ? kMostHeadSize : 1];
-        const Work* query = as_work<F>(from, size, wide);
-        Work* to = q + (set * quads * kQuads + i) * 4 * F::kDepth;
-        for (int64_t c = 0; c < quads; ++c) {
-          __builtin_memcpy(to + c * kLanes * F::kDepth, query + c * 4 * F::kDepth, 16);
-        }
 #pragma GCC unroll 4
         for (int l = 0; l < 4; ++l) {
-          last[set][i * 4 + l] = static_cast<int32_t>(s.held + token);
+          last[set][i * 4 + l] = static_cast<int32_t>(s.held + token_of(set * kQuads + i));
         }
       }
     }
-    __builtin_memset(out, 0, s.rows * padded * sizeof(float));
+    for (int64_t head = 0; head < a.kv_heads; ++head) start_head(head);
+    __builtin_memset(out, 0, a.kv_heads * s.rows * padded * sizeof(float));
+  }
+
+  // Where a set has no more rows the last one stands again.
+  SPLITPOINT_INLINE int64_t row_at(int64_t row) const { return row < s.rows ? row : s.rows - 1; }
+  SPLITPOINT_INLINE int64_t token_of(int64_t row) const { return row_at(row) / a.group; }
+
+  SPLITPOINT_INLINE void start_head(int64_t kv_head) {
+    const T* queries = static_cast<const T*>(a.q);
+    for (int64_t set = 0; set < sets; ++set) {
+      state[kv_head * sets + set] = {splat(kMinusInfinity), Vec{}};
+      for (int64_t i = 0; i < kQuads; ++i) {
+        const int64_t row = set * kQuads + i;
+        const int64_t head = kv_head * a.group + row_at(row) % a.group;
+        Work wide[F::kWidens ? kMostHeadSize : 1];
+        const Work* query = as_work<F>(
+            queries + head * a.q_head + (s.first + token_of(row)) * a.q_row, size, wide);
+        Work* to = q + kv_head * q_stride() + (set * quads * kQuads + i) * 4 * F::kDepth;
+        for (int64_t c = 0; c < quads; ++c) {
+          __builtin_memcpy(to + c * kLanes * F::kDepth, query + c * 4 * F::kDepth, 16);
+        }
+      }
+    }
   }
 
   // Scores of kSets sets with a chunk's keys, without the scale.
   template <int kSets>
-  SPLITPOINT_INLINE void score(int64_t first_set, const Work* keys, int64_t count,
-                               const Ahead& ahead) {
+  SPLITPOINT_INLINE void score(int64_t kv_head, int64_t first_set, const Work* keys, int64_t count,
+                               Ahead& ahead) {
     constexpr int kKeys = 8 / kSets;
     const int64_t set_units = quads * kLanes * F::kDepth;
     const int64_t step_bytes = kKeys * size * static_cast<int64_t>(sizeof(T));
@@ -98,8 +115,8 @@ struct Few {
 #pragma GCC unroll 8
         for (int i = 0; i < kKeys; ++i) acc[set][i] = Vec{};
       }
-      ahead.fetch(j / kKeys * step_bytes, (j / kKeys + 1) * step_bytes);
-      const Work* x = q + first_set * set_units;
+      ahead.fetch(step_bytes);
+      const Work* x = q + kv_head * q_stride() + first_set * set_units;
       for (int64_t c = 0; c < quads; ++c) {
         Vec query[kSets];
 #pragma GCC unroll 2
@@ -125,7 +142,8 @@ struct Few {
   }
 
   // Scores of a set to weights, and to the factor of each row's result so far.
-  SPLITPOINT_INLINE void weigh(int64_t set, int64_t begin, int64_t count, bool masked) {
+  SPLITPOINT_INLINE void weigh(int64_t kv_head, int64_t set, int64_t begin, int64_t count,
+                               bool masked, Ahead& ahead) {
     float* own = scores + set * kSetScores;
     const int64_t groups = ceil_div(count, 4);
     Vec tops = splat(kMinusInfinity);
@@ -146,13 +164,15 @@ struct Few {
       store(own + g * kLanes, value);
       tops = value > tops ? value : tops;
     }
-    FewState& kept = state[set];
+    FewState& kept = state[kv_head * sets + set];
     tops = quarter_tops(tops);
     const Vec top = tops > kept.top ? tops : kept.top;
     const Vec shift = top == kMinusInfinity ? Vec{} : top;
     const Vec factor = exp_below(kept.top - shift);
     Vec total = kept.total * factor;
+    const int64_t two_bytes = 2 * size * static_cast<int64_t>(sizeof(T));
     for (int64_t g = 0; g < groups; ++g) {
+      ahead.fetch(two_bytes);
       const Vec weight = exp_below(load(own + g * kLanes) - shift);
       store(weights + set * kSetScores + g * kLanes, weight);
       total += weight;
@@ -164,8 +184,9 @@ struct Few {
 
   // Adds a chunk's weighted values to kVecs registers of columns, from c on, of kRows rows.
   template <int kRows, int kVecs>
-  SPLITPOINT_INLINE void add_values(int64_t row, int64_t c, const T* v, int64_t stride,
-                                    int64_t count, const Ahead& ahead) {
+  SPLITPOINT_INLINE void add_values(float* head_out, int64_t row, int64_t c, const T* v,
+                                    int64_t count, Ahead& ahead) {
+    const int64_t stride = padded;
     Vec acc[kRows][kVecs];
     const Work* own[kRows];
 #pragma GCC unroll 4
@@ -174,13 +195,13 @@ struct Few {
       own[r] = weights + (row + r) / kQuads * kSetScores + (row + r) % kQuads * 4;
 #pragma GCC unroll 8
       for (int i = 0; i < kVecs; ++i) {
-        acc[r][i] = load(out + (row + r) * padded + c + i * kLanes) * factor;
+        acc[r][i] = load(head_out + (row + r) * padded + c + i * kLanes) * factor;
       }
     }
     v += c;
     const int64_t four_bytes = 4 * size * static_cast<int64_t>(sizeof(T));
     for (int64_t j = 0; j < count; j += 4) {
-      ahead.fetch(j / 4 * four_bytes, (j / 4 + 1) * four_bytes);
+      ahead.fetch(four_bytes);
       const auto step = [&](int64_t key, [[maybe_unused]] bool whole) __attribute__((always_inline)) {
         Vec values[kVecs];
         if constexpr (F::kDepth == 2) {
@@ -218,55 +239,57 @@ struct Few {
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
       for (int i = 0; i < kVecs; ++i) {
-        store(out + (row + r) * padded + c + i * kLanes, acc[r][i]);
+        store(head_out + (row + r) * padded + c + i * kLanes, acc[r][i]);
       }
     }
   }
 
   // All columns of some rows, from c on, in stretches of kVecs registers and then of fewer.
   template <int kRows, int kVecs>
-  SPLITPOINT_INLINE void add_columns(int64_t row, int64_t c, const T* v, int64_t stride,
-                                     int64_t count, const Ahead& ahead) {
-    const Ahead none(v, 0);
+  SPLITPOINT_INLINE void add_columns(float* head_out, int64_t row, int64_t c, const T* v,
+                                     int64_t count, Ahead& ahead) {
     for (; c + kVecs * kLanes <= padded; c += kVecs * kLanes) {
-      add_values<kRows, kVecs>(row, c, v, stride, count, row == 0 && c == 0 ? ahead : none);
+      add_values<kRows, kVecs>(head_out, row, c, v, count, ahead);
     }
     if constexpr (kVecs > 2) {
-      if (c < padded) add_columns<kRows, kVecs / 2>(row, c, v, stride, count, ahead);
+      if (c < padded) add_columns<kRows, kVecs / 2>(head_out, row, c, v, count, ahead);
     }
   }
 
   template <int kRows>
-  SPLITPOINT_INLINE void add_rows(int64_t row, const T* v, int64_t count, const Ahead& ahead) {
-    add_columns<kRows, few_columns(kRows)>(row, 0, v, padded, count, ahead);
+  SPLITPOINT_INLINE void add_rows(float* head_out, int64_t row, const T* v, int64_t count,
+                                  Ahead& ahead) {
+    add_columns<kRows, few_columns(kRows)>(head_out, row, 0, v, count, ahead);
   }
 
-  SPLITPOINT_INLINE void chunk(const Chunk<T>& c, const Chunk<T>& next) {
-    const Ahead next_keys(next.k, next.count * size), next_values(next.v, next.count * size);
-    const Ahead none(c.k, 0);
+  // One head's chunk, while the one that is used next is fetched.
+  SPLITPOINT_INLINE void chunk(int64_t kv_head, const Chunk<T>& c, const Chunk<T>& next) {
+    Ahead next_keys(next.k, next.count * size), next_values(next.v, next.count * size);
     const Work* keys = as_work<F>(c.k, c.count * size, k_room);
     for (int64_t set = 0; set < sets; set += 2) {
-      const Ahead& ahead = set == 0 ? next_keys : none;
       if (set + 1 < sets) {
-        score<2>(set, keys, c.count, ahead);
+        score<2>(kv_head, set, keys, c.count, next_keys);
       } else {
-        score<1>(set, keys, c.count, ahead);
+        score<1>(kv_head, set, keys, c.count, next_keys);
       }
     }
     const bool masked = c.count % 4 != 0 || c.begin + c.count > s.held + 1 ||
                         (a.window > 0 && c.begin + a.window < s.held + s.tokens);
-    for (int64_t set = 0; set < sets; ++set) weigh(set, c.begin, c.count, masked);
+    for (int64_t set = 0; set < sets; ++set) {
+      weigh(kv_head, set, c.begin, c.count, masked, next_values);
+    }
     const T* v = c.v;
     if (padded != size) {
       pad_rows(c.v, c.count, size, padded, v_room);
       v = v_room;
     }
+    float* head_out = out + kv_head * s.rows * padded;
     for (int64_t row = 0; row < s.rows; row += 4) {
       switch (s.rows - row) {
-        case 1: add_rows<1>(row, v, c.count, next_values); break;
-        case 2: add_rows<2>(row, v, c.count, next_values); break;
-        case 3: add_rows<3>(row, v, c.count, next_values); break;
-        default: add_rows<4>(row, v, c.count, next_values); break;
+        case 1: add_rows<1>(head_out, row, v, c.count, next_values); break;
+        case 2: add_rows<2>(head_out, row, v, c.count, next_values); break;
+        case 3: add_rows<3>(head_out, row, v, c.count, next_values); break;
+        default: add_rows<4>(head_out, row, v, c.count, next_values); break;
       }
     }
   }
@@ -309,35 +332,47 @@ SPLITPOINT_INLINE int64_t row_of_result(const CachedArgs& a, const CachedSequenc
 
 SPLITPOINT_INLINE float over(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
 
-// One split of the keys of one head.
+// Keys that are fetched while as many are at work: a page of them, so that memory is asked evenly.
+template <class T>
+SPLITPOINT_INLINE int64_t few_chunk(int64_t size) {
+  const int64_t keys = 4096 / (size * static_cast<int64_t>(sizeof(T))) / kTokenStep * kTokenStep;
+  return keys < kTokenStep ? kTokenStep : keys > kChunkKeys ? kChunkKeys : keys;
+}
+
+// One split of the keys, for all heads: those of a block lie together.
 template <class F>
 inline void attend_few(const CachedArgs& a, const CachedSequence& s, int64_t item, char* scratch) {
   using T = typename F::T;
-  const int64_t kv_head = item / s.splits, split = s.first_split + item % s.splits;
   const int64_t seen = first_seen(a, s.held);
-  int64_t begin = split * kSplitKeys, end = begin + kSplitKeys;
+  int64_t begin = (s.first_split + item) * s.split_keys, end = begin + s.split_keys;
   if (begin < seen) begin = seen;
   if (end > s.held + s.tokens) end = s.held + s.tokens;
-  Few<F> few(a, s, kv_head, scratch);
+  Few<F> few(a, s, scratch);
   few.start();
-  Chunk<T> chunk = chunk_at<T>(a, s, kv_head, begin, end);
+  const int64_t most = few_chunk<T>(a.size);
+  Chunk<T> chunk = chunk_at<T>(a, s, begin, end, most);
   while (chunk.count > 0) {
-    const Chunk<T> next = chunk_at<T>(a, s, kv_head, chunk.begin + chunk.count, end);
-    few.chunk(chunk, next);
+    const Chunk<T> next = chunk_at<T>(a, s, chunk.begin + chunk.count, end, most);
+    for (int64_t h = 0; h < a.kv_heads; ++h) {
+      few.chunk(h, of_head(a, chunk, h), h + 1 < a.kv_heads ? of_head(a, chunk, h + 1) : next);
+    }
     chunk = next;
   }
-  for (int64_t row = 0; row < s.rows; ++row) {
-    const int64_t set = row / kQuads, unit = row % kQuads * 4;
-    const float total = quarter_totals(few.state[set].total)[unit];
-    const float* out = few.out + row * few.padded;
-    if (s.splits == 1) {
-      T* y = static_cast<T*>(a.y) + row_of_result(a, s, kv_head, row);
-      finish_row_of<F>(out, over(total), a.size, y);
-    } else {
-      float* to = s.partials + (item * s.rows + row) * partial_stride(a.size);
-      __builtin_memcpy(to, out, few.padded * sizeof(float));
-      to[few.padded] = few.state[set].top[unit];
-      to[few.padded + 1] = total;
+  for (int64_t h = 0; h < a.kv_heads; ++h) {
+    for (int64_t row = 0; row < s.rows; ++row) {
+      const FewState& state = few.state[h * few.sets + row / kQuads];
+      const int64_t unit = row % kQuads * 4, at = h * s.rows + row;
+      const float total = quarter_totals(state.total)[unit];
+      const float* out = few.out + at * few.padded;
+      if (s.splits == 1) {
+        T* y = static_cast<T*>(a.y) + row_of_result(a, s, h, row);
+        finish_row_of<F>(out, over(total), a.size, y);
+      } else {
+        float* to = s.partials + (item * a.kv_heads * s.rows + at) * partial_stride(a.size);
+        __builtin_memcpy(to, out, few.padded * sizeof(float));
+        to[few.padded] = state.top[unit];
+        to[few.padded + 1] = total;
+      }
     }
   }
 }
@@ -349,7 +384,7 @@ inline void merge_few(const CachedArgs& a, const CachedSequence& s, int64_t kv_h
   const int64_t stride = partial_stride(a.size), padded = padded_size(a.size);
   for (int64_t row = 0; row < s.rows; ++row) {
     const auto partial = [&](int64_t split) __attribute__((always_inline)) {
-      return s.partials + ((kv_head * s.splits + split) * s.rows + row) * stride;
+      return s.partials + ((split * a.kv_heads + kv_head) * s.rows + row) * stride;
     };
     float top = kMinusInfinity, total = 0;
     for (int64_t i = 0; i < s.splits; ++i) {

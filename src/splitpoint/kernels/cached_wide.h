@@ -325,8 +325,8 @@ inline void attend_wide(const CachedArgs& a, const CachedSequence& s, int64_t it
   const int64_t end = wide.position(wide.rows - 1) + 1;
   int64_t at = first_seen(a, wide.position(0));
   while (at < end) {
-    const Chunk<T> chunk = chunk_at<T>(a, s, wide.kv_head, at, end);
-    wide.chunk(chunk);
+    const Chunk<T> chunk = chunk_at<T>(a, s, at, end, kChunkKeys);
+    wide.chunk(of_head(a, chunk, wide.kv_head));
     at += chunk.count;
   }
   wide.finish();
