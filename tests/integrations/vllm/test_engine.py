@@ -178,6 +178,23 @@ def test_compiled_by_vllm_both_kernels_serve_their_rows(
     assert compiled.tokens == own.tokens
 
 
+@pytest.mark.parametrize("names_of_layers", ["0", "1"])
+def test_the_ranges_as_a_backend_say_the_same(
+    model: Path, cache: Path, own: Answer, names_of_layers: str
+) -> None:
+    backend = "splitpoint.integrations.vllm.ranges.backend"
+    config = {"mode": 2, "backend": backend, "custom_ops": ["none"]}
+    config["compile_ranges_endpoints"] = [2, 16]
+    answer = start(
+        model,
+        cache,
+        llm={"enforce_eager": False, "compilation_config": config},
+        env={"VLLM_USE_AOT_COMPILE": "0", "VLLM_USE_LAYERNAME": names_of_layers},
+    )
+    assert answer.tokens == own.tokens
+    assert "splitpoint.runtime.program" in answer.imported
+
+
 def test_without_a_compiler_vllm_goes_on_with_its_own(
     model: Path, tmp_path: Path, own: Answer
 ) -> None:

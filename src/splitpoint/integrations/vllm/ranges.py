@@ -43,8 +43,16 @@ def options(vllm_config: Any) -> dict[str, Any]:
     points = sorted({point for point in config.compile_ranges_endpoints or () if point < most})
     return {
         "max_size": most,
-        "runner": "python",  # vLLM passes names of layers, which are no tensors
+        **({"runner": "python"} if _names_are_objects() else {}),
         "split_points": points,
         "compile_sizes": sorted(set(config.compile_sizes or ())),
         "splitting_ops": config.splitting_ops or SPLITTING_OPS,
     }
+
+
+def _names_are_objects() -> bool:
+    """Whether vLLM gives its operators names of layers as inputs of the graph, which the program in
+    C++ does not take: VLLM_USE_LAYERNAME=0 makes them strings in it."""
+    import vllm.envs
+
+    return bool(vllm.envs.VLLM_USE_LAYERNAME)
