@@ -125,8 +125,8 @@ def dynamo_capture(
             )
     if out.backend_input is None:
         raise DynamoFailure(
-            "the function computes nothing with tensors, so there is nothing to compile: call it as "
-            "it is"
+            "the function computes nothing with tensors, so there is nothing to compile: call it "
+            "as it is"
         )
 
     traced, owner = get_traced_fn(function)
