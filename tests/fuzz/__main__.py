@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep findings, and the running program, here")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # torch's, of what programs do
     if given.folder:
         given.folder.mkdir(parents=True, exist_ok=True)
     summary = Summary()
@@ -79,7 +81,7 @@ def main() -> int:
 def table(summary: Summary) -> str:
     """What came of all programs, and each finding as a program."""
     lines = [
-        f"programs {summary.programs}, calls {summary.calls}, warm starts from the store "
+        f"programs {summary.programs}, calls {summary.calls}, starts that loaded code "
         f"{summary.warm_starts}, unstable {summary.unstable}, findings {len(summary.findings)}",
         f"templates used: {len(summary.traits)}",
     ]

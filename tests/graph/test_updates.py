@@ -127,3 +127,13 @@ def test_all_of_arguments_at_once_as_compiled(runner: str) -> None:
 @pytest.mark.parametrize("name", ["returned with a view", "a column", "rows by rows"])
 def test_updates_of_arguments_that_are_views(name: str, layout: str) -> None:
     compared(with_buffers(ARGUMENTS[name], layout=layout))
+
+
+def test_rows_up_to_a_single_size() -> None:
+    """A piece that takes the size and no tensor that has it: there the size is a number too."""
+
+    def forward(self, x, y):
+        self.kv.unbind(0)[1][: x.shape[0] + 1].mul_(2)
+        return []
+
+    compared(with_buffers(forward, backend="inductor", compile_sizes=[5]))

@@ -18,6 +18,7 @@ from ..passes.manager import MatchCount, PassManager
 from ..ranges import PlannedRange, Range
 from ..torch_internals.assumptions import read_assumptions
 from ..torch_internals.cpp_kernels import Kernel, kernel_place
+from ..torch_internals.graphs import with_numbers
 from ..torch_internals.inductor import InductorGraph, inductor_compile, inductor_options
 from ..torch_internals.pass_notes import take_notes
 from ..torch_internals.questions import Questions
@@ -97,6 +98,9 @@ def compile_piece(
     lengths = dict(zip(piece.dims.names, shapes.lengths, strict=True))
     inputs: list[Any] = [lengths[name] for name in piece.takes]
     inputs += [shapes.value(value, piece.symbols) for value in piece.values]
+    # AOTAutograd would make a symbol without bounds of a number that is passed.
+    fixed = {name: each for name in piece.takes if isinstance(each := lengths[name], int)}
+    graph_module = with_numbers(piece.graph_module, fixed) if fixed else piece.graph_module
     manager = PassManager(passes, piece.fingerprint, range_)
     # Inductor's cache keys know neither range nor hint, and would serve this range the
     # graph of another.
@@ -109,7 +113,7 @@ def compile_piece(
     take_notes()  # what a compile left behind that failed
     try:
         graph = inductor_compile(
-            piece.graph_module,
+            graph_module,
             shapes,
             inputs,
             manager,

@@ -161,7 +161,10 @@ def dynamo_capture(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
     if out.backend_input is None:
-        raise DynamoFailure("the function computes nothing with tensors")
+        raise DynamoFailure(
+            "the function computes nothing with tensors, so there is nothing to compile: call it "
+            "as it is"
+        )
 
     traced, owner = get_traced_fn(function)
     variadic = {

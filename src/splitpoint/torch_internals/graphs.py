@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,23 @@ def add_call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node
     ).fake_mode:
         node.meta["val"] = target(*fakes, **fake_kwargs)
     return node
+
+
+def with_numbers(module: fx.GraphModule, numbers: Mapping[str, int]) -> fx.GraphModule:
+    """A copy of a graph in which some inputs, by name, are numbers wherever they are used. It takes
+    them still."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    known = {
+        node: numbers[node.name]
+        for node in graph.find_nodes(op="placeholder")
+        if node.name in numbers
+    }
+    for node in graph.nodes:
+        node.args, node.kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda each: known.get(each, each)
+        )
+    return fx.GraphModule(module, graph)
 
 
 def real_tensors() -> contextlib.AbstractContextManager[Any]:
