@@ -18,7 +18,7 @@ def cache(tokens: int = 6 * BLOCK_TOKENS, sequences: int = 4) -> PagedCache:
 def append(pool: PagedCache, sequence: CachedSequence, values: list[float]) -> None:
     """What the operator does with a step of one sequence."""
     held = sequence.length
-    pool.begin([sequence], [len(values)])
+    pool.tell([len(values)], *pool.extend([sequence], [len(values)]))
     count, first, last, before, row = pool.steps[:5].tolist()
     assert (count, first, last, before, row) == (1, 0, len(values), held, sequence.row)
     for i, value in enumerate(values):
@@ -88,10 +88,8 @@ def test_what_does_not_fit_changes_nothing() -> None:
     pool = cache(2 * BLOCK_TOKENS, 2)
     first, second = pool.open(), pool.open()
     append(pool, first, [1.0] * BLOCK_TOKENS)
-    told = pool.steps.clone()
     with pytest.raises(CacheFull, match=f"a cache of {2 * BLOCK_TOKENS} tokens"):
-        pool.begin([first, second], [1, 1])
-    assert torch.equal(pool.steps, told)
+        pool.extend([first, second], [1, 1])
     assert (first.length, second.length) == (BLOCK_TOKENS, 0)
     with pytest.raises(CacheFull, match="as many as it may"):
         pool.open()

@@ -53,7 +53,7 @@ class PagedCache:
         self.steps = torch.zeros(3 * sequences + 2, dtype=torch.int32)
         """What the operator is told of the step at hand."""
         self.lock = threading.RLock()
-        """Held from `begin` until the step has run."""
+        """Held from `tell` until the step has run."""
         self._free = list(reversed(range(count)))
         self._rows = list(reversed(range(sequences)))
         self._users = [0] * count
@@ -102,7 +102,7 @@ class PagedCache:
             sequence.length = min(sequence.length, length)
             keep = -(-sequence.length // BLOCK_TOKENS)
             while len(sequence.blocks) > keep:
-                self._drop(sequence.blocks.pop())
+                self.give_back(sequence.blocks.pop())
 
     def close(self, sequence: CachedSequence) -> None:
         """Give back all that a sequence has; it must not be used again."""
@@ -110,9 +110,14 @@ class PagedCache:
             self.crop(sequence, 0)
             self._rows.append(sequence.row)
 
-    def begin(self, sequences: Sequence[CachedSequence], tokens: Sequence[int]) -> None:
-        """Make room for the next tokens of some sequences and tell the operator of the step. What
-        each holds counts up at once; a step that fails is taken back with `crop`.
+    def extend(
+        self, sequences: Sequence[CachedSequence], tokens: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Make room for the next tokens of some sequences. What each holds counts up at once; one
+        that fails is taken back with `crop`.
+
+        Returns:
+            What each held before, and its row, as `tell` takes them.
 
         Raises:
             CacheFull: when there is no room; nothing has changed then.
@@ -126,16 +131,48 @@ class PagedCache:
                     f"into a cache of {self.capacity} tokens of which {self.free_tokens} are free: "
                     f"drop caches that are not needed, or raise max_cache_tokens"
                 )
-            starts = [0]
+            before = [sequence.length for sequence in sequences]
             for sequence, count in zip(sequences, tokens, strict=True):
                 self._extend(sequence, count)
-                starts.append(starts[-1] + count)
-            told = [len(sequences), *starts]
-            told += [sequence.length for sequence in sequences]
-            told += [sequence.row for sequence in sequences]
-            self.steps[: len(told)] = torch.tensor(told, dtype=torch.int32)
-            for sequence, count in zip(sequences, tokens, strict=True):
                 sequence.length += count
+            return before, [sequence.row for sequence in sequences]
+
+    def tell(self, tokens: Sequence[int], held: Sequence[int], rows: Sequence[int]) -> None:
+        """Tell the operator of a step: of each sequence the new tokens, those held, and its row."""
+        starts = [0]
+        for count in tokens:
+            starts.append(starts[-1] + count)
+        told = torch.tensor([len(tokens), *starts, *held, *rows], dtype=torch.int32)
+        self.steps[: len(told)] = told
+
+    # --- for who keeps books of its own ------------------------------------------------
+
+    def set_row(self, row: int, blocks: Sequence[int]) -> None:
+        """Write a sequence's blocks into the tables."""
+        self.tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+
+    def take(self) -> int:
+        """A block that nobody has.
+
+        Raises:
+            CacheFull: when there is none.
+        """
+        if not self._free:
+            raise CacheFull(
+                f"the cache has {self.capacity} tokens, all of them in use: run fewer requests at "
+                f"once, or raise max_cache_tokens"
+            )
+        block = self._free.pop()
+        self._users[block] = 1
+        return block
+
+    def give_back(self, block: int) -> None:
+        """Say that one of its users needs a block no more."""
+        self._users[block] -= 1
+        if not self._users[block]:
+            self._free.append(block)
+
+    # --- blocks of a sequence ----------------------------------------------------------
 
     def _is_shared_where_written(self, sequence: CachedSequence) -> bool:
         inside = sequence.length % BLOCK_TOKENS
@@ -148,24 +185,14 @@ class PagedCache:
     def _extend(self, sequence: CachedSequence, tokens: int) -> None:
         if tokens and self._is_shared_where_written(sequence):
             last = len(sequence.blocks) - 1
-            old, new = sequence.blocks[last], self._take()
+            old, new = sequence.blocks[last], self.take()
             self.blocks[:, :, new] = self.blocks[:, :, old]
-            self._drop(old)
+            self.give_back(old)
             sequence.blocks[last] = new
             self.tables[sequence.row, last] = new
         have, need = len(sequence.blocks), -(-(sequence.length + tokens) // BLOCK_TOKENS)
         if need > have:
-            sequence.blocks += [self._take() for _ in range(need - have)]
+            sequence.blocks += [self.take() for _ in range(need - have)]
             self.tables[sequence.row, have:need] = torch.tensor(
                 sequence.blocks[have:], dtype=torch.int32
             )
-
-    def _take(self) -> int:
-        block = self._free.pop()
-        self._users[block] = 1
-        return block
-
-    def _drop(self, block: int) -> None:
-        self._users[block] -= 1
-        if not self._users[block]:
-            self._free.append(block)

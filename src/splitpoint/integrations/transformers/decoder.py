@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,9 @@ from ... import api
 from ...config import Config
 from ...errors import UnsupportedModel
 from ...ranges import align
-from ...runtime.paged_cache import CachedSequence, PagedCache
+from ...runtime.paged_cache import PagedCache
 from .attention import NAME, register
+from .continuous import Places, is_step
 from .copies import Body, Given, Head, with_config
 from .layer import PagedLayer
 
@@ -73,6 +75,8 @@ class Decoder:
         )
         self._said: set[str] = set()
         self._checked = False
+        self._places: weakref.WeakKeyDictionary[Any, Places] = weakref.WeakKeyDictionary()
+        """By transformers' cache of continuous batching."""
 
     # --- what stands in model.forward --------------------------------------------------
 
@@ -108,6 +112,8 @@ class Decoder:
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if is_step(given):
+            return self._continuous(given)
         why = self._not_served(given)
         if why is None:
             layer = _layer_of(past_key_values)
@@ -167,6 +173,23 @@ class Decoder:
             log.warning("a call of %s runs uncompiled: %s", type(self.model).__name__, why)
         return self.stock(**{name: value for name, value in given.items() if value is not None})
 
+    def _continuous(self, given: dict[str, Any]) -> Any:
+        """A step of transformers' continuous batching."""
+        if not self._checked:
+            self._check()
+        theirs = given["cache"]
+        try:
+            if theirs not in self._places:
+                self._places[theirs] = Places(self.cache, theirs)
+        except UnsupportedModel as why:
+            return self._leave_to_the_model(str(why), given)
+        ids, places = given["input_ids"].long(), given["position_ids"].long()
+        with torch.no_grad(), self.cache.lock:
+            hidden = self._hidden(ids, places, *self._places[theirs].begin(given))
+            rows = given["logits_to_keep"]
+            wanted = hidden[:, rows] if isinstance(rows, Tensor) else hidden
+            return CausalLMOutputWithPast(logits=self._head(wanted))
+
     # --- a step ------------------------------------------------------------------------
 
     def _logits(
@@ -201,7 +224,8 @@ class Decoder:
         layer.seen += count
         lengths = [sequence.length for sequence in layer.sequences]
         try:
-            hidden = self._hidden(layer.sequences, tokens, ids, places)
+            held, table_rows = self.cache.extend(layer.sequences, tokens)
+            hidden = self._hidden(ids, places, tokens, held, table_rows)
         except BaseException:
             layer.seen, layer.kept = before
             for sequence, length in zip(layer.sequences, lengths, strict=True):
@@ -242,35 +266,33 @@ class Decoder:
 
     def _hidden(
         self,
-        sequences: Sequence[CachedSequence],
-        tokens: Sequence[int],
         ids: Tensor,
         places: Tensor,
+        tokens: Sequence[int],
+        held: Sequence[int],
+        rows: Sequence[int],
     ) -> Tensor:
-        """The last hidden states [1, tokens, hidden] of the next tokens of some sequences, in parts
-        of at most `max_size`."""
+        """The last hidden states [1, tokens, hidden] of the next tokens of some sequences, of which
+        there is room for all, in parts of at most `max_size`."""
+        cache = self.cache
         parts = []
-        first, left = 0, list(tokens)
-        while first < ids.shape[1]:
-            room = self.max_size
-            now = []
-            for index, count in enumerate(left):
-                now.append(min(count, room))
-                room -= now[index]
-                left[index] -= now[index]
-            active = [(s, n) for s, n in zip(sequences, now, strict=True) if n]
-            last = first + sum(now)
-            with self.cache.lock:
-                self.cache.begin([s for s, _ in active], [n for _, n in active])
+        first, before = 0, list(held)
+        for part in in_parts(tokens, self.max_size):
+            which, counts = [index for index, _ in part], [count for _, count in part]
+            last = first + sum(counts)
+            with cache.lock:
+                cache.tell(counts, [before[i] for i in which], [rows[i] for i in which])
                 parts.append(
                     self.body(
                         ids[:, first:last],
                         places[:, first:last],
-                        self.cache.blocks,
-                        self.cache.steps,
-                        self.cache.tables,
+                        cache.blocks,
+                        cache.steps,
+                        cache.tables,
                     )
                 )
+            for index, count in part:
+                before[index] += count
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
@@ -334,6 +356,23 @@ _FORWARD = (
     "use_cache",
     "logits_to_keep",
 )
+
+
+def in_parts(tokens: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
+    """The tokens of some sequences, in order, in parts of at most `most`: of each part the
+    sequences, by index, and how many of their tokens."""
+    part: list[tuple[int, int]] = []
+    room = most
+    for index, count in enumerate(tokens):
+        while count:
+            now = min(count, room)
+            part.append((index, now))
+            count, room = count - now, room - now
+            if not room:
+                yield part
+                part, room = [], most
+    if part:
+        yield part
 
 
 def _other(config: Any) -> Any:
