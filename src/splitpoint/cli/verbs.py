@@ -97,6 +97,33 @@ def plan(args: argparse.Namespace) -> None:
     print(config.plan())
 
 
+def generate(args: argparse.Namespace) -> None:
+    """`splitpoint generate`."""
+    from ..bench.answer import Sampling
+    from ..bench.picture import check_outputs
+    from .generate import run
+
+    check_outputs(json=args.json)
+    sampling = None
+    if args.sample or args.temperature is not None:
+        sampling = Sampling(args.temperature or 1.0, args.seed)
+    generated = run(
+        args.model,
+        args.prompt,
+        _config(args),
+        dtype=args.dtype,
+        threads=args.threads,
+        new_tokens=args.max_new_tokens,
+        raw=args.raw,
+        sampling=sampling,
+        layers=args.layers,
+        say=_say,
+    )
+    _say(str(generated))
+    if args.json:
+        args.json.write_text(generated.to_json() + "\n")
+
+
 def run(args: argparse.Namespace) -> None:
     """`splitpoint run`."""
     from .run import Job, read_policy, run
@@ -365,6 +392,7 @@ def cache_why_miss(args: argparse.Namespace) -> None:
 VERBS = {
     "env": env,
     "demo": demo,
+    "generate": generate,
     "plan": plan,
     "run": run,
     "bench forward": bench_forward,

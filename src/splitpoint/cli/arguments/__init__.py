@@ -42,6 +42,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
 
     models.add_demo(verbs, verbs_by_name["demo"])
+    models.add_generate(verbs, verbs_by_name["generate"])
     models.add_plan(verbs, verbs_by_name["plan"])
     models.add_run(verbs, verbs_by_name["run"])
     models.add_compile(verbs, verbs_by_name["compile"])

@@ -185,6 +185,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """An integer of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return int(text)
+
+
 def two_or_more(text: str) -> int:
     """An integer of 2 or more."""
     if not text.isdecimal() or int(text) < 2:
@@ -203,10 +210,19 @@ def byte_count(text: str) -> int:
 
 def seconds(text: str) -> float:
     """Seconds, more than none."""
+    return _above_zero(text, "number of seconds")
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    return _above_zero(text, "number")
+
+
+def _above_zero(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} above 0")
     return value
