@@ -76,10 +76,11 @@ def _rates(axes: Axes, bars: Mapping[str, float], colours: Mapping[str, str]) ->
     axes.bar_label(drawn, fmt="%.1f", color=INK, fontsize=10, padding=2)
     axes.set_ylabel("answering: tokens a second after the first", color=INK)
     axes.margins(x=0.15, y=0.08)
-    _spines(axes)
+    frame(axes)
 
 
-def _spines(axes: Axes) -> None:
+def frame(axes: Axes) -> None:
+    """Axes on the left and below, faint lines behind what is drawn."""
     axes.tick_params(which="both", colors=INK)
     axes.grid(axis="y", which="major", color=FAINT, lw=0.5, alpha=0.7)
     axes.set_axisbelow(True)
@@ -119,4 +120,4 @@ def _axes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    _spines(axes)
+    frame(axes)

@@ -9,10 +9,8 @@ from .shared import (
     MODEL_HELP,
     PROMPT,
     Verb,
-    above_zero,
     config_arguments,
     layers_argument,
-    natural,
     policy_argument,
     positive,
     run_arguments,
@@ -70,60 +68,6 @@ examples:
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP + "; or a config.json file")
     layers_argument(parser)
-    config_arguments(parser)
-
-
-def add_generate(verbs: Any, run: Verb) -> None:
-    """Add `splitpoint generate`."""
-    parser = verb(
-        verbs,
-        "generate",
-        run,
-        "let a model answer a prompt, compiled over a paged KV cache",
-        """\
-Loads a model, compiles it in place (splitpoint.integrations.transformers; what the store has is
-loaded), and lets transformers' generate go on from the prompt, in the model's chat template where
-it has one. The answer goes to standard output as it comes, and nothing else does. What is done,
-and at the end the time to the first token, tokens a second after it, and how much was compiled or
-loaded, go to standard error. Tokens are the likeliest ones unless --sample or --temperature is
-given. Compiling is not part of the times.""",
-        """\
-examples:
-  splitpoint generate smollm2 "Why is the sky blue?"
-  splitpoint generate smollm2 "Once upon a time" --raw --sample --seed 7 --max-new-tokens 200
-  splitpoint generate ./my-model "Why?" --dtype fp32 --threads 2 --json answer.json""",
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("prompt", metavar="PROMPT", help="what to ask")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive,
-        default=128,
-        metavar="N",
-        help="longest answer, in tokens (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--raw", action="store_true", help="go on from the prompt itself, without chat template"
-    )
-    parser.add_argument("--sample", action="store_true", help="draw tokens by their probabilities")
-    parser.add_argument(
-        "--temperature",
-        type=above_zero,
-        metavar="T",
-        help="divide logits by this before drawing; asks for --sample (default: 1.0)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=natural,
-        default=0,
-        metavar="N",
-        help="of what is drawn (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write text, figures and environment as JSON"
-    )
-    layers_argument(parser)
-    run_arguments(parser)
     config_arguments(parser)
 
 

