@@ -120,6 +120,11 @@ class Probes:
         self._x = torch.randn(ROWS, SIDE, generator=generator).to(dtype)
         self._gemm = prepacked_linear(weight) or (lambda x: F.linear(x, weight))
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that a call of `READ` reads."""
+        return self._data.nbytes
+
     def calls(self) -> dict[str, Callable[[], object]]:
         """What is to be timed, by name."""
         return {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..config import Config
 from ..errors import SplitpointError, StoreError
@@ -21,6 +21,13 @@ from .config_file import read_config
 
 if TYPE_CHECKING:
     from ..bench.collective_report import CollectiveReport
+
+
+class Report(Protocol):
+    """What a measurement gives: `print` it for the tables."""
+
+    def to_json(self) -> str:
+        """All that was measured."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,6 +104,33 @@ def plan(args: argparse.Namespace) -> None:
     print(config.plan())
 
 
+def generate(args: argparse.Namespace) -> None:
+    """`splitpoint generate`."""
+    from ..bench.answer import Sampling
+    from ..bench.picture import check_outputs
+    from .generate import run
+
+    check_outputs(json=args.json)
+    sampling = None
+    if args.sample or args.temperature is not None:
+        sampling = Sampling(args.temperature or 1.0, args.seed)
+    generated = run(
+        args.model,
+        args.prompt,
+        _config(args),
+        dtype=args.dtype,
+        threads=args.threads,
+        new_tokens=args.max_new_tokens,
+        raw=args.raw,
+        sampling=sampling,
+        layers=args.layers,
+        say=_say,
+    )
+    _say(str(generated))
+    if args.json:
+        args.json.write_text(generated.to_json() + "\n")
+
+
 def run(args: argparse.Namespace) -> None:
     """`splitpoint run`."""
     from .run import Job, read_policy, run
@@ -140,11 +174,38 @@ def bench_forward(args: argparse.Namespace) -> None:
         baselines=args.baselines,
         say=_say,
     )
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
     if args.png:
         save_picture(report, args.png)
+
+
+def bench_generate(args: argparse.Namespace) -> None:
+    """`splitpoint bench generate`."""
+    from ..bench.generate import run
+    from ..bench.picture import check_outputs
+    from ..models.catalogue import DTYPES, load
+
+    config = _config(args)
+    check_outputs(png=args.png, json=args.json)
+    _say(f"loading {args.model} ({args.dtype}) ...")
+    model, _ = load(
+        args.model, DTYPES[args.dtype], layers=args.layers, random_weights=args.random_weights
+    )
+    report = run(
+        model,
+        args.model,
+        config,
+        prompts=args.prompts,
+        new_tokens=args.new_tokens,
+        batches=args.batches,
+        entrants=args.entrants,
+        rounds=args.rounds,
+        threads=args.threads,
+        say=_say,
+    )
+    _show(report, args.json)
+    if args.png:
+        report.save_picture(args.png)
 
 
 def bench_dispatch(args: argparse.Namespace) -> None:
@@ -154,9 +215,7 @@ def bench_dispatch(args: argparse.Namespace) -> None:
 
     check_outputs(json=args.json)
     report = run(layers=args.layers, budget_s=args.seconds)
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
 
 
 def bench_encode(args: argparse.Namespace) -> None:
@@ -177,9 +236,7 @@ def bench_encode(args: argparse.Namespace) -> None:
         threads=args.threads,
         say=_say,
     )
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
 
 
 def bench_linear(args: argparse.Namespace) -> None:
@@ -197,9 +254,7 @@ def bench_linear(args: argparse.Namespace) -> None:
         threads=args.threads,
         budget_s=args.seconds,
     )
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
     if args.png:
         save_picture(report, args.png)
 
@@ -211,9 +266,7 @@ def bench_collective(args: argparse.Namespace) -> None:
 
     check_outputs(png=args.png, json=args.json)
     report = _measure_collectives(args, args.baselines, args.policy)
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
     if args.png:
         for path in save_pictures(report, args.png):
             _say(f"wrote {path}")
@@ -242,9 +295,7 @@ def bench_parallel(args: argparse.Namespace) -> None:
         starts=args.starts,
         say=_say,
     )
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
 
 
 def bench_startup(args: argparse.Namespace) -> None:
@@ -263,9 +314,7 @@ def bench_startup(args: argparse.Namespace) -> None:
         torch_compile=not args.no_torch_compile,
         say=_say,
     )
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
 
 
 def bench_vllm(args: argparse.Namespace) -> None:
@@ -284,9 +333,7 @@ def bench_vllm(args: argparse.Namespace) -> None:
         eager=not args.compiled,
         say=_say,
     )
-    print(report)
-    if args.json:
-        args.json.write_text(report.to_json() + "\n")
+    _show(report, args.json)
 
 
 def tune_collective(args: argparse.Namespace) -> None:
@@ -365,9 +412,11 @@ def cache_why_miss(args: argparse.Namespace) -> None:
 VERBS = {
     "env": env,
     "demo": demo,
+    "generate": generate,
     "plan": plan,
     "run": run,
     "bench forward": bench_forward,
+    "bench generate": bench_generate,
     "bench dispatch": bench_dispatch,
     "bench encode": bench_encode,
     "bench linear": bench_linear,
@@ -409,6 +458,12 @@ def _measure_collectives(
         baselines=baselines,
         starts=args.starts,
     )
+
+
+def _show(report: Report, path: Path | None) -> None:
+    print(report)
+    if path:
+        path.write_text(report.to_json() + "\n")
 
 
 def _config(args: argparse.Namespace) -> Config:

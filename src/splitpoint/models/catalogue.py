@@ -194,6 +194,11 @@ def describe(name: str, *, layers: int | None = None) -> ModelFacts:
     )
 
 
+def gguf_source(name: str) -> Path | None:
+    """The GGUF file that a model's weights and tokenizer came from; None where they did not."""
+    return _smollm2_gguf()[0] if name == SMOLLM2 else None
+
+
 # --- where a model is ------------------------------------------------------------------
 
 

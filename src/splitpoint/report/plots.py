@@ -32,17 +32,25 @@ def save_curves(
     *,
     title: str,
     floor: Sequence[float] | None = None,
+    bars: Mapping[str, float] | None = None,
 ) -> None:
     """Draw one line for each of `series` (name -> milliseconds a call at each of `sizes`).
 
     There are styles for eight. Where a value is nan, the line has a gap. `floor`, what no series
     should be under, is dashed. Both axes are logarithmic. The ends of a plan's ranges are faint
-    vertical lines, and each range wide enough is named above the plot. The folder of `path` must
-    exist.
+    vertical lines, and each range wide enough is named above the plot. `bars`, tokens a second by
+    name, stand beside them in the colours of their lines. The folder of `path` must exist.
     """
-    figure = Figure(figsize=(8.4, 5.2), dpi=150, facecolor=PAPER, layout="constrained")
+    width = 8.4 if bars is None else 11.0
+    figure = Figure(figsize=(width, 5.2), dpi=150, facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=PAPER)
+    if bars is None:
+        axes = figure.add_subplot(facecolor=PAPER)
+    else:
+        grid = figure.add_gridspec(1, 2, width_ratios=[1, 3])
+        colours = dict(zip(series, STYLES, strict=False))
+        _rates(figure.add_subplot(grid[0], facecolor=PAPER), bars, colours)
+        axes = figure.add_subplot(grid[1], facecolor=PAPER)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for (name, times), colour, marker in zip(series.items(), STYLES, MARKERS, strict=False):
@@ -61,6 +69,24 @@ def save_curves(
         fontsize=10,
     )
     figure.savefig(path, format="png", facecolor=PAPER)
+
+
+def _rates(axes: Axes, bars: Mapping[str, float], colours: Mapping[str, str]) -> None:
+    drawn = axes.bar(list(bars), list(bars.values()), color=[colours[name] for name in bars])
+    axes.bar_label(drawn, fmt="%.1f", color=INK, fontsize=10, padding=2)
+    axes.set_ylabel("answering: tokens a second after the first", color=INK)
+    axes.margins(x=0.15, y=0.08)
+    frame(axes)
+
+
+def frame(axes: Axes) -> None:
+    """Axes on the left and below, faint lines behind what is drawn."""
+    axes.tick_params(which="both", colors=INK)
+    axes.grid(axis="y", which="major", color=FAINT, lw=0.5, alpha=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
 
 
 def _ranges(axes: Axes, plan: Plan, sizes: Sequence[int]) -> None:
@@ -94,8 +120,4 @@ def _axes(axes: Axes, sizes: Sequence[int]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="both", colors=INK)
-    axes.grid(axis="y", which="major", color=FAINT, lw=0.5, alpha=0.7)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
+    frame(axes)

