@@ -1,5 +1,6 @@
 """compile(): right results at every size, or the documented error."""
 
+import dataclasses
 import inspect
 import threading
 from dataclasses import replace
@@ -180,7 +181,7 @@ def test_a_loop_over_the_size_is_refused_with_its_line():
 )
 def test_data_dependent_shapes_are_refused(function):
     with pytest.raises(errors.CaptureError):
-        splitpoint.compile(function, Config(max_size=8))(torch.randn(3, 2))
+        splitpoint.compile(function, Config(max_size=8, on_break="error"))(torch.randn(3, 2))
 
 
 def test_size_0_runs_the_model_itself():
@@ -523,8 +524,9 @@ class Counting(torch.nn.Module):
 @pytest.mark.parametrize("what", ["attribute", "list", {}])
 def test_side_effects_are_refused(what):
     module = Counting()
+    config = dataclasses.replace(SMALL, on_break="error")
     with pytest.raises(errors.SideEffect, match="Return the value instead"):
-        splitpoint.compile(module, SMALL)(torch.randn(5, 4), what)
+        splitpoint.compile(module, config)(torch.randn(5, 4), what)
     assert (module.calls, module.seen) == (0, [])
 
 
@@ -669,6 +671,37 @@ def test_autocast_inside_the_model_around_a_splitting_op():
     same(compiled, f, [5, 9], rows(4), rtol=2e-2, atol=2e-2)
 
 
+def test_methods_that_would_call_the_model_past_the_compiled_one_say_what_to_do():
+    class Generates(torch.nn.Linear):
+        def generate(self, x):
+            return self(x)
+
+    compiled = splitpoint.compile(Generates(4, 4), SMALL)
+    assert hasattr(compiled, "generate")
+    with pytest.raises(errors.CaptureError, match=r"integrations\.transformers\.compile"):
+        compiled.generate(torch.randn(3, 4))
+
+
+def test_splitting_ops_are_found_as_methods_and_missed_by_name(caplog):
+    cache = torch.zeros(32, 4)
+
+    def f(x, at):
+        y = x * 2
+        cache.index_copy_(0, at, y)
+        return cache.sum(0) + y.sum(0)
+
+    names = ["aten::index_copy_", "aten::logcumsumexp"]
+    compiled = splitpoint.compile(f, dataclasses.replace(SMALL, splitting_ops=names))
+    for size in (5, 1, 8, 9):
+        x, at = torch.randn(size, 4), torch.randperm(32)[:size]
+        with torch.no_grad():
+            expected = cache.clone().index_copy(0, at, x * 2).sum(0) + (x * 2).sum(0)
+            torch.testing.assert_close(compiled(x, at), expected)
+    assert compiled.stats().pieces >= 2
+    said = [each.getMessage() for each in caplog.records if "splitting_ops" in each.getMessage()]
+    assert said == ["splitting_ops names aten::logcumsumexp, which the model does not call"]
+
+
 # --- torch.compile(backend="splitpoint") -----------------------------------------------
 
 
@@ -708,3 +741,11 @@ def test_as_a_backend_with_wrong_options():
     compiled = torch.compile(Block(), backend="splitpoint", options={"max_sizes": 8})
     with pytest.raises(Exception, match="Config has no field 'max_sizes'"):
         compiled(torch.randn(7, 16))
+
+
+def test_the_backend_takes_the_default_mode_and_refuses_others_by_name():
+    module, x = Block().eval(), torch.randn(3, 16)
+    assert torch.compile(module, backend="splitpoint", mode="default") is not None
+    compiled = torch.compile(module, backend="splitpoint", mode="reduce-overhead")
+    with torch.no_grad(), pytest.raises(Exception, match="mode='reduce-overhead' is Inductor's"):
+        compiled(x)

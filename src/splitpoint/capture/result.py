@@ -9,13 +9,13 @@ from the size cannot pass for a constant; it becomes an output of the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..errors import SplitpointError, UnsupportedGraph
+from ..errors import CaptureError, SplitpointError, UnsupportedGraph
 from ..torch_internals.containers import tree_flatten
 from ..torch_internals.dynamo import DynamoCapture
 from ..torch_internals.sizes import (
@@ -135,7 +135,9 @@ class Result:
         if isinstance(value, torch.Size):
             return Shape(tuple(self._leaf(index, part) for part in value))
         if not _is_constant(value) and self._run()[0][index] is not value:
-            raise UnsupportedGraph(
+            # An iterator would come out of torch.compile as one of another class.
+            kind = CaptureError if isinstance(value, Iterator) else UnsupportedGraph
+            raise kind(
                 f"the model returns a {type(value).__name__} that it makes at each call, and that "
                 f"torch cannot take apart: return a tuple, list, dict or NamedTuple, or register "
                 f"the class (torch.export.register_dataclass)"

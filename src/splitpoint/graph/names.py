@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import fx
 
 from ..errors import UnknownSplittingOp
-from ..torch_internals.operators import operator_aliases
+from ..torch_internals.operators import op_name, operator_aliases
 
 
 def splitting_names(names: Sequence[str]) -> frozenset[str]:
@@ -24,3 +27,18 @@ def splitting_names(names: Sequence[str]) -> frozenset[str]:
                 f"'namespace::name', and import the module that registers it first"
             ) from None
     return frozenset(found)
+
+
+def methods_as_operators(graph: fx.Graph, names: Collection[str]) -> None:
+    """Make calls of the operators named, where the model wrote them as methods of a tensor
+    (`cache.index_copy_(...)`), of calls of methods."""
+    for node in graph.nodes:
+        if node.op == "call_method" and f"aten::{node.target}" in names:
+            node.op, node.target = "call_function", getattr(torch.ops.aten, node.target)
+
+
+def unmatched(graph: fx.Graph, names: Sequence[str]) -> list[str]:
+    """Those of the operators named that a graph does not hold."""
+    held = {op_name(node.target) for node in graph.nodes if node.op == "call_function"}
+    held |= {f"aten::{node.target}" for node in graph.nodes if node.op == "call_method"}
+    return [name for name in names if not held & splitting_names([name])]

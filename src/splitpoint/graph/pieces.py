@@ -27,7 +27,7 @@ from ..torch_internals.sizes import (
     symbols_in,
 )
 from .fingerprint import attribute, fingerprint
-from .names import splitting_names
+from .names import methods_as_operators, splitting_names
 from .overlap import Updates, extent, updates_of
 from .updates import updated_inputs, writes, written
 from .views import ancestry, calls_for, in_memory_of, same_object, views_among
@@ -170,7 +170,9 @@ def split(
         UnsupportedGraph: for what cannot be split, such as an autocast region around a
             splitting op.
     """
-    return _Splitter(graph_module, splitting_names(splitting_ops), symbols, dims).run(bound or {})
+    names = splitting_names(splitting_ops)
+    methods_as_operators(graph_module.graph, names)
+    return _Splitter(graph_module, names, symbols, dims).run(bound or {})
 
 
 class _Splitter:

@@ -17,7 +17,7 @@ from ..capture.dims import Lengths, out_of_plan
 from ..capture.facts import Roots
 from ..capture.regions import capture_for, cover, cover_some
 from ..capture.signature import DynamicDims, Signature, changing, more_dims
-from ..config import Config
+from ..config import ATTENTION_OPS, Config
 from ..errors import (
     CaptureError,
     GraphBreak,
@@ -36,6 +36,7 @@ from ..errors import (
     WrongStrides,
     WrongValue,
 )
+from ..graph.names import unmatched
 from ..graph.pieces import split
 from ..ranges import NOT_SERVED, Plan
 from ..store import open_store
@@ -68,6 +69,10 @@ _OTHER_KIND = (WrongArguments, WrongValue, WrongDtype, WrongRank, WrongStrides)
 
 _OTHER_LENGTHS = (WrongDimension, SizeMismatch)
 """How they show that other dimensions change, where it was not said which do."""
+
+
+_PAST_THE_COMPILED = {"generate", "generate_batch"}
+"""Methods of transformers' models that call the model, past what was compiled."""
 
 
 class CompiledModel:
@@ -187,6 +192,12 @@ class CompiledModel:
 
         @functools.wraps(value)
         def method(*args: Any, **kwargs: Any) -> Any:
+            if name in _PAST_THE_COMPILED:
+                raise CaptureError(
+                    f"{name}() of a compiled model would call the model itself, uncompiled: call "
+                    f"splitpoint.integrations.transformers.compile(model), and then "
+                    f"model.{name}(...)"
+                )
             result = value(*args, **kwargs)
             return self if result is self.module else result  # .to(), .eval(), ...
 
@@ -329,6 +340,11 @@ class CompiledModel:
             regions = cover(capture_at, signature.size, config.max_size)
         else:
             regions = cover_some(capture_at, dims, signature.lengths, config.max_size)
+        asked = [name for name in config.splitting_ops if name not in ATTENTION_OPS]
+        for name in set.intersection(
+            *(set(unmatched(each.graph_module.graph, asked)) for each in regions.captures)
+        ):
+            log.warning("splitting_ops names %s, which the model does not call", name)
         graphs = [_graph(captured, signature, config) for captured in regions.captures]
         if dims.is_size_alone:
             lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)

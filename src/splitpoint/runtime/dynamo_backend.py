@@ -27,6 +27,7 @@ def dynamo_backend(
     example_inputs: Sequence[Any],
     *,
     options: dict[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The backend behind `torch.compile(module, backend="splitpoint", options={...})`.
 
@@ -35,10 +36,16 @@ def dynamo_backend(
     A graph without one is compiled as it is, for its one size.
 
     Raises:
-        ConfigError: for options that are none of `Config`'s.
+        ConfigError: for options that are none of `Config`'s, and for modes of torch.compile other
+            than "default".
         InvalidDynamicDims: when the graph has two independent dynamic sizes, or none of its
             inputs has the size itself.
     """
+    if mode not in (None, "default"):
+        raise ConfigError(
+            f"mode={mode!r} is Inductor's own: leave it out, and say what is wanted by options, "
+            f"such as {{'inductor_options': {{'max_autotune': True}}}}"
+        )
     config = Config.from_dict(options or {})
     if config.background:
         raise ConfigError(
