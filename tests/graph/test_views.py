@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from splitpoint import Config, compile
 from tests.fuzz.compare import compared
 from tests.fuzz.models import FORWARD, with_buffers
 
@@ -82,6 +84,16 @@ def test_all_at_once_as_compiled(table: dict[str, FORWARD], runner: str) -> None
         return [form(self, x, y) for form in table.values()]
 
     compared(with_buffers(forward, backend="inductor", runner=runner))
+
+
+def test_a_view_of_an_argument_without_elements() -> None:
+    compiled = compile(
+        lambda x, y: (x + 1, y[1:], y.T),
+        Config(max_size=9, split_points=[4], backend="eager", cache_dir=""),
+    )
+    for size in (5, 1, 4, 9):
+        _, part, turned = compiled(torch.randn(size, 4), torch.empty(size, 0))
+        assert (part.shape, turned.shape) == ((size - 1, 0), (0, size))
 
 
 @pytest.mark.parametrize("layout", ["turned", "columns", "shifted", "expanded"])

@@ -89,9 +89,12 @@ def calls_for(root: torch.Tensor, view: torch.Tensor, integer: Integer) -> list[
     shape, strides, ahead = in_memory_of(root, view, integer)
     wide, own = view.element_size(), root.element_size()
     calls: list[Call] = []
+    is_empty = any(each == 0 for each in shape)  # at every size: it may lie beyond the memory
+    if is_empty:
+        ahead = ahead * 0
     if ahead != 0 or view.dtype != root.dtype:
         # Only a tensor's own offset is known, and only at a call: shift a flat view of it.
-        length = ahead + extent(shape, strides)
+        length = ahead if is_empty else ahead + extent(shape, strides)
         part = own // wide  # above 1 where an element of the memory holds several
         flat = floor_div(length + part - 1, part) if part > 1 else length * wide / own
         calls.append((aten.as_strided.default, ((flat,), (1,))))
