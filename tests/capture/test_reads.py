@@ -12,7 +12,7 @@ from splitpoint import Config, errors
 from splitpoint.capture.facts import names_of
 from splitpoint.capture.module_reads import ModuleReads
 from splitpoint.capture.reads import Cells, Reads
-from splitpoint.capture.watch import PATIENCE, tree_ids, watch_reads
+from splitpoint.capture.watch import PATIENCE, PAUSE, tree_ids, watch_reads
 
 needs_tags = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11), reason="dicts have version tags in CPython 3.11 only"
@@ -320,7 +320,12 @@ def test_a_place_that_changes_while_the_facts_hold(source):
         with pytest.raises(errors.StateChanged):
             compiled(x)
         source.FACTOR = factor
-    torch.testing.assert_close(compiled(x), model(x))
+    for _ in range(PAUSE):  # it has come to rest, and is watched again
+        torch.testing.assert_close(compiled(x), model(x))
+    assert rest._way is not None
+    source.FACTOR = 3.0
+    with pytest.raises(errors.StateChanged):
+        compiled(x)
 
 
 def test_a_closure_after_a_warm_start(tmp_path):

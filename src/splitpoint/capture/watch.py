@@ -74,7 +74,8 @@ class Rest:
 
     Those whose value follows from a few dicts and objects are left to a watch over these. Where
     one of these changes and all facts hold nevertheless, the watch is made anew; where that
-    happens too often, the facts themselves are looked at from then on.
+    happens too often, the facts themselves are looked at for a number of calls, which doubles each
+    time.
 
     Args:
         check: whether all facts hold.
@@ -100,6 +101,10 @@ class Rest:
         self._way: Callable[[], bool] | None = None
         """Whether the tree still leads to the places watched; None when none are."""
         self._patience = PATIENCE
+        self._pause = PAUSE
+        """Calls that look at the facts themselves, when patience is at its end."""
+        self._left = 0
+        """Those of them that are still to come."""
         self._modules: list[torch.nn.Module] = []
         """The tree's. A new one may have been read nowhere yet, so no way leads to it."""
         self._take()
@@ -132,19 +137,27 @@ class Rest:
             self._take()
         else:
             self._unwatched = self._check_rest(self._owner, self._tensors(), None)
-            self._watched, self._way = _always, None
+            self._watched, self._way = self._without, None
+            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+        return True
+
+    def _without(self) -> bool:
+        """In the watch's place while it is given up: what was changing may have come to rest."""
+        self._left -= 1
+        if self._left <= 0:
+            self._patience = 2
+            self._take()
         return True
 
 
 PATIENCE = 4
-"""How often a watch over facts is made before it is given up."""
+"""How often a watch over facts is made before it is given up for a while."""
+
+PAUSE, LONGEST_PAUSE = 8, 4096
+"""For how many calls, the first time and at most. Making it takes as long as a few checks."""
 
 CheckRest = Callable[[torch.nn.Module, Collection[int], Reads | None], Callable[[], bool]]
 Tensors = Callable[[], Collection[int]]
-
-
-def _always() -> bool:
-    return True
 
 
 def watch_reads(reads: Reads) -> Callable[[], bool] | None:
