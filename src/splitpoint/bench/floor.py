@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels.memory import streamed_bytes
 from ..torch_internals.onednn import prepacked_linear
 from ..tuning.measure import Timing
 from .inputs import last_logits, random_ids
@@ -114,7 +115,8 @@ class Probes:
             KernelBuildError: when the kernels, of which reading memory is one, cannot be built.
         """
         kernels.load()
-        self._data = torch.ones(COLD_BYTES, dtype=torch.uint8)
+        # On huge pages, as packed weights are: others are read more slowly.
+        self._data = streamed_bytes(COLD_BYTES).fill_(1)
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(SIDE, SIDE, generator=generator).to(dtype)
         self._x = torch.randn(ROWS, SIDE, generator=generator).to(dtype)
