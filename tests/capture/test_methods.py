@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -198,3 +200,28 @@ def test_methods_of_other_objects_are_found_by_name(
         compiled(x)
     monkeypatch.undo()
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_what_torch_replaces_when_it_first_compiles_is_no_change() -> None:
+    """In a process of its own: torch.compile wraps `nn.Module.__init__` when it first runs."""
+    script = """
+import torch, splitpoint
+from tests import tiny
+
+compiled = splitpoint.compile(
+    tiny.model(),
+    splitpoint.Config(max_size=8, cache_dir="", backend="eager"),
+    dynamic_dims={"input_ids": 1},
+)
+ids, init = torch.ones(1, 3, dtype=torch.int64), torch.nn.Module.__init__
+with torch.no_grad():
+    compiled(input_ids=ids, use_cache=False)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    assert torch.nn.Module.__init__ is not init, "torch leaves it alone now"
+    compiled(input_ids=ids, use_cache=False)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

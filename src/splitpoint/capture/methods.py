@@ -40,6 +40,8 @@ def methods_in(owner: torch.nn.Module | None, traced: Iterable[types.CodeType]) 
         names: dict[str, None] = {"forward": None}
         for base in kind.__mro__:
             for name, value in vars(base).items():
+                if base is torch.nn.Module and name == "__init__":
+                    continue  # torch replaces it itself, when torch.compile first runs
                 if id(value) not in through:
                     own = {id(code) for code in _own_codes(value)}
                     through[id(value)] = not own.isdisjoint(codes)
