@@ -170,6 +170,11 @@ class UnsupportedGraph(CaptureError):
     """The captured graph holds something that cannot be split into pieces."""
 
 
+class OutsideGraph(UnsupportedGraph):
+    """The model does with what it computed what no graph can hold: it takes sizes from data, or
+    returns objects of a class that torch cannot take apart."""
+
+
 class UnknownSplittingOp(CaptureError):
     """`splitting_ops` names an operator that is not registered."""
 

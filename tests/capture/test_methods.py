@@ -117,7 +117,7 @@ def test_a_warm_start_sees_it_too(
     config = Config(max_size=8, linear="inductor", cache_dir=str(tmp_path))
     x = torch.randn(3, 4)
     compile(model, config)(x)
-    monkeypatch.setattr("splitpoint.api.capture", None)
+    monkeypatch.setattr("splitpoint.runtime.compiled_model.capture", None)
     warm = compile(model, config)
     torch.testing.assert_close(warm(x), model(x))
     CHANGES[name](all_kinds)

@@ -269,6 +269,7 @@ CONFIG_FIELDS: dict[str, Any] = {
 }
 CONFIG_WITHOUT_EFFECT: dict[str, Any] = {
     "on_out_of_plan": "eager",
+    "on_break": "error",
     "linear_budget_s": 1.0,
     "max_signatures": 2,
     "compile_workers": 3,

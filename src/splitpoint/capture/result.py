@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import CaptureError, SplitpointError, UnsupportedGraph
+from ..errors import CaptureError, OutsideGraph, SplitpointError, UnsupportedGraph
 from ..torch_internals.containers import tree_flatten
 from ..torch_internals.dynamo import DynamoCapture
 from ..torch_internals.sizes import (
@@ -99,7 +99,7 @@ class Result:
             except SplitpointError:
                 raise
             except Exception as error:  # whatever the model's own code makes of a stand-in
-                raise UnsupportedGraph(
+                raise OutsideGraph(
                     f"the model does more with what it computed than return it "
                     f"({type(error).__name__}: {error}): return the tensor, or the size itself"
                 ) from error
@@ -136,7 +136,7 @@ class Result:
             return Shape(tuple(self._leaf(index, part) for part in value))
         if not _is_constant(value) and self._run()[0][index] is not value:
             # An iterator would come out of torch.compile as one of another class.
-            kind = CaptureError if isinstance(value, Iterator) else UnsupportedGraph
+            kind = CaptureError if isinstance(value, Iterator) else OutsideGraph
             raise kind(
                 f"the model returns a {type(value).__name__} that it makes at each call, and that "
                 f"torch cannot take apart: return a tuple, list, dict or NamedTuple, or register "
@@ -187,7 +187,7 @@ class Result:
         assert expr is not None
         expr = in_terms_of_size(expr, self.shapes.symbols if own else self.symbols)
         if not expr.free_symbols <= set(self.dims.symbols):
-            raise UnsupportedGraph(
+            raise OutsideGraph(
                 f"the model returns an integer that is known only when it runs ({value}): return "
                 f"the tensor that it is read from"
             )

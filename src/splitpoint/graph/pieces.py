@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..capture.dims import SIZE_ALONE, Dims
-from ..errors import UnsupportedGraph
+from ..errors import OutsideGraph, UnsupportedGraph
 from ..torch_internals.operators import (
     GRAD_STATE,
     PAIRED_STATE,
@@ -274,7 +274,7 @@ class _Splitter:
 
     def note_size(self, node: fx.Node, expr: sympy.Basic) -> None:
         if not expr.free_symbols <= self.symbols.keys():
-            raise UnsupportedGraph(
+            raise OutsideGraph(
                 f"{op_name(node.target)} gives an integer that is known only when the "
                 f"model runs ({expr}), so what follows from it has no range: keep data-dependent "
                 f"shapes (.item(), nonzero, masks as indices) out of the compiled function"

@@ -23,12 +23,12 @@ from ..errors import (
     GraphBreak,
     InputError,
     InvalidDynamicDims,
+    OutsideGraph,
     SideEffect,
     SizeMismatch,
     SizeNotServed,
     SizeOutOfPlan,
     TooManySignatures,
-    UnsupportedGraph,
     WrongArguments,
     WrongDimension,
     WrongDtype,
@@ -231,7 +231,7 @@ class CompiledModel:
                     if self._parts is not None:
                         return self._parts.first_call(signature, args, kwargs)
                     found = self._start(signature), signature.lengths
-                except (GraphBreak, SideEffect, UnsupportedGraph) as error:
+                except (GraphBreak, SideEffect, OutsideGraph) as error:
                     if self.config.on_break == "error":
                         raise
                     return self._cut(error, signature, args, kwargs)

@@ -26,6 +26,7 @@ from ..errors import (
 )
 from ..torch_internals.dynamo import mark_dynamic
 from ..torch_internals.graph_breaks import (
+    by_inductor,
     cut_and_compile,
     dynamic_results,
     error_of_backend,
@@ -167,10 +168,7 @@ class Parts:
     ) -> Callable[..., Any]:
         if self.config.backend == "eager":
             return graph_module.forward
-        from torch._dynamo import lookup_backend
-
-        compiled: Callable[..., Any] = lookup_backend("inductor")(graph_module, inputs)
-        return compiled
+        return by_inductor(graph_module, inputs)
 
     def _timed(
         self, run: Callable[..., Any], dynamic: Sequence[tuple[int, int]] = ()

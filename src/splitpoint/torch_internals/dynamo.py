@@ -20,7 +20,7 @@ from torch import fx
 from .assumptions import Assumed, read_assumptions
 from .guard_checks import ALL_GUARDS, Checks
 from .guard_expressions import GuardScope
-from .probe import require
+from .probe import fits, require
 from .process import compile_lock, quiet
 from .sizes import Symbols
 
@@ -70,8 +70,6 @@ _RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_\d+")
 
 
 def _failure(error: Exception) -> DynamoFailure:
-    from torch._dynamo.exc import TorchRuntimeError
-
     failure = DynamoFailure(str(error).split("\n\nfrom user code")[0])
     failure.details = str(error)
     frames = list(_FRAME.finditer(failure.details.partition("from user code")[2]))
@@ -79,8 +77,11 @@ def _failure(error: Exception) -> DynamoFailure:
     if own:
         failure.line = user_line(own[-1]["file"], int(own[-1]["line"]), own[-1]["name"])
     # An operator that refuses its inputs, and an exception that the model raises, are no breaks.
-    failure.is_break = not isinstance(error, TorchRuntimeError)
-    failure.is_break &= not failure.details.startswith("Observed exception")
+    failure.is_break = not failure.details.startswith("Observed exception")
+    if fits("what a capture failed with"):
+        from torch._dynamo.exc import TorchRuntimeError
+
+        failure.is_break &= not isinstance(error, TorchRuntimeError)
     return failure
 
 

@@ -58,3 +58,13 @@ def dynamic_results(graph_module: fx.GraphModule) -> list[tuple[int, int]]:
 def error_of_backend(error: Exception) -> BaseException | None:
     """What a backend raised, of the error that Dynamo makes of it."""
     return getattr(error, "inner_exception", None)
+
+
+def by_inductor(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """One of Dynamo's graphs compiled as torch.compile does it by default."""
+    if not fits("graphs without ranges"):
+        return graph_module.forward
+    from torch._dynamo import lookup_backend
+
+    compiled: Callable[..., Any] = lookup_backend("inductor")(graph_module, inputs)
+    return compiled

@@ -323,6 +323,20 @@ USES = (
         ("torch._dynamo.output_graph:GraphCompileReason",),
     ),
     Use(
+        "graphs without ranges",
+        "speed",
+        "compile graphs of a model that was cut, where they have several sizes",
+        "they run as they are",
+        ("torch._dynamo:lookup_backend(1)",),
+    ),
+    Use(
+        "what a capture failed with",
+        "words",
+        "tell an operator that refuses its inputs from a break of the graph",
+        "either counts as a break: torch.compile is tried, and raises the operator's own error",
+        ("torch._dynamo.exc:TorchRuntimeError",),
+    ),
+    Use(
         "one compile for several ranges",
         "speed",
         "see what a compile asks about the size, so that ranges share it where nothing differs",
