@@ -226,6 +226,7 @@ def _row(
     way: str, count: int, seconds: Sequence[float], error: float, cost: Cost, after: int | None
 ) -> Row:
     median = statistics.median(seconds)
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    several = seconds if len(seconds) > 1 else [median, median]  # one round has no spread
+    low, _, high = statistics.quantiles(several, n=4, method="inclusive")
     compiling = max(0.0, cost.cpu_s - median)
     return Row(way, count / median, (high - low) / median, error, compiling, after)
