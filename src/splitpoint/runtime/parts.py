@@ -20,9 +20,9 @@ from ..errors import (
     GraphBreak,
     InputError,
     InvalidDynamicDims,
+    OutsideGraph,
     SizeOutOfPlan,
     SplitpointError,
-    UnsupportedGraph,
 )
 from ..torch_internals.dynamo import mark_dynamic
 from ..torch_internals.graph_breaks import (
@@ -156,7 +156,7 @@ class Parts:
                 self.cuts.setdefault(*cut)
             try:
                 part = part_of(graph_module, self._config)
-            except (InvalidDynamicDims, UnsupportedGraph) as why:
+            except (InvalidDynamicDims, OutsideGraph) as why:
                 log.info("a part has no ranges: %s", why)
                 self.without_ranges += 1
                 return self._timed(self._without_ranges(graph_module, list(inputs)))

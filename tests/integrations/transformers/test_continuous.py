@@ -69,15 +69,13 @@ def test_layers_of_several_kinds_are_left_to_the_model(caplog: pytest.LogCapture
 def test_a_cache_that_is_full_says_so() -> None:
     model = made(llama)
     sp.compile(model, PLAIN, max_cache_tokens=64)
-    decoder = sp.decoder_of(model)
-    failed = run(model, PROMPTS[2:3])
-    assert failed != run_alone(model)
-    assert decoder.cache.capacity == 64
-
-
-def run_alone(model: Any) -> list[Any]:
-    sp.undo(model)
-    return run(model, PROMPTS[2:3])
+    settings = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=128)
+    config = transformers.GenerationConfig(eos_token_id=-1, max_new_tokens=12, do_sample=False)
+    (failed,) = model.generate_batch(
+        PROMPTS[2:3], generation_config=config, continuous_batching_config=settings
+    ).values()
+    assert "max_cache_tokens" in str(failed.error)
+    assert failed.generated_tokens == []
 
 
 def test_compiled_by_inductor_nothing_is_compiled_after_the_first_batch() -> None:
