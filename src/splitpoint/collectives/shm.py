@@ -21,7 +21,7 @@ _TABLES = {
     "avx512": "kNormAvx512",
     "avx512_bf16": "kNormAvx512Bf16",
 }
-"""The C++ name of each instruction set's `NormTable`."""
+"""The C++ name of the `NormTable` of each instruction set that norms gain from."""
 
 _MORE_FLAGS = {"avx2": ("-mf16c",)}
 """What the collectives use beside what linear layers do."""
@@ -45,7 +45,7 @@ def kernel_units() -> list[build.Unit]:
             ),
         )
         for each in build.INSTRUCTION_SETS
-        if each.name in linear
+        if each.name in linear and each.name in _TABLES
     ]
 
 

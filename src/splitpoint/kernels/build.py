@@ -47,6 +47,7 @@ COMMON_FLAGS = (
 )
 
 AVX512_FLAGS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+AVX512_BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ INSTRUCTION_SETS = (
     InstructionSet("portable", "kPortable", (), None),
     InstructionSet("avx2", "kAvx2", ("-mavx2", "-mfma"), ("x86_64",)),
     InstructionSet("avx512", "kAvx512", AVX512_FLAGS, ("x86_64",)),
-    InstructionSet("avx512_bf16", "kAvx512Bf16", (*AVX512_FLAGS, "-mavx512bf16"), ("x86_64",)),
+    InstructionSet("avx512_bf16", "kAvx512Bf16", AVX512_BF16_FLAGS, ("x86_64",)),
+    InstructionSet("amx", "kAmx", (*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), ("x86_64",)),
 )
 
 

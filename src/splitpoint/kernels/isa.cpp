@@ -1,6 +1,10 @@
 // Compiled once for each instruction set, with its compiler flags and these two names.
+#if defined(__AMX_BF16__)
+#include "linear_amx.h"
+#else
 #include "cached_attention.h"
 #include "linear_kernels.h"
+#endif
 
 namespace splitpoint {
 

@@ -83,6 +83,7 @@ extern const KernelTable kPortable;
 extern const KernelTable kAvx2;
 extern const KernelTable kAvx512;
 extern const KernelTable kAvx512Bf16;
+extern const KernelTable kAmx;
 #endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,0 +1,261 @@
+// The product over a packed weight on AMX: tiles of 16 rows by 16 columns, multiplied 32 values of
+// k at a time. The packed layout of bf16 (pairs of k, column by column) is what the instruction
+// takes, so a weight is read where it lies; int8 is widened a slice at a time.
+//
+// All else, and few rows, for which the tiles would stay empty, runs on the kernels of AVX-512.
+#pragma once
+
+#include "linear_packed.h"
+
+namespace splitpoint::SPLITPOINT_ISA {
+
+inline constexpr int64_t kTileRows = 16;
+inline constexpr int64_t kPairRows = 2 * kTileRows;  // two tiles of x share each tile of weights
+inline constexpr int64_t kTileDepth = 32;            // values of k in a row of a tile
+inline constexpr int64_t kPanelRowBytes = 2 * kBlock * sizeof(Bf16);  // a pair of k's, all columns
+
+// Rows at and above which the tiles are worth it.
+inline constexpr int64_t kFewestRows = 4;
+
+// Depth of a slice: its weights stay in the first-level cache, 32 KiB of 48, for all rows.
+inline constexpr int64_t kSliceDepth = 512;
+// What is not deeper than this is not sliced: sums are not written and read once more.
+inline constexpr int64_t kWholeDepth = 768;
+
+// Bytes of the rows of x that stay in the second-level cache, of 2 MiB on every CPU with AMX,
+// while all weights pass by.
+inline constexpr int64_t kGroupBytes = 768 * 1024;
+inline constexpr int64_t kMostGroupRows = 512;
+
+// The layout of the instruction's own operand: palette 1, and rows and bytes a row of each tile.
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // 0 to 3: sums; 4, 5: x; 6, 7: weights.
+  TileShapes(int64_t rows0, int64_t rows1) {
+    const int64_t of_x[] = {rows0, rows0, rows1, rows1, rows0, rows1, kTileRows, kTileRows};
+    for (int i = 0; i < 8; ++i) {
+      rows[i] = static_cast<uint8_t>(of_x[i]);
+      bytes[i] = of_x[i] ? 64 : 0;
+    }
+  }
+};
+
+// The tile instructions are opaque to the compiler: what they read must have been written.
+SPLITPOINT_INLINE void written() { __asm__ volatile("" ::: "memory"); }
+
+// The tiles as they are set up for so many rows; left as they were found, empty.
+class TileState {
+ public:
+  ~TileState() {
+    if (rows_) _tile_release();
+  }
+  void use(int64_t rows) {
+    if (rows == rows_) return;
+    const TileShapes shapes(rows < kTileRows ? rows : kTileRows,
+                            rows < kTileRows ? 0 : rows - kTileRows);
+    written();
+    _tile_loadconfig(&shapes);
+    rows_ = rows;
+  }
+
+ private:
+  int64_t rows_ = 0;
+};
+
+// sums[rows, kBlock] (+)= x[rows, depth] @ panel[kBlock, depth]^T for up to kPairRows rows, and
+// what is fetched meanwhile: `fetch_step` bytes a step of kTileDepth.
+struct Pair {
+  const Bf16* x;
+  int64_t stride;
+  const Bf16* w;
+  int64_t depth;
+  int64_t rows;
+  float* sums;
+  bool accumulate;
+  const char* fetch;
+  int64_t fetch_step;
+};
+
+// What is left of x and the panel after whole steps, padded with zeros (0 * NaN is not 0, so both
+// sides are).
+struct alignas(64) Rest {
+  Bf16 x[kPairRows][kTileDepth];
+  Bf16 w[kTileRows][2 * kBlock];
+};
+
+template <bool kTwo>
+SPLITPOINT_INLINE void multiply(const void* x, int64_t x_bytes, const void* w) {
+  _tile_loadd(4, x, x_bytes);
+  _tile_loadd(6, w, kPanelRowBytes);
+  _tile_loadd(7, static_cast<const char*>(w) + kPanelRowBytes / 2, kPanelRowBytes);
+  _tile_dpbf16ps(0, 4, 6);
+  if (kTwo) _tile_loadd(5, static_cast<const char*>(x) + kTileRows * x_bytes, x_bytes);
+  _tile_dpbf16ps(1, 4, 7);
+  if (kTwo) {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <bool kTwo>
+inline void run_pair(const Pair& p) {
+  constexpr int64_t kSumBytes = kBlock * sizeof(float);
+  float* second = p.sums + kTileRows * kBlock;
+  written();
+  if (p.accumulate) {
+    _tile_loadd(0, p.sums, kSumBytes);
+    _tile_loadd(1, p.sums + kTileRows, kSumBytes);
+    if (kTwo) {
+      _tile_loadd(2, second, kSumBytes);
+      _tile_loadd(3, second + kTileRows, kSumBytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  const Bf16* x = p.x;
+  const Bf16* w = p.w;
+  const char* fetch = p.fetch;
+  const int64_t x_bytes = p.stride * static_cast<int64_t>(sizeof(Bf16));
+  for (int64_t left = p.depth; left >= kTileDepth; left -= kTileDepth) {
+    for (int64_t i = 0; i < p.fetch_step; i += 64) __builtin_prefetch(fetch + i, 0, 2);
+    fetch += p.fetch_step;
+    multiply<kTwo>(x, x_bytes, w);
+    x += kTileDepth;
+    w += kTileDepth * kBlock;
+  }
+  if (const int64_t left = p.depth % kTileDepth) {
+    Rest rest{};
+    for (int64_t r = 0; r < p.rows; ++r) {
+      __builtin_memcpy(rest.x[r], x + r * p.stride, left * sizeof(Bf16));
+    }
+    __builtin_memcpy(rest.w, w, ceil_div(left, 2) * kPanelRowBytes);
+    written();
+    multiply<kTwo>(rest.x, sizeof(rest.x[0]), rest.w);
+  }
+  _tile_stored(0, p.sums, kSumBytes);
+  _tile_stored(1, p.sums + kTileRows, kSumBytes);
+  if (kTwo) {
+    _tile_stored(2, second, kSumBytes);
+    _tile_stored(3, second + kTileRows, kSumBytes);
+  }
+}
+
+// A slice of a panel as bf16 pairs, where it is not stored as such.
+template <class Weights>
+struct Slice {
+  alignas(64) Bf16 pairs[kSliceDepth * kBlock];
+
+  const Bf16* read(const typename Weights::Stored* w, int64_t depth) {
+    for (int64_t k = 0; k < depth; k += 2) {
+      for (int v = 0; v < kBlockVecs; ++v) {
+        const auto pair = Weights::pairs(w + k * kBlock, v);
+        __builtin_memcpy(pairs + k * kBlock + v * 2 * kLanes, &pair, sizeof(pair));
+      }
+    }
+    return pairs;
+  }
+};
+template <>
+struct Slice<Bf16Pairs> {
+  const Bf16* read(const Bf16* w, int64_t) { return w; }
+};
+
+// The loops, from outside in: groups of rows, column blocks, the one or two weights, slices of k,
+// pairs of row tiles.
+template <class Weights>
+inline void amx_part(const LinearArgs& a, const Part& part) {
+  using Stored = typename Weights::Stored;
+  constexpr bool kWidens = sizeof(Stored) < sizeof(Bf16);
+  const auto* x = static_cast<const Bf16*>(a.x);
+  const Panels<Dot<Weights>> panels(a, part);
+  const int64_t whole = kWidens ? kSliceDepth : kWholeDepth;
+  const int64_t slices = a.k > whole ? ceil_div(a.k, kSliceDepth) : 1;
+  const int64_t slice = slices == 1 ? a.k : kSliceDepth;
+  const int64_t height = part.t1 - part.t0;
+  const int64_t fitting = kGroupBytes / (a.k * static_cast<int64_t>(sizeof(Bf16)) + 1);
+  const int64_t most = fitting < kPairRows         ? kPairRows
+                       : fitting > kMostGroupRows ? kMostGroupRows
+                                                  : fitting / kPairRows * kPairRows;
+  const int halves = a.gated ? 2 : 1;
+  alignas(64) float sums[2][kMostGroupRows * kBlock];
+  Slice<Weights> widened;
+  TileState tiles;
+
+  for (int64_t t0 = part.t0; t0 < part.t1; t0 += most) {
+    const int64_t rows = part.t1 - t0 < most ? part.t1 - t0 : most;
+    const int64_t pairs = ceil_div(rows, kPairRows);
+    for (int64_t block = part.block0; block < part.block1; ++block) {
+      for (int half = 0; half < halves; ++half) {
+        for (int64_t s = 0; s < slices; ++s) {
+          const int64_t k0 = s * slice;
+          const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
+          const Stored* w = panels.at(block, half) + k0 * kBlock;
+          const bool ends = s + 1 == slices && half + 1 == halves;
+          // Each pair fetches its part of what is read after this slice.
+          const char* next = reinterpret_cast<const char*>(w + depth * kBlock);
+          if (s + 1 == slices) next = panels.after(block, half);
+          const int64_t step_bytes =
+              ceil_div(kTileDepth * kBlock * static_cast<int64_t>(sizeof(Stored)), pairs * 64) * 64;
+          const Bf16* values = widened.read(w, depth);
+          for (int64_t i = 0; i < pairs; ++i) {
+            const int64_t r0 = i * kPairRows;
+            const int64_t count = rows - r0 < kPairRows ? rows - r0 : kPairRows;
+            float* to = sums[half] + r0 * kBlock;
+            tiles.use(count);
+            const Pair pair{x + (t0 + r0) * a.x_stride + k0,
+                            a.x_stride,
+                            values,
+                            depth,
+                            count,
+                            to,
+                            s > 0,
+                            next ? next + i * step_bytes * (depth / kTileDepth) : nullptr,
+                            next ? step_bytes : 0};
+            if (count > kTileRows) {
+              run_pair<true>(pair);
+            } else {
+              run_pair<false>(pair);
+            }
+            if (ends) {
+              finish_tile<Bf16>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, count,
+                                block);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+inline constexpr bool kDots = true;
+
+inline void run_packed(const LinearArgs& a, const Part& part) {
+  if (a.x_type == DType::f32 || part.t1 - part.t0 < kFewestRows) return kAvx512Bf16.packed(a, part);
+  if (a.w_type == DType::bf16) return amx_part<Bf16Pairs>(a, part);
+  return amx_part<Int8Pairs>(a, part);
+}
+
+inline void run_gemv(const LinearArgs& a, const Part& part) { kAvx512Bf16.gemv(a, part); }
+inline void widen(const Bf16* from, float* to, int64_t count) { kAvx512Bf16.widen(from, to, count); }
+inline uint32_t read(const char* from, int64_t bytes) { return kAvx512Bf16.read(from, bytes); }
+inline void run_pack(const PackArgs& a, int64_t block0, int64_t block1) {
+  kAvx512Bf16.pack(a, block0, block1);
+}
+inline void attend(const AttentionArgs& a, const AttentionPart& part) { kAvx512Bf16.attend(a, part); }
+inline void attend_cached(const CachedArgs& a, const CachedSequence& of, int64_t item,
+                          char* scratch) {
+  kAvx512Bf16.attend_cached(a, of, item, scratch);
+}
+inline void merge_cached(const CachedArgs& a, const CachedSequence& of, int64_t kv_head) {
+  kAvx512Bf16.merge_cached(a, of, kv_head);
+}
+
+}  // namespace splitpoint::SPLITPOINT_ISA
