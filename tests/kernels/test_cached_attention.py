@@ -50,7 +50,7 @@ class Case:
         return y
 
     def expected(self) -> Expected:
-        rounds = kernels.use_instruction_set("") == "avx512_bf16"
+        rounds = kernels.use_instruction_set("") in ("avx512_bf16", "amx")
         return Expected.of(*self.arguments(), **self.options, rounds_weights=rounds)
 
     def check(self, threads: int = 1) -> None:

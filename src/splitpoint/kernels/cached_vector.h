@@ -18,6 +18,7 @@ struct Exact {
   using Work = float;
   static constexpr int kDepth = 1;
   static constexpr bool kWidens = sizeof(T) != sizeof(Work);
+  static constexpr bool kTiles = false;
 
   static SPLITPOINT_INLINE Vec add(Vec acc, Vec a, Vec b) { return acc + a * b; }
   static SPLITPOINT_INLINE Vec unit(const Work* from) { return splat(*from); }
@@ -30,6 +31,7 @@ struct Pairs {
   using Work = Bf16;
   static constexpr int kDepth = 2;
   static constexpr bool kWidens = false;
+  static constexpr bool kTiles = false;  // whether products are left to matrix instructions
 
   static SPLITPOINT_INLINE Vec add(Vec acc, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);

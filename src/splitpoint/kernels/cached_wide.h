@@ -11,6 +11,7 @@ namespace splitpoint::SPLITPOINT_ISA {
 inline constexpr int kStripVecs = 3;
 inline constexpr int kTile = kLanes == 16 ? 8 : 4;
 inline constexpr int64_t kStrip = kStripVecs * kLanes;
+inline constexpr int64_t kTileKeys = 32;  // a row of a tile of weights
 static_assert(kStrip <= kStripRows && kWideRows % kStrip == 0 && kChunkKeys % kTile == 0);
 
 template <class F>
@@ -96,34 +97,55 @@ struct Wide {
     __builtin_memset(out, 0, ceil_div(rows, kStrip) * kStrip * size * sizeof(float));
   }
 
+  // Keys that are scored and weighed: weights of those that are not there come out as zero.
+  static SPLITPOINT_INLINE int64_t padded_keys(int64_t count) {
+    return F::kTiles ? ceil_div(count, kTileKeys) * kTileKeys : count;
+  }
+
+  // Products of a strip's rows with kTile keys from j on.
+  template <int kVecs>
+  SPLITPOINT_INLINE void products(const Work* queries, const Work* keys, int64_t j, int64_t count,
+                                  Vec (&acc)[kTile][kVecs]) {
+    const Work* key[kTile];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) key[i] = keys + (j + i < count ? j + i : count - 1) * size;
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
+    }
+    for (int64_t u = 0; u < unit_count; ++u) {
+      Vec x[kVecs];
+#pragma GCC unroll 3
+      for (int v = 0; v < kVecs; ++v) {
+        x[v] = units(queries + (u * kStrip + v * kLanes) * F::kDepth);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kTile; ++i) {
+        const Vec unit = F::unit(key[i] + u * F::kDepth);
+#pragma GCC unroll 3
+        for (int v = 0; v < kVecs; ++v) acc[i][v] = F::add(acc[i][v], x[v], unit);
+      }
+    }
+  }
+
   // Scores of a strip's rows with `count` keys; returns their largest.
   template <int kVecs>
   SPLITPOINT_INLINE void score(int64_t strip, const Work* keys, int64_t begin, int64_t count,
                                bool masked, Vec (&top)[kVecs]) {
     const Work* queries = q + strip * unit_count * kStrip * F::kDepth;
     const int32_t* positions = last + strip * kStrip;
-    for (int64_t j = 0; j < count; j += kTile) {
-      const Work* key[kTile];
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) key[i] = keys + (j + i < count ? j + i : count - 1) * size;
+    if constexpr (F::kTiles) F::template scores<kVecs>(queries, keys, count, size, scores);
+    for (int64_t j = 0; j < padded_keys(count); j += kTile) {
       Vec acc[kTile][kVecs];
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) {
-#pragma GCC unroll 3
-        for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec{};
-      }
-      for (int64_t u = 0; u < unit_count; ++u) {
-        Vec x[kVecs];
-#pragma GCC unroll 3
-        for (int v = 0; v < kVecs; ++v) {
-          x[v] = units(queries + (u * kStrip + v * kLanes) * F::kDepth);
-        }
+      if constexpr (F::kTiles) {
 #pragma GCC unroll 8
         for (int i = 0; i < kTile; ++i) {
-          const Vec unit = F::unit(key[i] + u * F::kDepth);
 #pragma GCC unroll 3
-          for (int v = 0; v < kVecs; ++v) acc[i][v] = F::add(acc[i][v], x[v], unit);
+          for (int v = 0; v < kVecs; ++v) acc[i][v] = load(scores + (j + i) * kStrip + v * kLanes);
         }
+      } else {
+        products<kVecs>(queries, keys, j, count, acc);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kTile; ++i) {
@@ -160,7 +182,7 @@ struct Wide {
       factor[v] = exp_below(load(tops + at) - shift[v]);
       total[v] = load(totals + at) * factor[v];
     }
-    for (int64_t j = 0; j < count; j += F::kDepth) {
+    for (int64_t j = 0; j < padded_keys(count); j += F::kDepth) {
 #pragma GCC unroll 3
       for (int v = 0; v < kVecs; ++v) {
         const float* from = scores + j * kStrip + v * kLanes;
@@ -194,6 +216,17 @@ struct Wide {
   SPLITPOINT_INLINE void add_values(int64_t strip, const Work* values, int64_t count,
                                     const Vec (&factor)[kVecs]) {
     float* sums = out + strip * kStrip * size;
+    if constexpr (F::kTiles) {
+      for (int64_t c = 0; c < size; ++c) {
+#pragma GCC unroll 3
+        for (int v = 0; v < kVecs; ++v) {
+          float* sum = sums + c * kStrip + v * kLanes;
+          store(sum, load(sum) * factor[v]);
+        }
+      }
+      F::template add_values<kVecs>(values, weights, padded_keys(count), size, sums);
+      return;
+    }
     const int64_t steps = ceil_div(count, F::kDepth);
     for (int64_t c = 0; c < size; c += kTile) {
       Vec acc[kTile][kVecs];
@@ -229,9 +262,13 @@ struct Wide {
     }
   }
 
-  // Values as they are multiplied: pairs of keys side by side where pairs are.
+  // Values as they are multiplied: pairs of keys side by side where pairs are; turned around, with
+  // zeros for keys that are not there, for tiles.
   SPLITPOINT_INLINE const Work* values_of(const Chunk<T>& c) {
-    if constexpr (F::kDepth == 1) {
+    if constexpr (F::kTiles) {
+      F::turn_values(c.v, c.count, size, v_room);
+      return v_room;
+    } else if constexpr (F::kDepth == 1) {
       return as_work<F>(c.v, c.count * size, v_room);
     } else {
       for (int64_t j = 0; j < c.count; j += 2) {

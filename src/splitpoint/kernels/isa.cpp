@@ -1,9 +1,11 @@
 // Compiled once for each instruction set, with its compiler flags and these two names.
 #if defined(__AMX_BF16__)
-#include "linear_amx.h"
+#include "amx_kernels.h"
+#define SPLITPOINT_KERNELS SPLITPOINT_ISA::tiles
 #else
 #include "cached_attention.h"
 #include "linear_kernels.h"
+#define SPLITPOINT_KERNELS SPLITPOINT_ISA
 #endif
 
 namespace splitpoint {
@@ -13,10 +15,10 @@ namespace splitpoint {
 
 extern const KernelTable SPLITPOINT_TABLE;
 const KernelTable SPLITPOINT_TABLE = {
-    SPLITPOINT_TEXT(SPLITPOINT_ISA), SPLITPOINT_ISA::kDots, SPLITPOINT_ISA::run_packed,
-    SPLITPOINT_ISA::run_gemv,        SPLITPOINT_ISA::attend, SPLITPOINT_ISA::widen,
-    SPLITPOINT_ISA::run_pack,        SPLITPOINT_ISA::read,
-    SPLITPOINT_ISA::attend_cached,   SPLITPOINT_ISA::merge_cached,
+    SPLITPOINT_TEXT(SPLITPOINT_ISA), SPLITPOINT_KERNELS::kDots, SPLITPOINT_KERNELS::run_packed,
+    SPLITPOINT_KERNELS::run_gemv,    SPLITPOINT_KERNELS::attend, SPLITPOINT_KERNELS::widen,
+    SPLITPOINT_KERNELS::run_pack,    SPLITPOINT_KERNELS::read,
+    SPLITPOINT_KERNELS::attend_cached, SPLITPOINT_KERNELS::merge_cached,
 };
 
 }  // namespace splitpoint

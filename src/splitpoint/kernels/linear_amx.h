@@ -5,13 +5,11 @@
 // All else, and few rows, for which the tiles would stay empty, runs on the kernels of AVX-512.
 #pragma once
 
+#include "amx_tiles.h"
 #include "linear_packed.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
-inline constexpr int64_t kTileRows = 16;
-inline constexpr int64_t kPairRows = 2 * kTileRows;  // two tiles of x share each tile of weights
-inline constexpr int64_t kTileDepth = 32;            // values of k in a row of a tile
 inline constexpr int64_t kPanelRowBytes = 2 * kBlock * sizeof(Bf16);  // a pair of k's, all columns
 
 // Rows at and above which the tiles are worth it.
@@ -26,44 +24,6 @@ inline constexpr int64_t kWholeDepth = 768;
 // while all weights pass by.
 inline constexpr int64_t kGroupBytes = 768 * 1024;
 inline constexpr int64_t kMostGroupRows = 512;
-
-// The layout of the instruction's own operand: palette 1, and rows and bytes a row of each tile.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  // 0 to 3: sums; 4, 5: x; 6, 7: weights.
-  TileShapes(int64_t rows0, int64_t rows1) {
-    const int64_t of_x[] = {rows0, rows0, rows1, rows1, rows0, rows1, kTileRows, kTileRows};
-    for (int i = 0; i < 8; ++i) {
-      rows[i] = static_cast<uint8_t>(of_x[i]);
-      bytes[i] = of_x[i] ? 64 : 0;
-    }
-  }
-};
-
-// The tile instructions are opaque to the compiler: what they read must have been written.
-SPLITPOINT_INLINE void written() { __asm__ volatile("" ::: "memory"); }
-
-// The tiles as they are set up for so many rows; left as they were found, empty.
-class TileState {
- public:
-  ~TileState() {
-    if (rows_) _tile_release();
-  }
-  void use(int64_t rows) {
-    if (rows == rows_) return;
-    const TileShapes shapes(rows < kTileRows ? rows : kTileRows,
-                            rows < kTileRows ? 0 : rows - kTileRows);
-    written();
-    _tile_loadconfig(&shapes);
-    rows_ = rows;
-  }
-
- private:
-  int64_t rows_ = 0;
-};
 
 // sums[rows, kBlock] (+)= x[rows, depth] @ panel[kBlock, depth]^T for up to kPairRows rows, and
 // what is fetched meanwhile: `fetch_step` bytes a step of kTileDepth.
@@ -179,7 +139,6 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
   const int64_t whole = kWidens ? kSliceDepth : kWholeDepth;
   const int64_t slices = a.k > whole ? ceil_div(a.k, kSliceDepth) : 1;
   const int64_t slice = slices == 1 ? a.k : kSliceDepth;
-  const int64_t height = part.t1 - part.t0;
   const int64_t fitting = kGroupBytes / (a.k * static_cast<int64_t>(sizeof(Bf16)) + 1);
   const int64_t most = fitting < kPairRows         ? kPairRows
                        : fitting > kMostGroupRows ? kMostGroupRows
@@ -233,29 +192,6 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
       }
     }
   }
-}
-
-inline constexpr bool kDots = true;
-
-inline void run_packed(const LinearArgs& a, const Part& part) {
-  if (a.x_type == DType::f32 || part.t1 - part.t0 < kFewestRows) return kAvx512Bf16.packed(a, part);
-  if (a.w_type == DType::bf16) return amx_part<Bf16Pairs>(a, part);
-  return amx_part<Int8Pairs>(a, part);
-}
-
-inline void run_gemv(const LinearArgs& a, const Part& part) { kAvx512Bf16.gemv(a, part); }
-inline void widen(const Bf16* from, float* to, int64_t count) { kAvx512Bf16.widen(from, to, count); }
-inline uint32_t read(const char* from, int64_t bytes) { return kAvx512Bf16.read(from, bytes); }
-inline void run_pack(const PackArgs& a, int64_t block0, int64_t block1) {
-  kAvx512Bf16.pack(a, block0, block1);
-}
-inline void attend(const AttentionArgs& a, const AttentionPart& part) { kAvx512Bf16.attend(a, part); }
-inline void attend_cached(const CachedArgs& a, const CachedSequence& of, int64_t item,
-                          char* scratch) {
-  kAvx512Bf16.attend_cached(a, of, item, scratch);
-}
-inline void merge_cached(const CachedArgs& a, const CachedSequence& of, int64_t kv_head) {
-  kAvx512Bf16.merge_cached(a, of, kv_head);
 }
 
 }  // namespace splitpoint::SPLITPOINT_ISA
