@@ -104,6 +104,70 @@ void check(const KernelTable& table, bool packed, const Shape& s, DType type, DT
   }
 }
 
+// A 4-bit weight: any bits are one. Its values are read back by hand.
+void check_int4(const KernelTable& table, const Shape& s, DType type, int64_t group,
+                bool zero_points) {
+  const int64_t blocks = ceil_div(s.n, kBlock), groups = s.k / group;
+  const int64_t head = (zero_points ? 3 : 2) * kBlock, bytes = head + group / 2 * kBlock;
+  Buffer packed(DType::i8, blocks * groups * bytes);
+  for (int64_t i = 0; i < blocks * groups; ++i) {
+    auto* scales = reinterpret_cast<Bf16*>(packed.bytes.get() + i * bytes);
+    for (int64_t c = 0; c < kBlock; ++c) scales[c] = to_bf16(uniform());
+    for (int64_t c = 2 * kBlock; c < head; ++c) packed.bytes[i * bytes + c] %= 8;
+  }
+  const Buffer x(type, s.t * s.k);
+  Buffer y(type, s.t * s.n), wide(DType::f32, 0), x_sums(DType::f32, s.t * groups);
+  Buffer whole(type, s.k * s.n);
+  LinearArgs a{};
+  a.t = s.t, a.n = s.n, a.k = s.k, a.x_stride = s.k, a.y_stride = s.n;
+  a.group = group, a.zero_points = zero_points, a.w_type = DType::i4;
+  a.x = x.bytes.get(), a.y = y.bytes.get(), a.x_type = type, a.y_type = type;
+  a.first.values = packed.bytes.get();
+  if (type == DType::bf16 && !table.dots_bf16) {
+    wide = Buffer(DType::f32, s.t * s.k);
+    table.widen(reinterpret_cast<const Bf16*>(x.bytes.get()),
+                reinterpret_cast<float*>(wide.bytes.get()), s.t * s.k);
+    a.x = wide.bytes.get(), a.x_type = DType::f32;
+  }
+  auto* sums = reinterpret_cast<float*>(x_sums.bytes.get());
+  table.sum_groups(a, 0, s.t, sums);
+  a.x_sums = zero_points ? sums : nullptr;
+  table.packed(a, {0, s.t, 0, blocks / 2});
+  table.packed(a, {0, s.t, blocks / 2, blocks});
+  a.y = whole.bytes.get();
+  table.unpack(a, 0, blocks);
+  ++runs;
+  for (int64_t c = 0; c < s.n; ++c) {
+    std::vector<double> weight(s.k);
+    for (int64_t k = 0; k < s.k; ++k) {
+      const char* at = packed.bytes.get() + (c / kBlock * groups + k / group) * bytes;
+      uint32_t word;
+      std::memcpy(&word, at + head + k % group / 8 * 4 * kBlock + c % kBlock * 4, 4);
+      const int shift = k % 8 / 2 * 4 + k % 2 * 16;
+      double value = static_cast<int32_t>(word << (28 - shift)) >> 28;
+      if (zero_points) value -= static_cast<signed char>(at[2 * kBlock + c % kBlock]);
+      weight[k] = value * to_float(reinterpret_cast<const Bf16*>(at)[c % kBlock]);
+      if (!(std::fabs(whole.at(k * s.n + c) - weight[k]) <= 1e-2 * std::fabs(weight[k]))) {
+        std::printf("%s unpacks to %g, expected %g\n", table.name, whole.at(k * s.n + c), weight[k]);
+        std::exit(1);
+      }
+    }
+    for (int64_t t = 0; t < s.t; ++t) {
+      double value = 0, size = 0;
+      for (int64_t k = 0; k < s.k; ++k) {
+        value += x.at(t * s.k + k) * weight[k];
+        size += std::fabs(x.at(t * s.k + k) * weight[k]) + 1e-3;
+      }
+      if (!(std::fabs(y.at(t * s.n + c) - value) <= 1e-2 * size)) {
+        std::printf("%s int4 t %ld n %ld k %ld: %g, expected %g\n", table.name,
+                    static_cast<long>(s.t), static_cast<long>(s.n), static_cast<long>(s.k),
+                    y.at(t * s.n + c), value);
+        std::exit(1);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -142,6 +206,17 @@ int main() {
           with(Activation::none, runs % 4 == 0, true);
           with(Activation::silu, runs % 4 != 0, runs % 2 == 0);
           with(runs % 3 ? Activation::gelu_erf : Activation::gelu_tanh, runs % 5 == 0, runs % 2 == 1);
+        }
+      }
+    }
+    for (const int64_t group : {32, 64, 128}) {
+      for (const int64_t t : {1, 2, 6, 7, 12, 13, 15, 115}) {
+        for (const int64_t n : {1, 33, 70}) {
+          for (const int64_t k : {group, 5 * group, int64_t{1152}}) {
+            for (const DType type : {DType::f32, DType::bf16}) {
+              check_int4(*table, {t, n, k}, type, group, t % 2 == n % 2);
+            }
+          }
         }
       }
     }

@@ -2,10 +2,10 @@
 and checks a range.
 
 `load()` builds it on first use and registers `torch.ops.splitpoint.linear_packed`,
-`.linear_gemv`, `.pack_weight`, `.attention` and `.cached_attention`, whose keys and values lie in
-the blocks of a cache; `layout` says what a packed weight looks like, `reference`, `attention` and
-`cached_attention` hold the same operators in float64. The library also has the runner
-(`runner.cpp`) and the watch over a module (`watch.cpp`).
+`.linear_gemv`, `.pack_weight`, `.unpack_weight`, `.attention` and `.cached_attention`, whose keys
+and values lie in the blocks of a cache; `layout` and `int4` say what a packed weight looks like,
+`reference`, `attention` and `cached_attention` hold the same operators in float64. The library also
+has the runner (`runner.cpp`) and the watch over a module (`watch.cpp`).
 """
 
 from __future__ import annotations

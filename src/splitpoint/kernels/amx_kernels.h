@@ -10,9 +10,15 @@ namespace splitpoint::SPLITPOINT_ISA::tiles {
 inline constexpr bool kDots = true;
 
 inline void run_packed(const LinearArgs& a, const Part& part) {
-  if (a.x_type == DType::f32 || part.t1 - part.t0 < kFewestRows) return kAvx512Bf16.packed(a, part);
-  if (a.w_type == DType::bf16) return amx_part<Bf16Pairs>(a, part);
-  return amx_part<Int8Pairs>(a, part);
+  const int64_t rows = part.t1 - part.t0;
+  const int64_t fewest = a.w_type == DType::i4 ? kInt4Rows + 1 : kFewestRows;
+  if (a.x_type == DType::f32 || a.k == 0 || rows < fewest) return kAvx512Bf16.packed(a, part);
+  switch (a.w_type) {
+    case DType::bf16: return amx_part<Bf16Source>(a, part);
+    case DType::i8: return amx_part<Int8Source>(a, part);
+    case DType::i4: return amx_part<Int4Source>(a, part);
+    case DType::f32: return;  // goes with an x of fp32
+  }
 }
 
 inline void run_gemv(const LinearArgs& a, const Part& part) { kAvx512Bf16.gemv(a, part); }
@@ -20,6 +26,12 @@ inline void widen(const Bf16* from, float* to, int64_t count) { kAvx512Bf16.wide
 inline uint32_t read(const char* from, int64_t bytes) { return kAvx512Bf16.read(from, bytes); }
 inline void run_pack(const PackArgs& a, int64_t block0, int64_t block1) {
   kAvx512Bf16.pack(a, block0, block1);
+}
+inline void sum_groups(const LinearArgs& a, int64_t t0, int64_t t1, float* to) {
+  kAvx512Bf16.sum_groups(a, t0, t1, to);
+}
+inline void unpack(const LinearArgs& a, int64_t block0, int64_t block1) {
+  kAvx512Bf16.unpack(a, block0, block1);
 }
 inline void attend(const AttentionArgs& a, const AttentionPart& part) { kAvx512Bf16.attend(a, part); }
 inline void attend_cached(const CachedArgs& a, const CachedSequence& of, int64_t item,

@@ -31,6 +31,7 @@ def bounds(
     residual: Tensor | None = None,
     activation: str = "none",
     gated: bool = False,
+    off: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The largest error of each output, for sums in float32 in any order.
 
@@ -38,6 +39,7 @@ def bounds(
     off by at most (k + 1) u sum|x w| to first order (Higham, Accuracy and Stability, 3.1; the
     bf16 and int8 products themselves are exact in float32). vdpbf16ps rounds after each product
     too and takes subnormals as zero, which TINY covers. Scaling and the bias round once each.
+    `off`, [n, k] for each weight, is how far a kernel may take its values to be from what they are.
     """
     return Expected.of(
         x,
@@ -47,6 +49,7 @@ def bounds(
         residual=residual,
         activation=activation,
         gated=gated,
+        off=off,
     ).allowed
 
 
@@ -60,6 +63,7 @@ def _bounds(
     residual: Tensor | None,
     activation: str,
     gated: bool,
+    off: Sequence[Tensor],
 ) -> list[Tensor]:
     """`bounds`, for results that are `exact` and, `before` the activation, these."""
     errors = []
@@ -70,6 +74,9 @@ def _bounds(
         if biases:
             magnitude = magnitude + biases[index].double().abs()
         errors.append((x.shape[-1] + 4) * U32 * magnitude + TINY)
+        if off:
+            moved = x.double().abs() @ off[index].double().t()
+            errors[-1] += moved * scales[index].double() if scales else moved
     activated = [
         _activated_error(activation, before, error)
         for before, error in zip(befores, errors, strict=True)
@@ -119,11 +126,14 @@ class Expected:
         residual: Tensor | None = None,
         activation: str = "none",
         gated: bool = False,
+        off: Sequence[Tensor] = (),
     ) -> Expected:
-        """For inputs and weights as for `linear`."""
+        """For inputs and weights as for `linear`, and `off` as for `bounds`."""
         befores = linear(x, weights, scales, biases)
         exact = finish(befores, residual, activation, gated)
-        allowed = _bounds(exact, befores, x, weights, scales, biases, residual, activation, gated)
+        allowed = _bounds(
+            exact, befores, x, weights, scales, biases, residual, activation, gated, off
+        )
         return Expected(exact, allowed, x.dtype)
 
     def exceeded(self, ys: Sequence[Tensor]) -> float:

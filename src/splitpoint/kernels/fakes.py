@@ -13,6 +13,7 @@ from .layout import packed_shape
 def register_fakes() -> None:
     """Give the loaded operators their fake implementations. Call once."""
     torch.library.register_fake("splitpoint::pack_weight", _pack_weight)
+    torch.library.register_fake("splitpoint::unpack_weight", _unpack_weight)
     torch.library.register_fake("splitpoint::linear_packed", _linear_packed)
     torch.library.register_fake("splitpoint::linear_gemv", _linear_gemv)
     torch.library.register_fake("splitpoint::attention", _attention)
@@ -22,6 +23,12 @@ def register_fakes() -> None:
 def _pack_weight(weight: Tensor) -> Tensor:
     rows, k = weight.shape
     return weight.new_empty(packed_shape(rows, k, weight.dtype))
+
+
+def _unpack_weight(
+    packed: Tensor, scale: Tensor | None, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    return packed.new_empty(k, n, dtype=dtype)
 
 
 def _linear_packed(

@@ -163,6 +163,25 @@ DType dtype_of(at::ScalarType type, const char* name) {
   }
 }
 
+// How the groups of a packed 4-bit weight, uint8 [blocks, groups, bytes], lie; see linear_int4.h.
+struct GroupLayout {
+  int64_t group;
+  bool zero_points;
+
+  explicit GroupLayout(const Tensor& packed) : group(0), zero_points(false) {
+    const int64_t bytes = packed.dim() == 3 ? packed.size(2) : 0;
+    for (const int64_t each : {32, 64, 128}) {
+      if (bytes == 2 * kBlock + each / 2 * kBlock) group = each;
+      if (bytes == 3 * kBlock + each / 2 * kBlock) group = each, zero_points = true;
+    }
+    TORCH_CHECK_VALUE(group, "a packed 4-bit weight is uint8 [blocks, groups, bytes] with groups ",
+                      "of 32, 64 or 128, got ", packed.sizes());
+  }
+  bool fits(const Tensor& packed, int64_t blocks, int64_t k) const {
+    return packed.size(0) == blocks && packed.size(1) * group == k;
+  }
+};
+
 Activation activation_of(std::string_view name) {
   if (name == "none") return Activation::none;
   if (name == "silu") return Activation::silu;
@@ -215,7 +234,8 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
   TORCH_CHECK_VALUE(!made.packed || given.n->size() == count,
                     "n must hold the columns of each weight");
   const DType type = dtype_of(scalar_type, "x");
-  const DType w_type = dtype_of(given.weights[0].scalar_type(), "weight");
+  const bool int4 = made.packed && given.weights[0].scalar_type() == at::kByte;
+  const DType w_type = int4 ? DType::i4 : dtype_of(given.weights[0].scalar_type(), "weight");
   LinearArgs common{};
   common.k = k;
   common.x_type = type, common.y_type = type, common.w_type = w_type;
@@ -223,7 +243,7 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
   common.gated = given.gated;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& weight = given.weights[i];
-    TORCH_CHECK_TYPE(type != DType::i8 && (w_type == DType::i8 || w_type == type) &&
+    TORCH_CHECK_TYPE(type != DType::i8 && (int4 || w_type == DType::i8 || w_type == type) &&
                          weight.scalar_type() == given.weights[0].scalar_type(),
                      "x must be float32 or bfloat16 and the weights of its dtype or int8, got ",
                      scalar_type, " and ", weight.scalar_type());
@@ -234,8 +254,16 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
     TORCH_CHECK_VALUE(n >= 0, "n must not be negative, got ", n);
     if (made.packed) {
       const int64_t blocks = ceil_div(n, kBlock), even = ceil_div(k, 2);
+      if (int4) {
+        const GroupLayout layout(weight);
+        TORCH_CHECK_VALUE(i == 0 || (layout.group == common.group &&
+                                     layout.zero_points == common.zero_points),
+                          "the weights of one x must have groups alike");
+        common.group = layout.group, common.zero_points = layout.zero_points;
+      }
       const bool fits =
-          w_type == DType::bf16
+          int4 ? GroupLayout(weight).fits(weight, blocks, k)
+          : w_type == DType::bf16
               ? weight.dim() == 4 && weight.size(0) == blocks && weight.size(1) == even &&
                     weight.size(2) == kBlock && weight.size(3) == 2
               : weight.dim() == 3 && weight.size(0) == blocks &&
@@ -340,6 +368,13 @@ void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* r
     a.x_stride = x_stride;
     if (widens) a.x_type = DType::f32;
   }
+  Tensor x_sums;
+  if (first.zero_points && t <= kMostFewRows) {
+    x_sums = at::empty({t, k / first.group}, x_given.options().dtype(at::kFloat));
+    auto* to = static_cast<float*>(x_sums.mutable_data_ptr());
+    table->sum_groups(first, 0, t, to);
+    for (LinearArgs& a : layers) a.x_sums = to;
+  }
   run_parallel(layers, made.packed ? table->packed : table->gemv, made.weight_bytes);
 }
 
@@ -393,6 +428,27 @@ Tensor pack_weight(const Tensor& weight) {
   return packed;
 }
 
+// The weight of int8 or 4 bits in a packed layout as a plain [k, n] of `dtype`.
+Tensor unpack_weight(const Tensor& packed, const std::optional<Tensor>& scale, int64_t n, int64_t k,
+                     at::ScalarType dtype) {
+  const std::vector<Tensor> scales = scale ? std::vector{*scale} : std::vector<Tensor>{};
+  const std::vector<int64_t> columns{n};
+  const Tensor weights[] = {packed};
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kChar || packed.scalar_type() == at::kByte,
+                   "packed must be int8, or uint8 for 4 bits, got ", packed.scalar_type());
+  TORCH_CHECK_VALUE(k >= 0, "k must not be negative, got ", k);
+  const LinearLayers made = linear_layers(dtype, k, {weights, columns, scales, {}, "none", false});
+  LinearArgs a = made.layers[0];
+  Tensor result = at::empty({k, n}, packed.options().dtype(dtype));
+  a.y = result.mutable_data_ptr();
+  if (result.numel() > 0) {
+    const KernelTable* table = kernels_in_use();
+    parallel(ceil_div(n, kBlock), std::max<int64_t>(1, kValuesWorthAThread / (kBlock * k)),
+             [&](int64_t begin, int64_t end) { table->unpack(a, begin, end); });
+  }
+  return result;
+}
+
 // Reads a tensor's memory in all threads, for measuring bandwidth; the result is of no use.
 int64_t read_memory(const Tensor& data) {
   TORCH_CHECK_VALUE(data.is_contiguous(), "data must be contiguous");
@@ -420,6 +476,9 @@ TORCH_LIBRARY(splitpoint, m) {
       "linear_gemv(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, "
       "Tensor? residual=None, str activation=\"none\", bool gated=False) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "unpack_weight(Tensor packed, Tensor? scale, SymInt n, SymInt k, ScalarType dtype) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def("read_memory(Tensor data) -> int", {at::Tag::pt2_compliant_tag});
   m.def("instruction_sets() -> str[]", instruction_sets);
   m.def("instruction_set(str name) -> str", instruction_set);
@@ -427,6 +486,7 @@ TORCH_LIBRARY(splitpoint, m) {
 
 TORCH_LIBRARY_IMPL(splitpoint, CPU, m) {
   m.impl("pack_weight", pack_weight);
+  m.impl("unpack_weight", unpack_weight);
   m.impl("linear_packed", linear_packed);
   m.impl("linear_gemv", linear_gemv);
   m.impl("read_memory", read_memory);

@@ -1,12 +1,12 @@
 // The product over a packed weight on AMX: tiles of 16 rows by 16 columns, multiplied 32 values of
 // k at a time. The packed layout of bf16 (pairs of k, column by column) is what the instruction
-// takes, so a weight is read where it lies; int8 is widened a slice at a time.
+// takes, so a weight is read where it lies; int8 and 4 bits are widened a slice at a time.
 //
 // All else, and few rows, for which the tiles would stay empty, runs on the kernels of AVX-512.
 #pragma once
 
 #include "amx_tiles.h"
-#include "linear_packed.h"
+#include "linear_int4.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
@@ -108,36 +108,69 @@ inline void run_pair(const Pair& p) {
   }
 }
 
-// A slice of a panel as bf16 pairs, where it is not stored as such.
-template <class Weights>
-struct Slice {
+// Where a product's weights come from: `read` gives a slice of a panel, from k0 on, as pairs of
+// bf16, and `end_of` where it ends as it is stored.
+
+struct Bf16Source {
+  static constexpr int64_t kMostDepth = kWholeDepth;
+  static constexpr int64_t kDepthBytes = kBlock * sizeof(Bf16);  // of one k
+  Panels<Dot<Bf16Pairs>> panels;
+
+  Bf16Source(const LinearArgs& a, const Part& part) : panels(a, part) {}
+  const Bf16* read(int64_t block, int half, int64_t k0, int64_t) const {
+    return panels.at(block, half) + k0 * kBlock;
+  }
+  const char* end_of(int64_t block, int half, int64_t k) const {
+    return reinterpret_cast<const char*>(panels.at(block, half) + k * kBlock);
+  }
+};
+
+struct Int8Source {
+  static constexpr int64_t kMostDepth = kSliceDepth;
+  static constexpr int64_t kDepthBytes = kBlock;
+  Panels<Dot<Int8Pairs>> panels;
   alignas(64) Bf16 pairs[kSliceDepth * kBlock];
 
-  const Bf16* read(const typename Weights::Stored* w, int64_t depth) {
+  Int8Source(const LinearArgs& a, const Part& part) : panels(a, part) {}
+  const Bf16* read(int64_t block, int half, int64_t k0, int64_t depth) {
+    const int8_t* w = panels.at(block, half) + k0 * kBlock;
     for (int64_t k = 0; k < depth; k += 2) {
       for (int v = 0; v < kBlockVecs; ++v) {
-        const auto pair = Weights::pairs(w + k * kBlock, v);
+        const auto pair = Int8Pairs::pairs(w + k * kBlock, v);
         __builtin_memcpy(pairs + k * kBlock + v * 2 * kLanes, &pair, sizeof(pair));
       }
     }
     return pairs;
   }
+  const char* end_of(int64_t block, int half, int64_t k) const {
+    return reinterpret_cast<const char*>(panels.at(block, half) + k * kBlock);
+  }
 };
-template <>
-struct Slice<Bf16Pairs> {
-  const Bf16* read(const Bf16* w, int64_t) { return w; }
+
+struct Int4Source {
+  static constexpr int64_t kMostDepth = kSliceDepth;  // a multiple of every group
+  static constexpr int64_t kDepthBytes = kBlock / 2;
+  Int4Panels panels;
+  Int4Groups groups;
+  alignas(64) Bf16 pairs[kSliceDepth * kBlock];
+
+  Int4Source(const LinearArgs& a, const Part& part) : panels(a, part), groups(a) {}
+  const Bf16* read(int64_t block, int half, int64_t k0, int64_t depth) {
+    int4_unpack(groups, end_of(block, half, k0), depth / groups.group, pairs);
+    return pairs;
+  }
+  const char* end_of(int64_t block, int half, int64_t k) const {
+    return panels.at(block, half) + k / groups.group * groups.bytes();
+  }
 };
 
 // The loops, from outside in: groups of rows, column blocks, the one or two weights, slices of k,
 // pairs of row tiles.
-template <class Weights>
+template <class Source>
 inline void amx_part(const LinearArgs& a, const Part& part) {
-  using Stored = typename Weights::Stored;
-  constexpr bool kWidens = sizeof(Stored) < sizeof(Bf16);
   const auto* x = static_cast<const Bf16*>(a.x);
-  const Panels<Dot<Weights>> panels(a, part);
-  const int64_t whole = kWidens ? kSliceDepth : kWholeDepth;
-  const int64_t slices = a.k > whole ? ceil_div(a.k, kSliceDepth) : 1;
+  Source source(a, part);
+  const int64_t slices = a.k > Source::kMostDepth ? ceil_div(a.k, kSliceDepth) : 1;
   const int64_t slice = slices == 1 ? a.k : kSliceDepth;
   const int64_t fitting = kGroupBytes / (a.k * static_cast<int64_t>(sizeof(Bf16)) + 1);
   const int64_t most = fitting < kPairRows         ? kPairRows
@@ -145,36 +178,32 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
                                                   : fitting / kPairRows * kPairRows;
   const int halves = a.gated ? 2 : 1;
   alignas(64) float sums[2][kMostGroupRows * kBlock];
-  Slice<Weights> widened;
   TileState tiles;
 
   for (int64_t t0 = part.t0; t0 < part.t1; t0 += most) {
     const int64_t rows = part.t1 - t0 < most ? part.t1 - t0 : most;
     const int64_t pairs = ceil_div(rows, kPairRows);
+    // Each pair fetches its part of the slice that is read after this one.
+    const int64_t step_bytes = ceil_div(kTileDepth * Source::kDepthBytes, pairs * 64) * 64;
     for (int64_t block = part.block0; block < part.block1; ++block) {
       for (int half = 0; half < halves; ++half) {
         for (int64_t s = 0; s < slices; ++s) {
           const int64_t k0 = s * slice;
           const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
-          const Stored* w = panels.at(block, half) + k0 * kBlock;
           const bool ends = s + 1 == slices && half + 1 == halves;
-          // Each pair fetches its part of what is read after this slice.
-          const char* next = reinterpret_cast<const char*>(w + depth * kBlock);
-          if (s + 1 == slices) next = panels.after(block, half);
-          const int64_t step_bytes =
-              ceil_div(kTileDepth * kBlock * static_cast<int64_t>(sizeof(Stored)), pairs * 64) * 64;
-          const Bf16* values = widened.read(w, depth);
+          const char* next = s + 1 == slices ? source.panels.after(block, half)
+                                             : source.end_of(block, half, k0 + depth);
+          const Bf16* w = source.read(block, half, k0, depth);
           for (int64_t i = 0; i < pairs; ++i) {
             const int64_t r0 = i * kPairRows;
             const int64_t count = rows - r0 < kPairRows ? rows - r0 : kPairRows;
-            float* to = sums[half] + r0 * kBlock;
             tiles.use(count);
             const Pair pair{x + (t0 + r0) * a.x_stride + k0,
                             a.x_stride,
-                            values,
+                            w,
                             depth,
                             count,
-                            to,
+                            sums[half] + r0 * kBlock,
                             s > 0,
                             next ? next + i * step_bytes * (depth / kTileDepth) : nullptr,
                             next ? step_bytes : 0};

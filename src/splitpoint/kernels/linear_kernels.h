@@ -6,6 +6,7 @@
 #pragma once
 
 #include "linear_gemv.h"
+#include "linear_int4.h"
 #include "linear_packed.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
@@ -18,6 +19,7 @@ inline constexpr bool kDots = true;
 inline void run_packed(const LinearArgs& a, const Part& part) {
   if (a.x_type == DType::f32) return kAvx512.packed(a, part);
   if (a.w_type == DType::bf16) return packed_part<Dot<Bf16Pairs>, Bf16>(a, part);
+  if (a.w_type == DType::i4) return int4_part<Int4Dots, Bf16>(a, part);
   return packed_part<Dot<Int8Pairs>, Bf16>(a, part);
 }
 
@@ -37,6 +39,9 @@ inline void run_packed(const LinearArgs& a, const Part& part) {
     case DType::i8:
       if (a.y_type == DType::bf16) return packed_part<Int8Wide, Bf16>(a, part);
       return packed_part<Int8Wide, float>(a, part);
+    case DType::i4:
+      if (a.y_type == DType::bf16) return int4_part<Int4Wide, Bf16>(a, part);
+      return int4_part<Int4Wide, float>(a, part);
   }
 }
 
@@ -47,6 +52,7 @@ inline void run_gemv(const LinearArgs& a, const Part& part) {
     case DType::i8:
       if (a.y_type == DType::bf16) return gemv_part<WideRow<int8_t>, Bf16>(a, part);
       return gemv_part<WideRow<int8_t>, float>(a, part);
+    case DType::i4: return;  // has no plain layout
   }
 }
 
@@ -104,6 +110,7 @@ inline void run_pack(const PackArgs& a, int64_t block0, int64_t block1) {
     case DType::f32: return pack_blocks<float, 1, 1>(a, block0, block1);
     case DType::bf16: return pack_blocks<Bf16, 2, 2>(a, block0, block1);
     case DType::i8: return pack_blocks<int8_t, 1, 2>(a, block0, block1);
+    case DType::i4: return;  // packed as it is quantised
   }
 }
 

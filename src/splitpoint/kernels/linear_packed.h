@@ -170,9 +170,22 @@ struct Dot {
   template <int kRows, int kVecs>
   static SPLITPOINT_INLINE void step(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
                                      const Stored* w) {
-    one(acc, w, [&](int r) __attribute__((always_inline)) {
-      return load_bits<int32_t>(x.at(r, k));
-    });
+    if constexpr (kRows <= Weights::kWideRows) {
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) {
+          const Vec value = splat(__builtin_bit_cast(float, x.at(r, k + odd)->bits << 16));
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) {
+            acc[r][v] += load(w + odd * kBlock + v * kLanes) * value;
+          }
+        }
+      }
+    } else {
+      one(acc, w,
+          [&](int r) __attribute__((always_inline)) { return load_bits<int32_t>(x.at(r, k)); });
+    }
   }
   template <int kRows, int kVecs>
   static SPLITPOINT_INLINE void last(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x,
@@ -188,6 +201,7 @@ struct Dot {
 
 struct Bf16Pairs {
   using Stored = Bf16;
+  static constexpr int kWideRows = 0;
   static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
     return (__m512bh)load_bits<__m512i>(w + 2 * v * kLanes);
   }
@@ -199,6 +213,8 @@ struct Bf16Pairs {
 // Every int8 is exact in bf16, so the upper half of its fp32 is all there is to it.
 struct Int8Pairs {
   using Stored = int8_t;
+  // Of so few rows each value is multiplied as fp32: making pairs takes longer.
+  static constexpr int kWideRows = 3;
   static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
     const BitVec even = (BitVec)load(w + v * kLanes);
     const BitVec odd = (BitVec)load(w + kBlock + v * kLanes);

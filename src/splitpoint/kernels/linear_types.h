@@ -9,7 +9,11 @@ namespace splitpoint {
 // one packed tensor serves whatever kernel is chosen later.
 inline constexpr int64_t kBlock = 32;
 
-enum class DType { f32, bf16, i8 };
+// Rows of x for which a 4-bit weight is unpacked in registers, at most; of more, the kernels need no
+// sums of x.
+inline constexpr int64_t kMostFewRows = 12;
+
+enum class DType { f32, bf16, i8, i4 };
 
 enum class Activation { none, silu, gelu_tanh, gelu_erf };
 
@@ -43,6 +47,9 @@ struct LinearArgs {
   DType y_type;
   DType w_type;
   Activation activation;
+  int64_t group;          // k's that share a scale; only for i4 weights, which hold their scales
+  bool zero_points;       // whether i4 weights have them
+  const float* x_sums;    // [t, k / group] sums of x over each group, if there are zero points
 };
 
 // A part of the work that one thread does: rows [t0, t1) by column blocks [block0, block1).
@@ -73,6 +80,8 @@ struct KernelTable {
   void (*attend)(const AttentionArgs&, const AttentionPart&);
   void (*widen)(const Bf16* from, float* to, int64_t count);
   void (*pack)(const PackArgs&, int64_t block0, int64_t block1);
+  void (*sum_groups)(const LinearArgs&, int64_t t0, int64_t t1, float* to);
+  void (*unpack)(const LinearArgs&, int64_t block0, int64_t block1);
   uint32_t (*read)(const char* from, int64_t bytes);
   void (*attend_cached)(const CachedArgs&, const CachedSequence&, int64_t item, char* scratch);
   void (*merge_cached)(const CachedArgs&, const CachedSequence&, int64_t kv_head);

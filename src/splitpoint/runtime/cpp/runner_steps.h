@@ -139,6 +139,7 @@ struct BoundLinear {
     if (!layer.packed || !lists[1].empty() || !lists[2].empty()) return;
     const Tensor& weight = lists[0].at(0);  // [blocks, k, 32], or [blocks, k / 2, 32, 2]
     if (weight.dim() != 3 && weight.dim() != 4) return;
+    if (weight.scalar_type() == at::kByte) return;  // 4 bits: any type of x fits
     type = weight.scalar_type();
     k = weight.size(1) * (weight.dim() == 4 ? 2 : 1);
     ready = linear_layers(type, k,
