@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitpoint.bench.floor import GEMM, READ, Layer, Probes, Rates, Work, work_of
+from splitpoint.bench.floor import GEMM, READ, REGISTERS, Layer, Probes, Rates, Work, work_of
 from splitpoint.tuning.measure import THREAD_CPU_TIME, interleave
 
 from .. import tiny
@@ -35,7 +35,7 @@ def test_each_layer_takes_the_longer_of_its_two_times():
 def test_rates_are_plausible():
     probes = Probes(torch.float32)
     timings = interleave(probes.calls(), clock=THREAD_CPU_TIME, budget_s=0.01, repeats=3)
-    assert set(timings) == {READ, GEMM}
+    assert set(timings) == {READ, GEMM, REGISTERS}
     rates = probes.rates(timings)
     assert 1e9 < rates.bytes_s < 1e13
     assert 1e9 < rates.flops_s < 1e14

@@ -22,7 +22,7 @@ ROW_FIELDS = {
     *("size", "dtype", "threads", "variant", "ratio"),
     *("eager_ms", "torch_compile_ms", "splitpoint_ms"),
     *("eager_spread", "torch_compile_spread", "splitpoint_spread"),
-    *("floor_ms", "floor_share", "read_gb_s", "gemm_gflop_s"),
+    *("floor_ms", "floor_share", "read_gb_s", "peak_gflop_s"),
     *("singles", "best_single", "best_single_ms", "baselines"),
 }
 
@@ -228,8 +228,8 @@ def test_text():
         "ms a call, medians; ratio = torch.compile / splitpoint.",
         "floor: for each linear layer the longer of reading its weight once (30.0 GB/s) and its "
         "arithmetic (400 GFLOP/s,",
-        "  oneDNN's GEMM), both measured in turn with the rest; nothing for attention. of floor: "
-        "floor / splitpoint.",
+        "  the most that was seen), both measured in turn with the rest; nothing for attention. of "
+        "floor: floor / splitpoint.",
         "Widest interquartile spread 25%; over 20% at 256: measure these on an idle machine.",
         "",
         "compiled cold  CPU s  wall s  over splitpoint  graphs for",

@@ -1,8 +1,8 @@
 """What a forward pass cannot do without: reading the weights, and the arithmetic on them.
 
 The floor of a pass is the sum over its linear layers of the longer of two times: reading the
-layer's weight once, at the bandwidth of memory, and its multiply-adds, at the rate of oneDNN's
-GEMM on a large square layer; plus reading the other weights once. Layers follow each other, so
+layer's weight once, at the bandwidth of memory, and its multiply-adds, at the highest rate that the
+machine was seen to reach: in registers alone, or in a library's GEMM on a large square layer; plus reading the other weights once. Layers follow each other, so
 their floors add up. Attention, norms and activations are left out, so the floor is lower than
 what any implementation can reach, the more so the longer the text. A model that stays in the
 caches can be under it.
@@ -29,7 +29,10 @@ ROWS, SIDE = 512, 2048
 """Rows of x, and both sides of the weight, of the GEMM whose rate is taken for the peak: as
 fast as larger ones, and short enough to take turns."""
 
-READ, GEMM = "read memory", "gemm"
+REGISTER_OPERATIONS = 10**8
+"""Operations in registers that are timed at a time, at least."""
+
+READ, GEMM, REGISTERS = "read memory", "gemm", "registers"
 """Names of what is timed in turn with the forward passes."""
 
 
@@ -40,7 +43,7 @@ class Rates:
     bytes_s: float
     """Bytes a second read from memory."""
     flops_s: float
-    """Floating-point operations a second of a large GEMM (a multiply-add is two)."""
+    """Floating-point operations a second at the most (a multiply-add is two)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def work_of(model: Any, size: int) -> Work:
 
 
 class Probes:
-    """The two measurements that a floor needs, to be timed in turn with what it is for."""
+    """The measurements that a floor needs, to be timed in turn with what it is for."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         """Takes 128 MiB.
@@ -121,6 +124,10 @@ class Probes:
         weight = torch.randn(SIDE, SIDE, generator=generator).to(dtype)
         self._x = torch.randn(ROWS, SIDE, generator=generator).to(dtype)
         self._gemm = prepacked_linear(weight) or (lambda x: F.linear(x, weight))
+        self._bf16 = dtype == torch.bfloat16
+        self._steps = 1
+        while self._multiply() < REGISTER_OPERATIONS:
+            self._steps *= 2
 
     @property
     def read_bytes(self) -> int:
@@ -132,11 +139,20 @@ class Probes:
         return {
             READ: lambda: torch.ops.splitpoint.read_memory(self._data),
             GEMM: lambda: self._gemm(self._x),
+            REGISTERS: self._multiply,
         }
 
     def rates(self, timings: Mapping[str, Timing]) -> Rates:
         """What the medians of the calls' timings come to."""
         return Rates(
             bytes_s=self._data.nbytes / timings[READ].median_s,
-            flops_s=2 * ROWS * SIDE * SIDE / timings[GEMM].median_s,
+            flops_s=max(
+                2 * ROWS * SIDE * SIDE / timings[GEMM].median_s,
+                self._multiply() / timings[REGISTERS].median_s,
+            ),
         )
+
+    def _multiply(self) -> int:
+        """Multiplies in registers; how many operations that were."""
+        done: int = torch.ops.splitpoint.multiply_registers(self._bf16, self._steps)
+        return done

@@ -36,8 +36,8 @@ class Floor:
     ms: float
     read_gb_s: float
     """Gigabytes (1e9) a second read from memory."""
-    gemm_gflop_s: float
-    """1e9 operations a second of a large GEMM."""
+    peak_gflop_s: float
+    """1e9 operations a second, at the most that was seen."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Row:
             "floor_ms": floor.ms if floor else None,
             "floor_share": self.floor_share,
             "read_gb_s": floor.read_gb_s if floor else None,
-            "gemm_gflop_s": floor.gemm_gflop_s if floor else None,
+            "peak_gflop_s": floor.peak_gflop_s if floor else None,
             "singles": {name: asdict(one) for name, one in self.singles.items()},
             "baselines": {
                 name: asdict(one) | {"ratio": one.ms / self.splitpoint.ms}
@@ -272,11 +272,11 @@ class ForwardReport:
         floors = [row.floor for row in self.rows if row.floor]
         if floors:
             read = statistics.median(floor.read_gb_s for floor in floors)
-            gemm = statistics.median(floor.gemm_gflop_s for floor in floors)
+            peak = statistics.median(floor.peak_gflop_s for floor in floors)
             lines.append(
                 f"floor: for each linear layer the longer of reading its weight once "
-                f"({read:.1f} GB/s) and its arithmetic ({gemm:.0f} GFLOP/s, oneDNN's GEMM), both "
-                f"measured in turn with the rest; nothing for attention. of floor: floor / "
+                f"({read:.1f} GB/s) and its arithmetic ({peak:.0f} GFLOP/s, the most that was seen), "
+                f"both measured in turn with the rest; nothing for attention. of floor: floor / "
                 f"splitpoint."
             )
         return lines

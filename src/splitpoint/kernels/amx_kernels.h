@@ -24,6 +24,18 @@ inline void run_packed(const LinearArgs& a, const Part& part) {
 inline void run_gemv(const LinearArgs& a, const Part& part) { kAvx512Bf16.gemv(a, part); }
 inline void widen(const Bf16* from, float* to, int64_t count) { kAvx512Bf16.widen(from, to, count); }
 inline uint32_t read(const char* from, int64_t bytes) { return kAvx512Bf16.read(from, bytes); }
+inline int64_t multiply(DType type, int64_t steps, float* sum) {
+  if (type == DType::f32) return kAvx512Bf16.multiply(type, steps, sum);
+  TileState tiles;
+  tiles.use(kPairRows);
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return steps * 4 * 2 * kTileRows * kTileRows * kTileDepth;
+}
 inline void run_pack(const PackArgs& a, int64_t block0, int64_t block1) {
   kAvx512Bf16.pack(a, block0, block1);
 }

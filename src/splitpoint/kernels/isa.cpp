@@ -20,6 +20,7 @@ const KernelTable SPLITPOINT_TABLE = {
     SPLITPOINT_KERNELS::attend,        SPLITPOINT_KERNELS::widen,
     SPLITPOINT_KERNELS::run_pack,      SPLITPOINT_KERNELS::sum_groups,
     SPLITPOINT_KERNELS::unpack,        SPLITPOINT_KERNELS::read,
+    SPLITPOINT_KERNELS::multiply,
     SPLITPOINT_KERNELS::attend_cached, SPLITPOINT_KERNELS::merge_cached,
 };
 

@@ -449,6 +449,22 @@ Tensor unpack_weight(const Tensor& packed, const std::optional<Tensor>& scale, i
   return result;
 }
 
+// Multiplies in the registers of all threads, for measuring what arithmetic can do; returns how many
+// operations that were.
+int64_t multiply_registers(bool bf16, int64_t steps) {
+  const KernelTable* table = kernels_in_use();
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  std::atomic<int64_t> operations{0};
+  parallel(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float sums[2] = {0, 1};
+      operations += table->multiply(bf16 ? DType::bf16 : DType::f32, steps, sums);
+    }
+  });
+  return operations;
+}
+
 // Reads a tensor's memory in all threads, for measuring bandwidth; the result is of no use.
 int64_t read_memory(const Tensor& data) {
   TORCH_CHECK_VALUE(data.is_contiguous(), "data must be contiguous");
@@ -480,6 +496,7 @@ TORCH_LIBRARY(splitpoint, m) {
       "unpack_weight(Tensor packed, Tensor? scale, SymInt n, SymInt k, ScalarType dtype) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def("read_memory(Tensor data) -> int", {at::Tag::pt2_compliant_tag});
+  m.def("multiply_registers(bool bf16, int steps) -> int", multiply_registers);
   m.def("instruction_sets() -> str[]", instruction_sets);
   m.def("instruction_set(str name) -> str", instruction_set);
 }

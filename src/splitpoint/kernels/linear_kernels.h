@@ -82,6 +82,30 @@ inline uint32_t read(const char* from, int64_t bytes) {
   return total;
 }
 
+// Multiplies and adds in registers, with nothing to wait for; returns how many operations that were.
+// The sum is of no use but that it must be computed.
+inline int64_t multiply(DType type, int64_t steps, float* sum) {
+  Vec acc[kAccumulators], a = splat(sum[0]), b = splat(sum[1]);
+  for (Vec& each : acc) each = Vec{};
+  const bool pairs = kDots && type == DType::bf16;
+  for (int64_t step = 0; step < steps; ++step) {
+    __asm__ volatile("" : "+v"(a), "+v"(b));
+#if defined(__AVX512BF16__)
+    if (pairs) {
+#pragma GCC unroll 32
+      for (int i = 0; i < kAccumulators; ++i) {
+        acc[i] = (Vec)_mm512_dpbf16_ps((__m512)acc[i], (__m512bh)a, (__m512bh)b);
+      }
+      continue;
+    }
+#endif
+#pragma GCC unroll 32
+    for (int i = 0; i < kAccumulators; ++i) acc[i] += a * b;
+  }
+  for (const Vec& each : acc) sum[0] += splitpoint::SPLITPOINT_ISA::sum(each);
+  return steps * kAccumulators * kLanes * (pairs ? 4 : 2);
+}
+
 // [rows, k] to [ceil(rows / 32)][k / depth][32][depth], zeros for what is not there. int8 has
 // depth 1 but an even number of k's, so that pairs can be read from two rows.
 template <class T, int kDepth, int kEven>

@@ -83,6 +83,7 @@ struct KernelTable {
   void (*sum_groups)(const LinearArgs&, int64_t t0, int64_t t1, float* to);
   void (*unpack)(const LinearArgs&, int64_t block0, int64_t block1);
   uint32_t (*read)(const char* from, int64_t bytes);
+  int64_t (*multiply)(DType type, int64_t steps, float* sum);
   void (*attend_cached)(const CachedArgs&, const CachedSequence&, int64_t item, char* scratch);
   void (*merge_cached)(const CachedArgs&, const CachedSequence&, int64_t kv_head);
 };
