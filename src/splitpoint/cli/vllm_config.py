@@ -134,7 +134,8 @@ PASSES = (
 """In the order in which they run."""
 
 ONLY_VLLM = frozenset({*RULES, *TAKEN, "pass_config"}) - {
-    *("backend", "cache_dir", "compile_sizes", "splitting_ops")  # `Config` has these, too
+    # `Config` has these, too.
+    *("backend", "cache_dir", "compile_sizes", "cudagraph_capture_sizes", "splitting_ops")
 }
 """Fields that show a configuration to be vLLM's."""
 
