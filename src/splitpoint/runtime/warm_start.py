@@ -27,7 +27,7 @@ from ..capture.reads import Reads
 from ..capture.regions import Regions
 from ..capture.signature import Signature
 from ..capture.watch import CheckRest
-from ..compilers.artifact import Libraries, Missing
+from ..compilers.artifact import Libraries, Missing, objects_of
 from ..compilers.wrapper import Wrapper
 from ..config import Config
 from ..errors import KernelBuildError, StateChanged
@@ -139,7 +139,7 @@ def _entry(store: Store, dispatch: Dispatch, config: Config, roots: Roots) -> di
                 "updates": body.updates and body.updates.to_json(),
             }
         )
-    libraries = {each for piece in pieces.values() for each, _ in piece["kernels"].values()}
+    libraries = objects_of(at for piece in pieces.values() for at in piece["kernels"].values())
     path = kernels.loaded_library()
     library = store.write_object(path.read_bytes()) if path is not None else None
     return {
@@ -312,11 +312,11 @@ class _Loader:
                 found[name] = self.piece_steps(steps, kernels_)
         return found
 
-    def piece_steps(self, steps: Mapping[str, Any], at: Mapping[str, Sequence[str]]) -> PieceSteps:
+    def piece_steps(self, steps: Mapping[str, Any], at: Mapping[str, Sequence[Any]]) -> PieceSteps:
         called = [self.kernel(at[name]) for name in steps["kernels"]]
         return PieceSteps(steps, lambda: [kernel_place(each) for each in called])
 
-    def kernel(self, at: Sequence[str]) -> Callable[..., Any]:
+    def kernel(self, at: Sequence[Any]) -> Callable[..., Any]:
         return self.libraries.kernel(self.store, *at)
 
     def library(self, digest_: str) -> Path:
