@@ -1,8 +1,9 @@
 """`python -m splitpoint.bench.device`: what ranges are worth on a device, in eight minutes at most.
 
 Parts run one after the other, each in a process of its own, which is ended when its time is over:
-one that fails or hangs costs no other. What they find goes to `device.jsonl` in the folder of
-`--out` (or $OUT) line by line. Not run on a GPU so far; `--device cpu --quick` is a dry run.
+one that fails or hangs costs no other (with `--quick` they share one). What they find goes to
+`device.jsonl` in the folder of `--out` (or $OUT) line by line. Not run on a GPU so far; `--device
+cpu --quick` is a dry run.
 """
 
 from __future__ import annotations
@@ -75,12 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _one(given, out, results)
     end = time.monotonic() + 60 * given.minutes
     failed = 0
-    for name in _listed(given.parts):
+    for name in (names := _listed(given.parts)):
+        if name in _listed(given.skip):
+            say(results, name, left_out="asked for")
+    names = [name for name in names if name not in _listed(given.skip)]
+    # In a dry run, starting processes would be most of it.
+    for group in [names] if given.quick else [[name] for name in names]:
         left = end - time.monotonic()
-        if name in _listed(given.skip) or left < 5:
-            say(results, name, left_out="asked for" if left >= 5 else "no time left")
+        if left < 5:
+            say(results, ",".join(group), left_out="no time left")
             continue
-        failed += _run(given, name, out, results, min(PARTS[name][1], left))
+        seconds = sum(PARTS[name][1] for name in group)
+        failed += _run(given, ",".join(group), out, results, min(seconds, left))
     say(results, "all", failed=failed, left_s=round(end - time.monotonic(), 1))
     return 1 if failed else 0
 
@@ -97,21 +104,23 @@ def _run(given: argparse.Namespace, name: str, out: Path, results: Path, seconds
     except subprocess.TimeoutExpired:
         say(results, name, cut_after_s=round(seconds))
         return False
-    say(results, name, done=rc == 0, exit=rc, took_s=round(time.monotonic() - start, 1))
+    say(results, name, exit=rc, took_s=round(time.monotonic() - start, 1))
     return rc != 0
 
 
 def _one(given: argparse.Namespace, out: Path, results: Path) -> int:
-    """One part, in this process."""
+    """One part, or several, in this process."""
     device = torch.device(given.device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
     task = Task(device, given.quick, given.layers, time.monotonic() + given.seconds, out)
-    tell = functools.partial(say, results, given.part)
     if given.part == "start":
         parts.start(task, functools.partial(say, results, "starts"), given.start, given.store)
         return 0
-    PARTS[given.part][0](task, tell)
+    for name in _listed(given.part):
+        start = time.monotonic()
+        PARTS[name][0](task, functools.partial(say, results, name))
+        say(results, name, done=True, took_s=round(time.monotonic() - start, 1))
     return 0
 
 

@@ -140,6 +140,11 @@ ONLY_VLLM = frozenset({*RULES, *TAKEN, "pass_config"}) - {
 """Fields that show a configuration to be vLLM's."""
 
 
+def is_vllms(data: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of vLLM's."""
+    return bool(ONLY_VLLM & data.keys()) or _names_it(data.get("compile_sizes"))
+
+
 def from_vllm(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The arguments of a `Config` that does what a configuration of vLLM's asks for, and the names
     of the fields that ask for nothing.
