@@ -1,4 +1,4 @@
-# make demo: see what it does.  make test: what a change must pass.
+# make demo: see what it does.  make test: what a change must pass.  make device-check: what to run on a GPU.
 # make test TORCH=2.14.1: the tests on another version of torch, in an environment of its own;
 # PYTEST='-m "not slow"' chooses among them.  make test-versions: what must hold on each version.
 PYTHON ?= python3
@@ -14,10 +14,15 @@ INSTALLED := $(ENV)/.installed
 ON_ALL := tests/graph tests/capture tests/test_api.py tests/passes tests/store tests/runtime \
 	tests/compilers tests/torch_internals tests/test_readme.py
 
-.PHONY: demo test test-versions .venv
+.PHONY: demo test test-versions device-check .venv
 
 demo: $(INSTALLED)
 	$(BIN)/splitpoint demo
+
+# With the Python that has a torch for the device, since none is installed: it is to run where
+# there is no network. ARGS="--device cpu --quick" is a dry run. Results go to $OUT, or here.
+device-check:
+	PYTHONPATH=src $(PYTHON) -m splitpoint.bench.device $(ARGS)
 
 # One thread for a test process, since pytest already runs one process a core.
 test test-versions: export OMP_NUM_THREADS = 1

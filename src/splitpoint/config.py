@@ -50,7 +50,10 @@ Hint = Literal["start", "middle", "end"]
 ModuleGuards = Literal["every_call", "first_call"]
 Runner = Literal["native", "python"]
 
-LINEAR_VARIANTS = ("auto", "inductor", "gemv", "packed", "onednn")
+OWN_KERNELS = ("gemv", "packed", "onednn")
+"""Of what `Config.linear` may name, the kernels for CPU."""
+
+LINEAR_VARIANTS = ("auto", "inductor", "autotuned", *OWN_KERNELS)
 """What `Config.linear` may name for a range."""
 
 ATTENTION_VARIANTS = ("auto", "torch", "rowwise")
@@ -89,6 +92,14 @@ class Config:
     not autotune them, as it does in vLLM, unless `inductor_options` says so ({"1":
     {"max_autotune": True}}): on CPU its candidates need weights that are constants of the graph, so
     that there is nothing to choose among."""
+    cudagraph_capture_sizes: Sequence[int] | None = None
+    """On CUDA: sizes whose kernels are recorded as a CUDA graph and replayed, ascending, beside
+    those of `compile_sizes`; None for those alone, () for none. They are recorded at the first call
+    of one of them. Devices without such graphs refuse sizes by name."""
+    pad_to_captured: bool = False
+    """Serve a size that is not recorded by the next one that is, where the model's rows do not
+    depend on each other nor on how many there are: that is tried on some sizes before, and the plan
+    says where it was not so."""
     splitting_ops: Sequence[str] = ATTENTION_OPS
     """Operators the graph is split at, as "namespace::name"; they run as they are between
     the compiled pieces. () compiles the whole graph as one piece."""
@@ -112,7 +123,8 @@ class Config:
     """Kernels of linear layers on CPU, by range: "auto" measures this package's against
     Inductor's when a range is compiled, "inductor" leaves them all as they are, and a mapping
     such as {"1-8": "packed", "9-64": "inductor"} names one (`splitpoint.passes.linear.VARIANTS`)
-    for the ranges inside each; others are measured."""
+    for the ranges inside each; others are measured. On CUDA "auto" has Inductor tune its GEMMs for
+    `compile_sizes`; "autotuned" names that for a range, and tunes for its hint."""
     attention: str | Mapping[str, str] = "auto"
     """Kernels of scaled dot-product attention on CPU, where it is a splitting op, by range:
     "auto" measures this package's against torch's own when a range is compiled, "torch" leaves it
@@ -192,6 +204,14 @@ class Config:
     def single_sizes(self) -> tuple[int, ...]:
         """Those of `compile_sizes` that are sizes."""
         return tuple(each for each in self.compile_sizes if isinstance(each, int))
+
+    @property
+    def recorded_sizes(self) -> tuple[int, ...]:
+        """The sizes to record, where the device can."""
+        given = self.cudagraph_capture_sizes
+        if given is None:
+            return self.single_sizes
+        return tuple(sorted({*self.single_sizes, *given})) if given else ()
 
     def hint_for(self, range_: Range) -> int:
         """The size inside a range that the compiler tunes for."""
@@ -353,6 +373,15 @@ def _points(name: str, values: object, config: Config) -> tuple[int, ...]:
     return tuple(points)
 
 
+def _captured(name: str, values: object, config: Config) -> tuple[int, ...] | None:
+    points = None if values is None else _points(name, values, config)
+    if points and config.background is True:
+        raise InvalidField(
+            f"{name} cannot go with background=True: what is recorded has to be compiled first"
+        )
+    return points
+
+
 def _sizes(name: str, values: object, config: Config) -> tuple[int | tuple[int, ...], ...]:
     if not isinstance(values, (list, tuple)) or not any(isinstance(v, tuple) for v in values):
         return _points(name, values, config)
@@ -502,6 +531,8 @@ _CHECKS: Mapping[str, Check] = {
     "max_size": _max_size,  # before the points, which must not be above it
     "split_points": _points,
     "compile_sizes": _sizes,
+    "cudagraph_capture_sizes": _captured,
+    "pad_to_captured": _flag,
     "splitting_ops": _names,
     "on_guard": _one_of(OnGuard),
     "on_break": _one_of(OnBreak),

@@ -81,6 +81,10 @@ class UnknownInductorOption(ConfigError):
     """`inductor_options` names an option this torch's Inductor does not have."""
 
 
+class UnsupportedOnDevice(ConfigError):
+    """A field of `Config` asks for something that the model's device does not have."""
+
+
 # --- the arguments of a call -----------------------------------------------------------
 
 
@@ -106,6 +110,10 @@ class WrongDtype(InputError, TypeError):
 
 class WrongDevice(InputError):
     """A tensor argument is on another device than at capture."""
+
+
+class MixedDevices(InputError):
+    """The arguments of a call, and what the model reads, are on several devices."""
 
 
 class WrongRank(InputError):

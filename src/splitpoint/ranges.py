@@ -100,6 +100,8 @@ class PlannedRange:
     lengths: tuple[tuple[str, int, int, int], ...] = ()
     """Where several dimensions change, for each: its name, the least and the greatest length, and
     the one that the compiler tunes for."""
+    recorded: tuple[int, ...] = ()
+    """The sizes whose kernels are recorded and replayed."""
     arguments: int = 1
     """For which kind of arguments it is, of `Plan.kinds`."""
 
@@ -192,6 +194,7 @@ class Plan:
                         "only": [list(run) for run in entry.only],
                         "note": entry.note,
                         "lengths": [list(each) for each in entry.lengths],
+                        "recorded": list(entry.recorded),
                         "arguments": entry.arguments,
                     }
                     for entry in self.entries
@@ -225,6 +228,7 @@ class Plan:
                     tuple(
                         (str(n), int(a), int(b), int(h)) for n, a, b, h in row.get("lengths", ())
                     ),
+                    tuple(int(size) for size in row.get("recorded", ())),
                     int(row.get("arguments", 1)),
                 )
                 for row in data["ranges"]
@@ -247,6 +251,7 @@ class Plan:
                 "passes",
                 "collectives",
                 "options",
+                "recorded",
                 "note",
             )
         ]
@@ -267,6 +272,7 @@ class Plan:
                     ", ".join(entry.passes),
                     "; ".join(entry.collectives),
                     ", ".join(f"{name}={value}" for name, value in entry.options.items()),
+                    ", ".join(map(str, entry.recorded)),
                     entry.note,
                 )
             )

@@ -278,6 +278,8 @@ CONFIG_WITHOUT_EFFECT: dict[str, Any] = {
     "module_guards": "first_call",
     "runner": "python",
     "cache_dir": "/somewhere",
+    "cudagraph_capture_sizes": (1,),
+    "pad_to_captured": True,
 }
 NEVER_KEPT = {"backend"}
 """Only what the Inductor backend compiles is kept: the other has no key."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import InvalidJSON, UsageError
-from .vllm_config import ONLY_VLLM, from_vllm
+from .vllm_config import from_vllm, is_vllms
 
 _SPLIT_POINTS = ("split_points", "compile_ranges_split_points", "compile_ranges_endpoints")
 
@@ -36,7 +36,7 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> tuple[Config, list[
         raise InvalidJSON(f"{path} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise InvalidJSON(f"{path} must hold a JSON object, got {type(data).__name__}")
-    if not ONLY_VLLM & data.keys():
+    if not is_vllms(data):
         data = _without_split_points(data, overrides)
         return Config.from_json(json.dumps(data | dict(overrides))), []
     fields, left_out = from_vllm(_without_split_points(data, overrides))

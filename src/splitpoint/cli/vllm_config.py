@@ -134,9 +134,15 @@ PASSES = (
 """In the order in which they run."""
 
 ONLY_VLLM = frozenset({*RULES, *TAKEN, "pass_config"}) - {
-    *("backend", "cache_dir", "compile_sizes", "splitting_ops")  # `Config` has these, too
+    # `Config` has these, too.
+    *("backend", "cache_dir", "compile_sizes", "cudagraph_capture_sizes", "splitting_ops")
 }
 """Fields that show a configuration to be vLLM's."""
+
+
+def is_vllms(data: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of vLLM's."""
+    return bool(ONLY_VLLM & data.keys()) or _names_it(data.get("compile_sizes"))
 
 
 def from_vllm(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -110,6 +110,7 @@ class Batch:
                 "steps": compiled.bare.steps,
                 "serves": [[part.start, part.end] for part in compiled.serves],
             },
+            compiled.bare.binaries,
         )
 
     def close(self) -> None:

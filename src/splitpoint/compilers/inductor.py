@@ -23,6 +23,7 @@ from ..torch_internals.inductor import InductorGraph, inductor_compile, inductor
 from ..torch_internals.pass_notes import take_notes
 from ..torch_internals.questions import Questions
 from ..torch_internals.sizes import Extent, range_shapes
+from ..torch_internals.triton_kernels import Binary
 from .native_steps import NoStep
 from .native_steps import piece_steps as steps_of
 from .wrapper import NotPlain, Wrapper, read_wrapper
@@ -59,6 +60,8 @@ class Bare:
     kernels: Mapping[str, Callable[..., Any]]
     steps: Mapping[str, Any] | None
     """The same for the runner in C++, where it can do it."""
+    binaries: Sequence[Binary] = ()
+    """What Triton made of the kernels."""
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -175,7 +178,7 @@ def _bare(graph: InductorGraph, trusted: Collection[int], piece: Piece) -> Bare 
         log.debug("piece %s keeps its wrapper for: %s", piece.fingerprint, graph.wrapped)
         return None
     try:
-        wrapper = read_wrapper(graph.source, trusted, graph.mutated)
+        wrapper = read_wrapper(graph.source, trusted, graph.mutated, graph.to_align)
         call = wrapper.bind(graph.names)
     except (NotPlain, LookupError, SyntaxError) as error:
         log.debug("piece %s keeps its wrapper: its code has %s", piece.fingerprint, error)
@@ -186,7 +189,8 @@ def _bare(graph: InductorGraph, trusted: Collection[int], piece: Piece) -> Bare 
         steps = steps_of(wrapper, [texts[name] for name in piece.takes])
     except NoStep as why:
         log.debug("piece %s runs in Python: it has %s", piece.fingerprint, why)
-    return Bare(call, wrapper, {name: graph.names[name] for name in wrapper.kernels}, steps)
+    kernels = {name: graph.names[name] for name in wrapper.kernels}
+    return Bare(call, wrapper, kernels, steps, graph.binaries)
 
 
 def _own_error(error: BaseException | None) -> SplitpointError | None:

@@ -244,7 +244,11 @@ class PieceCompiler:
             log.info("store: piece %s is not kept: it has %s", piece.fingerprint, why)
             return None
         uuid = PassManager(self.passes, piece.fingerprint, planned.range).uuid()
-        fields = key.piece_fields(piece, description, [planned, *parts], uuid, options, trusted)
+        try:
+            fields = key.piece_fields(piece, description, [planned, *parts], uuid, options, trusted)
+        except key.NoIdentity as why:
+            log.info("store: piece %s is not kept: it has %s", piece.fingerprint, why)
+            return None
         return key.digest(fields), fields
 
     def _load(

@@ -13,7 +13,7 @@ import builtins
 import functools
 import types
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..torch_internals.cpp_kernels import Kernel
@@ -28,15 +28,29 @@ class NotPlain(Exception):
 
 
 @dataclass(frozen=True)
+class TritonSource:
+    """A kernel in Triton, as Inductor wrote it."""
+
+    name: str
+    """Of the function."""
+    source: str
+    """A module that defines it."""
+    device: str
+    """Its type."""
+
+
+@dataclass(frozen=True)
 class Wrapper:
     """What Inductor's `call` does, as text."""
 
     source: str
     """Defines `call` with one parameter for each graph input; returns a tuple."""
     kernels: tuple[str, ...]
-    """Names in it that are C++ kernels."""
+    """Names in it that are kernels, in C++ or in Triton."""
     operators: Mapping[str, str]
     """Names in it that are operators ("namespace::name.overload") or attributes of torch."""
+    triton: Mapping[str, TritonSource] = field(default_factory=dict)
+    """What those in Triton are, by name; not known of what comes from a store."""
 
     def bind(self, kernels: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
         """The function, over kernels by name.
@@ -79,7 +93,10 @@ def _code(source: str) -> types.CodeType:
 
 
 def read_wrapper(
-    module_source: str, trusted: Collection[int] = (), mutated: Collection[int] = ()
+    module_source: str,
+    trusted: Collection[int] = (),
+    mutated: Collection[int] = (),
+    to_align: Collection[int] = (),
 ) -> Wrapper:
     """Take `call` out of the source of one of Inductor's modules.
 
@@ -88,21 +105,24 @@ def read_wrapper(
         trusted: graph inputs whose shape and strides are checked before; the others keep
             the assertions that Inductor wrote.
         mutated: graph inputs that it updates in place, whose version is to be counted up.
+        to_align: graph inputs that its kernels assume to be aligned, which are copied where they
+            are not.
 
     Raises:
         NotPlain: when it uses something that this does not know.
     """
     module = ast.parse(module_source)
-    kernels = _kernels(module)
+    triton = _triton_kernels(module)
+    kernels = [*_kernels(module), *triton]
     function = _call(module)
     parameters, body = _parameters(function)
     unchecked = {parameters[index] for index in trusted if index < len(parameters)}
-    body = [
-        single
-        for statement in body
-        for single in _single(statement)
-        if not _is_dropped(single, unchecked)
-    ]
+    body = _only_what_counts(body, unchecked)
+    if both := {*mutated} & {*to_align}:
+        raise NotPlain(f"inputs that are updated, and copied to be aligned: {sorted(both)}")
+    for index in sorted(to_align, reverse=True):
+        name = parameters[index]
+        body.insert(0, ast.parse(f"{name} = aligned({name})").body[0])
     if mutated:
         bumped = ", ".join(parameters[index] for index in sorted(mutated))
         body.insert(0, ast.parse(f"increment_version(({bumped},))").body[0])
@@ -116,6 +136,7 @@ def read_wrapper(
         f"def call({', '.join(parameters)}):\n{lines}\n",
         tuple(name for name in kernels if name in used),
         dict(hoist.operators),
+        {name: each for name, each in triton.items() if name in used},
     )
 
 
@@ -131,6 +152,59 @@ def _kernels(module: ast.Module) -> list[str]:
         ):
             found.append(statement.targets[0].id)
     return found
+
+
+def _triton_kernels(module: ast.Module) -> dict[str, TritonSource]:
+    """The module's kernels in Triton, by name."""
+    found: dict[str, TritonSource] = {}
+    for statement in module.body:
+        if not (
+            isinstance(statement, ast.Assign)
+            and isinstance(target := statement.targets[0], ast.Name)
+            and isinstance(call := statement.value, ast.Call)
+            and ast.unparse(call.func) == "async_compile.triton"
+        ):
+            continue
+        given = [*call.args, *(each.value for each in call.keywords if each.arg == "device_str")]
+        texts = [each.value for each in given if isinstance(each, ast.Constant)]
+        if len(texts) != 3 or len(given) != 3 or not all(isinstance(each, str) for each in texts):
+            raise NotPlain(f"the kernel {target.id}, which is written otherwise")
+        found[target.id] = TritonSource(*map(str, texts))
+    return found
+
+
+def _only_what_counts(body: list[ast.stmt], unchecked: Collection[str]) -> list[ast.stmt]:
+    """Statements without assertions of what is known, and as they are kept."""
+    found: list[ast.stmt] = []
+    for statement in body:
+        if isinstance(statement, ast.With):
+            found.append(_on_device(statement, unchecked))
+        else:
+            found += [one for one in _single(statement) if not _is_dropped(one, unchecked)]
+    return found
+
+
+def _on_device(block: ast.With, unchecked: Collection[str]) -> ast.stmt:
+    """What is done with a CUDA device as the current one."""
+    guard = block.items[0].context_expr
+    device = guard.args[0] if isinstance(guard, ast.Call) and len(guard.args) == 1 else None
+    if (
+        len(block.items) != 1
+        or block.items[0].optional_vars is not None
+        or not (isinstance(device, ast.Constant) and isinstance(device.value, int))
+        or ast.unparse(guard) != f"torch.cuda._DeviceGuard({device.value})"
+    ):
+        raise NotPlain(ast.unparse(block).partition("\n")[0])
+    again = f"torch.cuda.set_device({device.value})"  # the guard has done that
+    body = [each for each in block.body if ast.unparse(each) != again]
+    entered = ast.parse(f"with {_ON_DEVICE}({device.value}): pass").body[0]
+    assert isinstance(entered, ast.With)
+    entered.body = _only_what_counts(body, unchecked) or [ast.Pass()]
+    return entered
+
+
+_ON_DEVICE = "cuda_device"
+"""What generated code enters to have a device as the current one."""
 
 
 def _call(module: ast.Module) -> ast.FunctionDef:
@@ -249,7 +323,10 @@ def _check_names(body: list[ast.stmt], local: set[str], known: Collection[str]) 
     for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom, ast.Global, ast.Nonlocal, ast.ClassDef)):
             raise NotPlain(ast.unparse(node))
-        if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.With, ast.Try)):
+        is_entered = isinstance(node, ast.With) and ast.unparse(
+            node.items[0].context_expr
+        ).startswith(f"{_ON_DEVICE}(")
+        if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.With, ast.Try)) and not is_entered:
             raise NotPlain(f"a {type(node).__name__}")
     names = [node for node in nodes if isinstance(node, ast.Name)]
     local = local | {node.id for node in names if isinstance(node.ctx, ast.Store)}

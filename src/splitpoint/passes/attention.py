@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..graph.pieces import CallOp, Name, Size, Split, TensorKind
+from ..kernels.devices import device_row
 from ..ranges import Range
 from ..torch_internals.operators import op_name, operator_aliases
 
@@ -140,7 +141,7 @@ def shape_of(step: CallOp) -> AttentionShape | None:
         or (causal and mask is not None)
         or not (scale is None or (isinstance(scale, (int, float)) and scale > 0))
         or any(len(each.shape) != 4 for each in (query, key, value, result))
-        or any(each.device != "cpu" for each in (query, key, value, result))
+        or not all(device_row(each.device).own_kernels for each in (query, key, value, result))
         or not query.dtype == key.dtype == value.dtype == result.dtype
         or not _go_together(query, key, value)
         or not (mask is None or _fits(mask, query, key))
@@ -179,7 +180,7 @@ def _fits(mask: TensorKind, query: TensorKind, key: TensorKind) -> bool:
     pairs = zip(mask.shape[::-1], wanted[::-1], strict=False)
     return (
         2 <= len(mask.shape) <= 4
-        and mask.device == "cpu"
+        and device_row(mask.device).own_kernels
         and mask.dtype in (torch.bool, torch.float32, query.dtype)
         and all(have in (1, want) for have, want in pairs)
     )

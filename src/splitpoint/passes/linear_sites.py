@@ -20,6 +20,7 @@ from torch import fx
 
 from ..graph.pieces import DTYPE, SHAPE, Piece, Size
 from ..graph.updates import writes
+from ..kernels.devices import device_row
 from ..ranges import Range
 from ..torch_internals.operators import op_name, operator_aliases
 
@@ -179,7 +180,7 @@ class _Finder:
         if (
             value.dim() != 2
             or not all(isinstance(n, int) for n in value.shape)
-            or value.device.type != "cpu"
+            or not device_row(value.device).own_kernels
             or dtype not in (torch.float32, torch.bfloat16)
             or x.meta.get(DTYPE) != dtype
             or not (value.dtype == dtype if inner is weight else int8)

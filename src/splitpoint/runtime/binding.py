@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +24,7 @@ from .freed_weights import (
 from .lanes import Graph, Lane
 from .native import native
 from .packed_weights import PackedWeights
+from .recorded import RecordedLane, Recorder
 
 log = logging.getLogger("splitpoint")
 
@@ -54,8 +56,11 @@ class Binding:
         if self.config.free_original_weights:
             graph.state = graph.state.around(self.originals.around)
 
-    def stitch(self, lane: Lane, body: Body, proven: bool) -> Stitched:
-        """The function of a lane, bound. `proven`: the module was just found to be as captured."""
+    def stitch(
+        self, lane: Lane, body: Body, proven: bool, recorder: Recorder | None = None
+    ) -> Stitched:
+        """The function of a lane, bound; with a recorder, `lane.recorded` is made too. `proven`:
+        the module was just found to be as captured."""
         graph = lane.graph
         guard = None
         if not proven:  # the module may hold other tensors than at capture
@@ -66,11 +71,17 @@ class Binding:
         lane.packed = body.packed
         unwatched = graph.state.watch is None
         repack = Packed(self.weights.fresh, self.repack) if unwatched else None
-        runner = native(body) if self.config.runner == "native" else None
+        runs_natively = self.config.runner == "native" and graph.row.native_runner
+        runner = native(body) if runs_natively else None
         apart = None
         if body.updates is not None:
             apart = Apart(body.updates, graph.argument_names, graph.state.owner)
         run = assemble(body, guard, repack, runner, apart)
+        if recorder is not None:
+            checks = assemble(replace(body, lines=("return None",), steps=(None,)), guard, repack)
+            watched = guard is not None and not unwatched
+            lane.recorded = RecordedLane(recorder, lane, run, checks, assemble(body, None), watched)
+            recorder.add(lane.recorded)
         self._rebind(run, lane)
         if not proven:
             self._renew_watch(graph)
@@ -91,7 +102,10 @@ class Binding:
         if self.config.module_guards == "first_call" and lane.body is not None:
             reads_unchecked(self, [state.bound[index] for index in plain_reads(lane.body)])
         # Where there is a watch, the function looks at none of the facts.
-        rebind(run, state.bound, state.held if state.watch is None else (), packed)
+        held = state.held if state.watch is None else ()
+        rebind(run, state.bound, held, packed)
+        if lane.recorded is not None:
+            lane.recorded.rebind(state.bound, held, packed)
 
     def refresh(self, graph: Graph) -> None:
         """Bind the tensors that the module holds now in every function of the graph.

@@ -38,8 +38,10 @@ from ..errors import (
 )
 from ..graph.names import unmatched
 from ..graph.pieces import split
+from ..kernels.devices import common_device
 from ..ranges import NOT_SERVED, Plan
 from ..store import open_store
+from .device_fields import device_of, graph_device, notes_on, refuse_on
 from .dispatch import Dispatch
 from .entry import write_entry
 from .freed_weights import check_whole
@@ -315,6 +317,9 @@ class CompiledModel:
         program = self._program or Program(self.config, open_store(self.config))
         roots = _roots(self.module)
         check_whole(roots.owner)
+        refuse_on(
+            self.config, common_device((leaf.path, leaf.device) for leaf in signature.tensors)
+        )
         dispatch = start_or(program, signature, roots, lambda: self._compile(program, signature))
         if dispatch.capture_at is None and not signature.dims.is_size_alone:  # from the store
             dispatch.capture_at = self._captures_at(dispatch, signature, [])
@@ -335,6 +340,7 @@ class CompiledModel:
                 f"compile_sizes has {config.compile_shapes[0]}, but one dimension changes: write "
                 f"sizes"
             )
+        device = device_of(self.module, signature)
         capture_at = functools.partial(capture, self.module, signature)
         if dims.is_size_alone:
             regions = cover(capture_at, signature.size, config.max_size)
@@ -350,7 +356,7 @@ class CompiledModel:
             lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
         else:
             lanes = lanes_of_lengths(config, dims, graphs, signature.lengths)
-        notes = [*config.plan().notes, *(f"refused: {r}" for r in regions.refusals)]
+        notes = [*notes_on(config, device), *(f"refused: {r}" for r in regions.refusals)]
         stand_in = _stand_in(self.module, signature)
         dispatch = program.add(lanes, notes, signature, regions, stand_in)
         dispatch.capture_at = self._captures_at(dispatch, signature, list(regions.captures))
@@ -433,6 +439,7 @@ def _graph(captured: Capture, signature: Signature, config: Config) -> Graph:
         captured.state,
         conditions=() if dims.is_size_alone else captured.assumptions,
         argument_names=[leaf.path for leaf in signature.tensors],
+        device=graph_device(signature, captured.state.bound),
     )
 
 

@@ -11,6 +11,7 @@ from ..capture.dims import SIZE_ALONE, Dims, Lengths
 from ..capture.regions import Regions
 from ..capture.signature import Signature
 from .lanes import Graph, Lane
+from .recorded import Recorder
 
 
 @dataclass(eq=False)
@@ -34,6 +35,8 @@ class Dispatch:
     """Captures for lengths of several dimensions that no graph is right for."""
     lanes: list[Lane] = field(default_factory=list)
     """Those of them that were not split."""
+    recorder: Recorder | None = None
+    """Records sizes, where the device can and some are asked for."""
     when_compiled: Callable[[Dispatch], None] | None = None
     """Called once, in whatever thread it is, when the last lane was compiled."""
 

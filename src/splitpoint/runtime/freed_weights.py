@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import WeightsFreed, WeightsInUse
 from ..graph.stitch import Body
+from ..kernels.devices import device_row
 from ..kernels.memory import give_back
 from ..torch_internals.tensors import memory_of
 
@@ -219,7 +220,7 @@ def unread(runs: Iterable[tuple[Body, Sequence[Tensor]]], others: Iterable[Tenso
         and type(weight) in _FREED
         and weight.dim() == MATRIX
         and weight.is_contiguous()
-        and weight.device.type == "cpu"
+        and device_row(weight.device).own_kernels
     }
     live = {key: each for key, each in known.items() if not is_freed(each)}
     memory = {key: memory_of(each) for key, each in live.items()}

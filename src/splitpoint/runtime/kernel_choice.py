@@ -36,9 +36,20 @@ class KernelChoice:
 
     def choose(self, lanes: Sequence[Lane]) -> None:
         """Choose the kernels of each lane."""
+        self._choose_tuning(lanes)
         # Attention first: it takes a fraction of a second, and linear layers may take all there is.
         self._choose_attention(lanes)
         self._choose_linear(lanes)
+
+    def _choose_tuning(self, lanes: Sequence[Lane]) -> None:
+        """Have Inductor tune its kernels where that is asked for, or is worth its time: of static
+        sizes, on devices where it has something to choose among."""
+        for lane in lanes:
+            range_, tuned = lane.planned.range, lane.graph.row.autotuned
+            named = self._config.linear_for(range_)
+            if tuned and (named == "autotuned" or (named == "auto" and range_.is_single_size)):
+                options = {**tuned, **lane.planned.options}
+                lane.planned = replace(lane.planned, options=options)
 
     def _choose_attention(self, lanes: Sequence[Lane]) -> None:
         """Choose a kernel for each shape of attention in each lane, and note it in the plan."""

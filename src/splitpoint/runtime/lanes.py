@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,14 @@ from ..capture.module_state import ModuleState
 from ..capture.sources import Argument, Bound, SizeInput
 from ..graph.pieces import CallPiece, Split
 from ..graph.stitch import Body, Stitched
+from ..kernels.devices import CPU, Device, device_row
 from ..passes.attention import AttentionShape
 from ..passes.linear import Prepared
 from ..passes.linear_sites import LinearShape, Site, find
 from ..ranges import PlannedRange
+
+if TYPE_CHECKING:
+    from .recorded import RecordedLane
 
 
 @dataclass(eq=False)
@@ -41,6 +45,8 @@ class Graph:
     """By piece: which of its inputs are tensors that the module holds, at every call of it."""
     argument_names: Sequence[str] = ()
     """What messages call the tensor arguments."""
+    device: torch.device = CPU
+    """Where its tensors are."""
     is_loaded: bool = False
     """Whether it comes from a store, so that nothing more can be compiled from it."""
 
@@ -79,6 +85,11 @@ class Graph:
                     names = [step.inputs[index] for index in site.weights]
                     yield site, tuple(self.bound[index_of[name]] for name in names)
 
+    @property
+    def row(self) -> Device:
+        """What applies where its tensors are."""
+        return device_row(self.device)
+
     def serves(self, lengths: Lengths) -> bool:
         """Whether it is right for lengths of the dynamic dimensions."""
         return all(condition.holds(*lengths) for condition in self.conditions)
@@ -108,6 +119,8 @@ class Lane:
     """The packed weights that `run` reads, by `Bound.index` and layout, in that order."""
     body: Body | None = None
     """What `run` does; there before it where another thread compiled it."""
+    recorded: RecordedLane | None = None
+    """What serves calls in place of `run`, where some of its sizes are recorded."""
     assumptions: tuple[Assumption, ...] = ()
     """What `run` needs of the size, beyond the bounds of the range."""
     prepared: dict[str, tuple[Prepared, list[int]]] = field(default_factory=dict)

@@ -15,7 +15,8 @@ from ..capture.leaves import ConstantLeaf, Leaf, SizeLeaf
 from ..capture.signature import Signature
 from ..config import Config
 from ..errors import PassError
-from ..store.key import environment
+from ..kernels.devices import common_device
+from ..store.key import NoIdentity, environment
 from ..torch_internals.tensors import memory_of
 
 log = logging.getLogger("splitpoint")
@@ -29,7 +30,7 @@ def model_fields(
         dims = signature.dims
         arguments = [_leaf(leaf, describer, len(dims.names)) for leaf in signature.leaves]
         return {
-            **environment(),
+            **environment(common_device((leaf.path, leaf.device) for leaf in signature.tensors)),
             "model": _structure(roots, describer),
             "arguments": json.dumps([_parameters(signature), str(signature.spec), arguments]),
             "dims": str([dims.names, dims.largest, dims.size]),
@@ -49,7 +50,7 @@ def model_fields(
             "max_packed_bytes": str(config.max_packed_bytes),
             "free_original_weights": str(config.free_original_weights),
         }
-    except (Unprovable, TypeError, PassError) as why:
+    except (NoIdentity, Unprovable, TypeError, PassError) as why:
         log.info("store: the model is not kept: %s", why)
         return None
 

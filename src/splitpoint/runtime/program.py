@@ -37,6 +37,7 @@ from .garbage import rare_collection
 from .kernel_choice import KernelChoice
 from .lanes import Lane
 from .lookup import MOST_PARTS, Lookup
+from .recorded import recorder_for
 
 log = logging.getLogger("splitpoint")
 
@@ -98,6 +99,7 @@ class Program:
         """Take the lanes for a signature, which are not compiled yet."""
         table = array("H", bytes(2 * (self.config.max_size + 1)))
         dispatch = Dispatch(table, signature, regions, stand_in, tuple(notes))
+        dispatch.recorder = recorder_for(self.config, signature)
         with self.binding.lock:
             for graph in {id(lane.graph): lane.graph for lane in lanes}.values():
                 self.binding.look_past_freed(graph)
@@ -119,13 +121,21 @@ class Program:
     def plan(self) -> Plan:
         """The plan as it stands, with what was split and why."""
         entries = [
-            replace(lane.planned, arguments=number)
+            replace(
+                lane.planned,
+                arguments=number,
+                recorded=dispatch.recorder.recorded(lane) if dispatch.recorder else (),
+            )
             for number, dispatch in enumerate(self.dispatches, 1)
             for lane in sorted(dispatch.lanes, key=lambda lane: lane.planned.range)
         ]
         signatures = [d.signature for d in self.dispatches if d.signature is not None]
         kinds = tuple(differences(signatures)) if len(signatures) > 1 else ()
-        notes = dict.fromkeys(note for dispatch in self.dispatches for note in dispatch.notes)
+        notes = dict.fromkeys(
+            note
+            for dispatch in self.dispatches
+            for note in (*dispatch.notes, *(dispatch.recorder.notes() if dispatch.recorder else ()))
+        )
         return Plan(self.config.max_size, tuple(entries), tuple(notes), kinds)
 
     def calls_by_kind(self) -> dict[str, int]:
@@ -256,6 +266,8 @@ class Program:
         """Tell the compiler what lanes will ask for."""
         if self.config.backend != "eager":
             for lane in lanes:
+                if not lane.graph.row.shares_compiles:
+                    continue
                 for piece in lane.graph.split.pieces.values():
                     prepared, trusted = _prepared(piece, lane)
                     self.compiler.expect(prepared.piece, lane.planned, prepared.options, trusted)
@@ -375,8 +387,8 @@ class Program:
         """Let the lane of a table entry run a stitched function."""
         lane = self.lanes[index - 1]
         assert lane is not None
-        lane.run = self.binding.stitch(lane, body, proven)
-        self.runners[index] = lane.run
+        lane.run = self.binding.stitch(lane, body, proven, self._dispatch_of(lane).recorder)
+        self.runners[index] = lane.recorded or lane.run
 
     def _compile_piece(
         self, piece: Piece, lane: Lane

@@ -32,6 +32,8 @@ class Stats:
     """Compiled pieces taken from the store, ranges counted each."""
     dispatches: dict[Range, int] = field(default_factory=dict)
     """Calls by range."""
+    replays: int = 0
+    """Calls that replayed a recorded size."""
     packed_bytes: int = 0
     """Memory of weights in other layouts, beside the module's own."""
     freed_bytes: int = 0
@@ -70,6 +72,8 @@ class Stats:
         )
         if self.loads:
             heading += f", {self.loads} loaded"
+        if self.replays:
+            heading += f", {self.replays} replays"
         if self.packed_bytes:
             heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
         if self.freed_bytes:
@@ -98,6 +102,12 @@ def stats_of(programs: Sequence[Program], eager_calls: int) -> Stats:
         loads=sum(each.loads for each in counts),
         dispatches=dict(sorted(_added(program.calls_by_range() for program in programs).items())),
         kinds=_added(program.calls_by_kind() for program in programs),
+        replays=sum(
+            dispatch.recorder.replays
+            for program in programs
+            for dispatch in program.dispatches
+            if dispatch.recorder is not None
+        ),
         packed_bytes=sum(program.binding.weights.nbytes for program in programs),
         freed_bytes=sum(program.binding.originals.nbytes for program in programs),
         eager_calls=sum(each.eager_calls for each in counts) + eager_calls,

@@ -27,13 +27,14 @@ from ..capture.reads import Reads
 from ..capture.regions import Regions
 from ..capture.signature import Signature
 from ..capture.watch import CheckRest
-from ..compilers.artifact import Libraries, Missing
+from ..compilers.artifact import Libraries, Missing, objects_of
 from ..compilers.wrapper import Wrapper
 from ..config import Config
 from ..errors import KernelBuildError, StateChanged
 from ..graph.overlap import Updates
 from ..graph.pieces import Split
 from ..graph.stitch import Body, PieceSteps
+from ..kernels.devices import Device, common_device, device_row
 from ..passes.manager import MatchCount
 from ..ranges import Plan
 from ..store.constants import NotKept, decode, encode
@@ -138,7 +139,7 @@ def _entry(store: Store, dispatch: Dispatch, config: Config, roots: Roots) -> di
                 "updates": body.updates and body.updates.to_json(),
             }
         )
-    libraries = {each for piece in pieces.values() for each, _ in piece["kernels"].values()}
+    libraries = objects_of(at for piece in pieces.values() for at in piece["kernels"].values())
     path = kernels.loaded_library()
     library = store.write_object(path.read_bytes()) if path is not None else None
     return {
@@ -240,8 +241,9 @@ class _Loader:
     def run(self) -> Dispatch:
         entry = self.entry
         calls = self.pieces()
-        shared = _checks_of(self.checker)
-        graphs = [self.graph(each, *shared) for each in entry["graphs"]]
+        device = common_device((leaf.path, leaf.device) for leaf in self.signature.tensors)
+        shared = _checks_of(self.checker, device_row(device))
+        graphs = [self.graph(each, *shared, device) for each in entry["graphs"]]
         plan = Plan.from_json(entry["plan"])
         lanes = []
         bodies = []
@@ -294,7 +296,9 @@ class _Loader:
         found = {}
         for key, piece in pieces.items():
             wrapper = Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"])
-            native = self.program.config.runner == "native" and piece["steps"]
+            native = (
+                self.program.config.runner == "native" and piece["steps"]
+            )  # none on other devices
             bind = wrapper.bind_when_called if native else wrapper.bind
             found[key] = bind({name: self.kernel(at) for name, at in piece["kernels"].items()})
         return found
@@ -308,11 +312,11 @@ class _Loader:
                 found[name] = self.piece_steps(steps, kernels_)
         return found
 
-    def piece_steps(self, steps: Mapping[str, Any], at: Mapping[str, Sequence[str]]) -> PieceSteps:
+    def piece_steps(self, steps: Mapping[str, Any], at: Mapping[str, Sequence[Any]]) -> PieceSteps:
         called = [self.kernel(at[name]) for name in steps["kernels"]]
         return PieceSteps(steps, lambda: [kernel_place(each) for each in called])
 
-    def kernel(self, at: Sequence[str]) -> Callable[..., Any]:
+    def kernel(self, at: Sequence[Any]) -> Callable[..., Any]:
         return self.libraries.kernel(self.store, *at)
 
     def library(self, digest_: str) -> Path:
@@ -322,7 +326,11 @@ class _Loader:
         return path
 
     def graph(
-        self, data: Mapping[str, Any], check_facts: Callable[[], bool], check_rest: CheckRest
+        self,
+        data: Mapping[str, Any],
+        check_facts: Callable[[], bool],
+        check_rest: CheckRest,
+        device: torch.device,
     ) -> Graph:
         owner, checker = self.roots.owner, self.checker
         where = [(path, holder, name) for path, holder, name in data["bound"]]
@@ -352,6 +360,7 @@ class _Loader:
             conditions=self.assumptions(data["conditions"]),
             unique=tuple(data["unique"]),
             argument_names=[leaf.path for leaf in self.signature.tensors],
+            device=device,
             is_loaded=True,
         )
 
@@ -360,16 +369,22 @@ class _Loader:
         return tuple(Assumption(code, origin, names) for code, origin in kept)
 
 
-def _checks_of(checker: Checker) -> tuple[Callable[[], bool], CheckRest]:
+def _checks_of(checker: Checker, device: Device) -> tuple[Callable[[], bool], CheckRest]:
     """`ModuleState.check_facts` and `.check_rest` of all graphs that rely on these facts."""
-    state = quick_state()
+    now = quick_state
+    if device.settings():
+
+        def now() -> tuple[Any, ...]:
+            return quick_state() + device.settings()
+
+    state = now()
 
     def check_facts() -> bool:
-        return quick_state() == state and checker.holds()
+        return now() == state and checker.holds()
 
     def check_rest(_: Any, tensors: Any, reads: Reads | None) -> Callable[[], bool]:
         rest = checker.rest(reads)
-        return lambda: quick_state() == state and rest()
+        return lambda: now() == state and rest()
 
     return check_facts, check_rest
 

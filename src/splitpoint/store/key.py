@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..capture.code import short
+from ..kernels.devices import CPU, device_row
 from ..torch_internals.state import changed_inductor_config, torch_state
 
 if TYPE_CHECKING:
@@ -45,10 +46,23 @@ def digest(fields: Fields) -> str:
     return hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode()).hexdigest()
 
 
-def environment() -> dict[str, str]:
-    """What code depends on beside what is compiled: software, processor, torch's settings."""
+class NoIdentity(Exception):
+    """A device whose keys would not tell what has to be told apart; says which."""
+
+
+def environment(device: torch.device = CPU) -> dict[str, str]:
+    """What code depends on beside what is compiled: software, processor, torch's settings, and of
+    an accelerator its model, capability and driver.
+
+    Raises:
+        NoIdentity: for a device of which that is not known.
+    """
+    row = device_row(device)
+    if row.identity is None:
+        raise NoIdentity(f"tensors on {device.type}")
     return {
         **_software(),
+        **row.identity(device),
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
         "torch_state": json.dumps(torch_state()),
@@ -75,8 +89,9 @@ def piece_fields(
         options: further Inductor options.
         trusted: inputs that are not checked by the compiled code.
     """
+    tensors = [value for value in piece.values if isinstance(value, torch.Tensor)]
     return {
-        **environment(),
+        **environment(tensors[0].device if tensors else CPU),
         "piece": short(description),
         "takes": str(piece.takes),
         "lengths": " ".join(str(each.lengths) for each in planned if each.lengths),

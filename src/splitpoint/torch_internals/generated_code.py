@@ -15,6 +15,7 @@ import torch
 
 from .operators import find_operator
 from .probe import fits
+from .triton_kernels import aligned, raw_stream
 
 _EXTERN_KERNELS = ("mm", "addmm", "bmm", "baddbmm", "_int_mm", "convolution")
 """Kernels of Inductor's `extern_kernels` that are torch's functions of the same name."""
@@ -30,11 +31,15 @@ def generated_code_names() -> Mapping[str, Any]:
         "device": torch.device,
         "empty_strided": torch.empty_strided,
         "increment_version": torch.autograd.graph.increment_version,
+        "cuda_device": torch.cuda.device,
+        "get_raw_stream": raw_stream,
+        "aligned": aligned,
     }
     if fits("generated code"):
         guards: Any = torch._C._dynamo.guards
         found |= {
             "empty_strided_cpu": guards._empty_strided_cpu,
+            "empty_strided_cuda": guards._empty_strided_cuda,
             "reinterpret_tensor": guards._reinterpret_tensor,
             "assert_size_stride": guards.assert_size_stride,
             "assert_alignment": guards.assert_alignment,

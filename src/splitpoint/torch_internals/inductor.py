@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from .process import compile_lock, quiet
 from .questions import Questions
 from .sizes import RangeShapes
 from .tracing import traces_alone
+from .triton_kernels import Binary, binaries_of
 from .wrapper_duties import duties
 
 
@@ -48,6 +50,10 @@ class InductorGraph:
     """What the wrappers have to do at a call, or ""; then `mutated` is not known."""
     kernels: tuple[Kernel, ...]
     """C++ kernels that are to be built before a call."""
+    to_align: tuple[int, ...] = ()
+    """Inputs that its kernels assume to be aligned; known where nothing is wrapped."""
+    binaries: tuple[Binary, ...] = ()
+    """What Triton made of its kernels."""
 
 
 def inductor_compile(
@@ -133,7 +139,7 @@ def inductor_compile(
         return InductorGraph(call, "", {}, (), more, tuple(kernels))
     graph, metadata = made[0]
     around = duties(graph, metadata)
-    called = getattr(graph, "current_callable", None)
+    called = _own_function(getattr(graph, "current_callable", None))
     names = getattr(getattr(called, "__func__", called), "__globals__", {})
     for name, value in list(names.items()):
         if isinstance(value, Kernel):
@@ -146,7 +152,16 @@ def inductor_compile(
         () if around else tuple(metadata.mutated_graph_handled_indices),
         around,
         tuple(dict.fromkeys(kernels)),
+        () if around else tuple(graph.inputs_to_check),
+        () if around else binaries_of(graph),
     )
+
+
+def _own_function(called: Any) -> Any:
+    """The function that Inductor wrote, without what aligns its inputs on CUDA."""
+    if inspect.isfunction(called) and called.__closure__:
+        return inspect.getclosurevars(called).nonlocals.get("model", called)
+    return called
 
 
 def code_even_without_calls(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:

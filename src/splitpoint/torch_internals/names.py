@@ -132,6 +132,7 @@ USES = (
         "in the store",
         (
             f"{_GENERATED}:_empty_strided_cpu",
+            f"{_GENERATED}:_empty_strided_cuda",
             f"{_GENERATED}:_reinterpret_tensor",
             f"{_GENERATED}:assert_size_stride",
             f"{_GENERATED}:assert_alignment",
@@ -166,8 +167,26 @@ USES = (
             "torch._inductor.output_code:CompiledFxGraph@opaque_value_type_classes",
             "torch._inductor.output_code:CompiledFxGraph@_wrap_compiled_regions",
             "torch._inductor.output_code:CompiledFxGraph@device_types",
+            "torch._inductor.output_code:CompiledFxGraph@device_idxs",
+            "torch._inductor.output_code:CompiledFxGraph@cudagraph_info",
             "torch._guards:TracingContext@fw_metadata",
             "torch._C:_is_any_autocast_enabled",
+        ),
+    ),
+    Use(
+        "Triton kernels",
+        "speed",
+        "keep the kernels that Inductor writes for CUDA, with what Triton made of them, in the "
+        "store",
+        "what is compiled for CUDA is not kept",
+        (
+            "torch._inductor.async_compile:AsyncCompile.triton(3, device_str)",
+            "torch._inductor.output_code:CompiledFxGraph@_triton_bundle",
+            "torch._inductor.triton_bundler:TritonBundle(2)",
+            "torch._inductor.triton_bundler:TritonBundler.read_and_emit(1)",
+            "torch._inductor.triton_bundler:TritonKernelArtifact(2)",
+            "torch._inductor.triton_bundler:TritonKernelArtifacts(3)",
+            "torch._inductor.config:compile_threads",
         ),
     ),
     # --- capture -----------------------------------------------------------------------

@@ -36,12 +36,20 @@ _OF_METADATA: dict[str, Callable[[Any], object]] = {
 }
 """By duty: whether AOTAutograd's metadata asks for it."""
 
+
+def is_cuda(graph: Any) -> bool:
+    """Whether all of a compiled graph is on one CUDA device."""
+    return set(graph.device_types) == {"cuda"} and len(graph.device_idxs) == 1
+
+
 _OF_GRAPH: dict[str, Callable[[Any], object]] = {
-    "inputs to align": lambda it: it.inputs_to_check,
+    "inputs to align": lambda it: it.inputs_to_check and not is_cuda(it),
     "constants": lambda it: it.constants or it.frozen_param_names,
     "objects": lambda it: it.torchbind_constants or it.opaque_value_type_classes,
     "compiled regions": lambda it: it._wrap_compiled_regions,
-    "devices": lambda it: set(it.device_types) != {"cpu"},
+    "devices": lambda it: set(it.device_types) != {"cpu"} and not is_cuda(it),
+    # CUDA's wrappers run what Inductor recorded, and know of memory that is written in place.
+    "Inductor's CUDA graphs": lambda it: is_cuda(it) and it.cudagraph_info is not None,
 }
 """By duty: whether Inductor's compiled graph asks for it."""
 
@@ -49,7 +57,7 @@ _READ_ABOVE = """
 num_intermediate_bases tokens num_graphsafe_rng_states grad_enabled_mutation act_input_indices
 act_input_paths input_info subclass_inp_meta subclass_fw_graph_out_meta
 inputs_to_check constants frozen_param_names torchbind_constants opaque_value_type_classes
-_wrap_compiled_regions device_types
+_wrap_compiled_regions device_types device_idxs cudagraph_info
 """
 
 _NOTHING_AT_A_CALL = """
@@ -61,10 +69,10 @@ graphsafe_rng_state_index graphsafe_rng_device mutated_inp_stream_indices compil
 tangent_source_stack_traces saved_tensor_is_graph_input
 _fx_graph_cache_key _fx_graph_cache_debug_lines _time_taken_ns current_callable
 recursively_apply_fns compiled_fn_runner cache_key source_code runnable_graph_str
-inductor_post_grad_graph_str cache_linemap device_idxs mutated_inputs mutated_input_idxs
+inductor_post_grad_graph_str cache_linemap mutated_inputs mutated_input_idxs
 output_strides disabled_cudagraphs_reason metrics_deltas counter_deltas guards_expr
 extern_libs_key inductor_provenance_mapping_str inductor_provenance_stack_traces_str
-cudagraph_info kernel_free_cudagraph partition_maps has_uncaptured_partition
+kernel_free_cudagraph partition_maps has_uncaptured_partition
 compile_region_name fx_kwargs _boxed_call _triton_bundle _defers_input_alignment
 _compile_context _original_gm _serialized_original_gm
 """
