@@ -336,6 +336,33 @@ def bench_vllm(args: argparse.Namespace) -> None:
     _show(report, args.json)
 
 
+def bench_serve(args: argparse.Namespace) -> None:
+    """`splitpoint bench serve`."""
+    from ..bench.picture import check_outputs
+    from ..bench.serve import run
+    from ..bench.serve_report import save_picture
+
+    check_outputs(png=args.png, json=args.json)
+    report = run(
+        args.model,
+        dtype=args.dtype,
+        threads=args.threads,
+        rates=args.rates,
+        inputs=args.inputs,
+        outputs=args.outputs,
+        requests=args.requests,
+        ranks=args.tp,
+        rounds=args.rounds,
+        mode="compiled" if args.compiled else "eager",
+        split_points=args.ranges,
+        client=args.client,
+        say=_say,
+    )
+    _show(report, args.json)
+    if args.png:
+        save_picture(report, args.png)
+
+
 def tune_collective(args: argparse.Namespace) -> None:
     """`splitpoint tune collective`."""
     from ..bench.collective_tune import from_report, from_table
@@ -425,6 +452,7 @@ VERBS = {
     "tune collective": tune_collective,
     "bench startup": bench_startup,
     "bench vllm": bench_vllm,
+    "bench serve": bench_serve,
     "compile": compile_model,
     "cache list": cache_list,
     "cache verify": cache_verify,
