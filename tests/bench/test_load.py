@@ -4,11 +4,11 @@ moves when all wait, so that the figures are exact on any machine."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import selectors
 import statistics
-from collections.abc import Awaitable, Callable
 
 import pytest
 from hypothesis import given, settings
@@ -41,9 +41,6 @@ class Loop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.selector.now
-
-
-Handler = Callable[[dict, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Mock:
@@ -138,7 +135,7 @@ def test_requests_are_sent_at_the_times_of_the_load():
 
 def test_a_rate_is_kept_on_average_and_its_times_are_random():
     arrivals = Load(4.0, 1, 1, 4000).arrivals(0)
-    gaps = [b - a for a, b in zip(arrivals, arrivals[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(arrivals)]
     assert statistics.mean(gaps) == pytest.approx(0.25, rel=0.1)
     assert statistics.stdev(gaps) == pytest.approx(0.25, rel=0.1)  # as an exponential has it
     assert Load(4.0, 1, 1, 4000).arrivals(1) != arrivals

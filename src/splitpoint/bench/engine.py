@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..integrations.vllm import SWITCH
 from ..ranges import align
 from ..report.environment import environment
+from .engine_check import TOKENS, CheckReport, compare
 
 Say = Callable[[str], None]
 
@@ -97,6 +98,62 @@ def run(
         UsageError: when vLLM is not installed or a process fails.
         ModelNotFound: as `find`.
     """
+    task = {
+        **_task(model, dtype, threads, eager),
+        "batches": list(batches),
+        "prompt": prompt,
+        "tokens": tokens,
+    }
+    found: list[dict[str, Any]] = []
+    for turn in range(starts):
+        for way, switch in WAYS.items():
+            say(f"{way}, process {turn + 1} of {starts} ...")
+            found.append({"way": way, **_start(task, switch)})
+    clock = "CPU time" if threads == 1 else "wall time"
+    about = {**_about(found, model, dtype, threads, eager), "clock": clock}
+    return EngineReport(about, tuple(found))
+
+
+def check(
+    model: str,
+    *,
+    dtype: str = "bf16",
+    threads: int = 1,
+    prompts: int = 64,
+    eager: bool = True,
+    say: Say = lambda line: None,
+) -> CheckReport:
+    """Let an engine answer each way, greedily, up to eight prompts at a time.
+
+    Args:
+        model: as `run`.
+        dtype: "bf16" or "fp32".
+        threads: of torch's kernels.
+        prompts: how many, of 1 to 100 random tokens.
+        eager: as `run`.
+        say: is told what goes on.
+
+    Raises:
+        UsageError: as `run`.
+        ModelNotFound: as `run`.
+    """
+    task = {
+        **_task(model, dtype, threads, eager),
+        "batches": [8],
+        "prompt": 100,
+        "tokens": TOKENS,
+        "check": prompts,
+    }
+    found = []
+    for way, switch in WAYS.items():
+        say(f"{way} ...")
+        found.append(_start(task, switch))
+    about = _about(found, model, dtype, threads, eager)
+    return compare(found[0]["answers"], found[1]["answers"], about)
+
+
+def _task(model: str, dtype: str, threads: int, eager: bool) -> dict[str, Any]:
+    """What a process is told in any case."""
     if importlib.util.find_spec("vllm") is None:
         raise UsageError("vLLM is not installed: README, In vLLM, says how")
     from ..models.catalogue import find
@@ -104,31 +161,27 @@ def run(
     folder = find(model)[2]
     if folder is None:
         raise UsageError(f"{model} has no folder with weights that vLLM could load")
-    task = {
+    return {
         "folder": str(folder),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
         "threads": threads,
-        "batches": list(batches),
-        "prompt": prompt,
-        "tokens": tokens,
         "eager": eager,
+        "check": 0,
     }
-    found = []
-    for turn in range(starts):
-        for way, switch in WAYS.items():
-            say(f"{way}, process {turn + 1} of {starts} ...")
-            found.append({"way": way, **_start(task, switch)})
-    about = {
+
+
+def _about(
+    found: Sequence[dict[str, Any]], model: str, dtype: str, threads: int, eager: bool
+) -> dict[str, Any]:
+    return {
         **environment(),
         **found[0]["about"],
         "model": model,
         "dtype": dtype,
         "threads": threads,
         "mode": "enforce_eager" if eager else "compiled by vLLM",
-        "clock": "CPU time" if threads == 1 else "wall time",
         "vectors": found[-1]["instruction_set"],
     }
-    return EngineReport(about, tuple(found))
 
 
 def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
@@ -139,6 +192,7 @@ def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(task["threads"]),

@@ -4,10 +4,10 @@
 
 with a pipe as standard input, which the caller holds open. Whether the caller closes it, is
 interrupted or killed: the pipe ends, and then so do the command's processes, those that left their
-group or lost their parent included (Linux); they have so many SECONDS to do so by themselves after SIGTERM. What they
-leave in /dev/shm is removed. A line in the pipe has the files noted that are in use then, for
-processes that are killed later. The exit code is the command's, or 128 and the number of the signal
-that ended it.
+group or lost their parent included (Linux); after SIGTERM they have so many SECONDS to do so by
+themselves. What they leave in /dev/shm is removed. A line in the pipe has the files noted that are
+in use then, for processes that are killed later. The exit code is the command's, or 128 and the
+number of the signal that ended it.
 
 It imports neither torch nor this package: nothing slow or large stands beside what is measured.
 """

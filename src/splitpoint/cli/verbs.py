@@ -319,10 +319,22 @@ def bench_startup(args: argparse.Namespace) -> None:
 
 def bench_vllm(args: argparse.Namespace) -> None:
     """`splitpoint bench vllm`."""
-    from ..bench.engine import run
+    from ..bench.engine import check, run
     from ..bench.picture import check_outputs
 
     check_outputs(json=args.json)
+    if args.check:
+        checked = check(
+            args.model,
+            dtype=args.dtype,
+            threads=args.threads,
+            prompts=args.check,
+            eager=not args.compiled,
+            say=_say,
+        )
+        _show(checked, args.json)
+        checked.require()
+        return
     report = run(
         args.model,
         dtype=args.dtype,

@@ -22,7 +22,8 @@ in CPU time, with more in wall time. Needs vLLM: pip install 'splitpoint[vllm]'.
         """\
 examples:
   splitpoint bench vllm smollm2
-  splitpoint bench vllm smollm2 --compiled --starts 1 --json vllm.json""",
+  splitpoint bench vllm smollm2 --compiled --starts 1 --json vllm.json
+  splitpoint bench vllm smollm2 --check 64 --dtype fp32""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -50,6 +51,12 @@ examples:
         "--compiled",
         action="store_true",
         help="let vLLM compile the model, as it does by default; otherwise with enforce_eager",
+    )
+    parser.add_argument(
+        "--check",
+        type=positive,
+        metavar="N",
+        help="time nothing: compare the greedy answers to N prompts, token by token",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and times as JSON"

@@ -75,8 +75,17 @@ CONFIG = Name(
     (),
     "read for cache_config.kv_cache_memory_bytes, which is not to be taken",
 )
+TP_GROUP = Name(
+    "vllm.distributed.parallel_state",
+    "get_tp_group",
+    (),
+    "read for device_group, and device_communicator.dist_module.handle of its shared memory",
+)
 
-NAMES = (PROCESS, DISPATCH, CALL, CONFIG)
+NAMES = (PROCESS, DISPATCH, CALL, CONFIG, TP_GROUP)
+
+ALL_REDUCE = "_C.shm_allreduce"
+"""The operator (handle, tensor) that sums a tensor over ranks, in place; replaced in graphs."""
 
 
 def check() -> None:
