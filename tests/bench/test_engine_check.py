@@ -39,5 +39,5 @@ def test_the_first_difference_has_the_gap_between_the_best_two():
     assert found.largest == pytest.approx(0.05)
     assert "1 of 2 greedy" in str(found)
     found.require()  # a quarter is what bf16 rounds to
-    with pytest.raises(OutputMismatch, match="prompt 1 .* token 1 on.* 0.25 apart"):
+    with pytest.raises(OutputMismatch, match=r"prompt 1 .* token 1 on.* 0\.25 apart"):
         compare(OWN, ours, {**ABOUT, "dtype": "fp32"}).require()

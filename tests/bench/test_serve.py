@@ -18,7 +18,10 @@ from splitpoint.errors import ServerFailed, UsageError
 
 ABOUT = {
     **dict.fromkeys(("model", "dtype", "mode", "vllm", "torch", "cpu"), "x"),
-    **{"threads": 1, "cores": 2, "requests": 8, "client": "own"},
+    "threads": 1,
+    "cores": 2,
+    "requests": 8,
+    "client": "own",
 }
 LOADS = (Load(1.0, 128, 32, 8), Load(math.inf, 128, 32, 8))
 

@@ -91,11 +91,11 @@ def ways(mode: str, split_points: Sequence[int] | None) -> list[Way]:
     if split_points is not None:
         config = {
             "mode": 2,
-            "backend": "splitpoint.integrations.vllm.ranges.backend",
+            "backend": "splitpoint",
             "custom_ops": ["none"],
             "compile_ranges_endpoints": list(split_points),
         }
-        env = {SWITCH: "1", "VLLM_USE_AOT_COMPILE": "0", "VLLM_USE_LAYERNAME": "0"}
+        env = {SWITCH: "1", "VLLM_USE_LAYERNAME": "0"}
         found.append(Way("with ranges", env, ("--compilation-config", json.dumps(config))))
     return found
 

@@ -15,6 +15,9 @@ SWITCH = "SPLITPOINT_VLLM"
 LOADER = "vllm.model_executor.model_loader.base_loader"
 """The module of vLLM that is imported where a model is to be loaded, and not long before."""
 
+COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
+"""The module of vLLM that makes the memory that tensor-parallel ranks share."""
+
 
 def register() -> None:
     """Have vLLM's unquantised linear layers run on this package's kernels where they are faster."""
@@ -23,6 +26,7 @@ def register() -> None:
     from .hook import when_imported
 
     when_imported(LOADER, _install)
+    when_imported(COMMUNICATOR, _tidy)
 
 
 def _install() -> None:
@@ -30,5 +34,14 @@ def _install() -> None:
 
     with fence():
         from .stand_in import install
+
+        install()
+
+
+def _tidy() -> None:
+    from .fence import fence
+
+    with fence("its ranks' files in /dev/shm stay after a kill"):
+        from .shared_files import install
 
         install()

@@ -1,4 +1,4 @@
-"""The ranges of this package as vLLM's compile backend: `{"mode": 2, "backend": "splitpoint..."}`.
+"""The ranges of this package as vLLM's compile backend: `{"mode": 2, "backend": "splitpoint"}`.
 
 vLLM hands the whole graph of a model to the backend once; it is split at vLLM's attention and its
 updates of the KV cache, and compiled for each range of its number of tokens.
@@ -6,6 +6,7 @@ updates of the KV cache, and compiled for each range of its number of tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,9 @@ def __getattr__(name: str) -> Any:
     # it calls the backend later, when it cannot.
     if name != "backend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Its own store of compiled models would ask of this backend what it does not have. vLLM reads
+    # this after it has looked its backend up, and turns it off in the same way itself.
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     given = options(names.CONFIG.value())
     ranks = tensor_parallel.attach()  # here, where no rank is tracing
 
