@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..integrations.vllm import SWITCH
 from ..ranges import align
 from ..report.environment import environment
+from ..torch_internals.instruction_sets import AVX2_VARIABLES
 from .engine_check import TOKENS, CheckReport, compare
 
 Say = Callable[[str], None]
@@ -61,6 +62,7 @@ class EngineReport:
                 f"{env['model']}, {env['dtype']}, {env['threads']} threads, {env['mode']}; "
                 f"{env['clock']}, medians of {len(self.starts) // 2} processes each, in turn",
                 f"vLLM {env['vllm']}, torch {env['torch']} on {env['cpu']}, {env['vectors']}",
+                *(["as if the CPU had AVX2 alone"] if env["isa"] == "avx2" else []),
                 "",
                 *align(rows, right=range(1, len(rows[0]))),
                 "",
@@ -79,6 +81,7 @@ def run(
     tokens: int = 64,
     starts: int = 2,
     eager: bool = True,
+    isa: str | None = None,
     say: Say = lambda line: None,
 ) -> EngineReport:
     """Start engines in turn, one way and the other, and time each.
@@ -92,6 +95,9 @@ def run(
         tokens: that each request makes.
         starts: processes each way.
         eager: whether vLLM compiles nothing (`--enforce-eager`).
+        isa: "avx2" to have vLLM, torch, oneDNN and this package go without AVX-512 and AMX, in so
+            far as they ask torch or the environment; code that the compiler made for this CPU
+            stays.
         say: is told what goes on.
 
     Raises:
@@ -100,6 +106,7 @@ def run(
     """
     task = {
         **_task(model, dtype, threads, eager),
+        "isa": isa,
         "batches": list(batches),
         "prompt": prompt,
         "tokens": tokens,
@@ -110,7 +117,7 @@ def run(
             say(f"{way}, process {turn + 1} of {starts} ...")
             found.append({"way": way, **_start(task, switch)})
     clock = "CPU time" if threads == 1 else "wall time"
-    about = {**_about(found, model, dtype, threads, eager), "clock": clock}
+    about = {**_about(found, model, dtype, threads, eager), "clock": clock, "isa": isa}
     return EngineReport(about, tuple(found))
 
 
@@ -167,6 +174,7 @@ def _task(model: str, dtype: str, threads: int, eager: bool) -> dict[str, Any]:
         "threads": threads,
         "eager": eager,
         "check": 0,
+        "isa": None,
     }
 
 
@@ -186,6 +194,7 @@ def _about(
 
 def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
     """What one process says."""
+    task = {**task, "ours": switch == "1"}
     command = [sys.executable, "-m", "splitpoint.bench.engine_worker", json.dumps(task)]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {
@@ -198,6 +207,7 @@ def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(task["threads"]),
         "PYTHONPATH": os.pathsep.join(paths),
         SWITCH: switch,
+        **(AVX2_VARIABLES if task["isa"] == "avx2" else {}),
     }
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     lines = done.stdout.splitlines() + done.stderr.splitlines()

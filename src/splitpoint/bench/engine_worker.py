@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 
-from ..kernels import loaded_library
+from ..kernels import loaded_library, use_instruction_set
+from ..torch_internals.instruction_sets import answer_as_avx2
 
 REPEATS = 3
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
     """Time an engine as `task` says, or, with `check` in it, let it answer so many prompts."""
+    if task["isa"] == "avx2":
+        answer_as_avx2()
+        if task["ours"]:
+            use_instruction_set("avx2")
     from vllm import LLM, SamplingParams, __version__
 
     most = task["prompt"] + task["tokens"] + 1

@@ -343,6 +343,7 @@ def bench_vllm(args: argparse.Namespace) -> None:
         prompt=args.prompt,
         starts=args.starts,
         eager=not args.compiled,
+        isa=args.isa,
         say=_say,
     )
     _show(report, args.json)

@@ -53,6 +53,11 @@ examples:
         help="let vLLM compile the model, as it does by default; otherwise with enforce_eager",
     )
     parser.add_argument(
+        "--isa",
+        choices=("avx2",),
+        help="measure as if the CPU had AVX2 alone, both ways",
+    )
+    parser.add_argument(
         "--check",
         type=positive,
         metavar="N",

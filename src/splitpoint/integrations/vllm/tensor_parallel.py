@@ -17,6 +17,7 @@ from ...collectives import ops, workspace
 from ...errors import WorkspaceError
 from ...ranges import Range
 from ...torch_internals.distributed import group_name
+from ...torch_internals.tensors import memory_of
 from . import names
 from .fence import log
 
@@ -98,7 +99,8 @@ def _after(node: fx.Node, reduce: fx.Node) -> list[fx.Node]:
 def _memory(node: fx.Node) -> object:
     """What is the same for tensors that share memory, in a graph as Dynamo makes it."""
     value = node.meta.get("example_value")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node
+    memory = memory_of(value) if isinstance(value, torch.Tensor) else None
+    return node if memory is None else memory
 
 
 def said(matched: Mapping[Range, int], reduces: int) -> str:
