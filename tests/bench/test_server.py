@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,32 @@ def test_shared_memory_of_a_process_that_was_killed_is_removed(tmp_path: Path) -
         for pid, _ in tree.values():
             os.kill(pid, signal.SIGKILL)
     assert left(tree) == []
+
+
+def test_what_was_in_shared_memory_before_stays(tmp_path: Path) -> None:
+    kept = Path(f"/dev/shm/splitpoint-test-kept-{os.getpid()}")
+    folder = Path(f"/dev/shm/splitpoint-test-folder-{os.getpid()}")
+    kept.write_bytes(b"weights")
+    try:
+        code = f"""if True:
+            import mmap, os, time
+            os.mkdir({str(folder)!r})
+            open({str(folder / "kept")!r}, "w").write("weights")
+            files = [open(name, "r+b") for name in ({str(kept)!r}, {str(folder / "kept")!r})]
+            maps = [mmap.mmap(file.fileno(), 0) for file in files]
+            open({str(tmp_path / "ready")!r}, "w")
+            time.sleep(600)
+        """
+        command = [sys.executable, "-c", code]
+        with Server(command, free_port(), os.environ, tmp_path / "log", 0.5):
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "ready").exists():
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.02)
+        assert kept.read_bytes() == (folder / "kept").read_bytes() == b"weights"
+    finally:
+        kept.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_server_that_does_not_answer_is_said(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@
 with a pipe as standard input, which the caller holds open. Whether the caller closes it, is
 interrupted or killed: the pipe ends, and then so do the command's processes, those that left their
 group or lost their parent included (Linux); after SIGTERM they have so many SECONDS to do so by
-themselves. What they leave in /dev/shm is removed. A line in the pipe has the files noted that are
-in use then, for processes that are killed later. The exit code is the command's, or 128 and the
-number of the signal that ended it.
+themselves. The shared memory that they made is removed: what they have mapped or open of /dev/shm
+that was not there before, and nobody else has. A line in the pipe has it noted then, for processes
+that are killed later. The exit code is the command's, or 128 and the number of the signal that
+ended it.
 
 It imports neither torch nor this package: nothing slow or large stands beside what is measured.
 """
@@ -33,6 +34,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 def main(grace_s: float, command: list[str]) -> int:
     """Run a command until it ends or standard input does."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process
+    before = set(os.listdir(SHARED)) if os.path.isdir(SHARED) else set()
     # What interrupts the caller closes the pipe; this process must outlive it.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -50,9 +52,11 @@ def main(grace_s: float, command: list[str]) -> int:
             files |= shared_files(descendants())
     files |= shared_files(descendants())
     end(child, grace_s)
-    for name in files - shared_files(_all_processes()):
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+    for path in files - shared_files(_all_processes()):
+        folder, _, name = path.rpartition("/")
+        if f"{folder}/" == SHARED and name not in before:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
     code = child.wait()
     return code if code >= 0 else 128 - code
 

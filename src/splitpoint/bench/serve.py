@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..collectives import shm
 from ..errors import UsageError
 from ..integrations.vllm import SWITCH
 from ..kernels import build
@@ -161,6 +162,8 @@ def run(
     )
     most = max(max(each.input + each.output for each in loads), max(PROMPTS) + COMPARED) + 1
     build.library()  # once a machine; not part of a start
+    if max(ranks) > 1:
+        shm.load()
     found: list[Start] = []
     with tempfile.TemporaryDirectory(prefix="splitpoint-serve-") as work:
         setting = Setting(
@@ -213,7 +216,7 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
     name = f"{way.name.replace(' ', '-')}-{size}"
     caches = setting.work / f"{name}-caches"
     if not caches.exists():
-        _with_kernels(caches / "splitpoint")
+        _with_kernels(caches / "splitpoint", size)
     port = free_port()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
@@ -246,10 +249,11 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
     return Start(way.name, size, turn, seconds, answers, setting.loads, tuple(served), tuple(said))
 
 
-def _with_kernels(folder: Path) -> None:
-    """A cache folder of this package's with its kernels and nothing else."""
+def _with_kernels(folder: Path, size: int) -> None:
+    """A cache folder of this package's with what is built once a machine, and nothing else."""
     (folder / "kernels").mkdir(parents=True, mode=0o755)
-    shutil.copy2(build.library(), folder / "kernels")
+    for path in (build.library(), *([shm.load()] if size > 1 else [])):
+        shutil.copy2(path, folder / "kernels")
 
 
 def _folders(caches: Path) -> dict[str, str]:

