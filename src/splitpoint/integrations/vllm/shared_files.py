@@ -56,7 +56,7 @@ def take_name_of_rank(group: str, rank: int) -> None:
 
 def take_name_of_queue(queue: Any) -> None:
     """Remove the name of the memory that this process made for a queue, if it did."""
-    buffer = getattr(queue, "buffer", None)
-    if getattr(buffer, "is_creator", False):
+    buffer = queue.buffer
+    if buffer is not None and buffer.is_creator:
         buffer.is_creator = False  # it would take the name again at its end
         buffer.shared_memory.unlink()
