@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ from splitpoint.bench import vllm_client
 from splitpoint.bench.load import Load, Served
 from splitpoint.bench.serve import check_ranks, run, ways
 from splitpoint.bench.serve_report import COLUMNS, ServeReport, Start, ratio, save_picture
+from splitpoint.cli.arguments.shared import rates
 from splitpoint.errors import ServerFailed, UsageError
 
 ABOUT = {
@@ -134,6 +136,13 @@ def test_ranks_that_cannot_be_are_refused(heads, size, threads, message):
         return
     with pytest.raises(UsageError, match=message):
         check_ranks("m", config, size, threads)
+
+
+def test_rates_on_the_command_line():
+    assert rates("1, 2.5,inf") == [1.0, 2.5, math.inf]
+    for wrong in ("", "0", "1,x", "-1", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            rates(wrong)
 
 
 RESULT = {
