@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
 import os
+import tempfile
 from types import SimpleNamespace
 
 import pytest
 
 from splitpoint.bench import vllm_client
 from splitpoint.bench.load import Load, Served
-from splitpoint.bench.serve import check_ranks, run, ways
+from splitpoint.bench.serve import _folder, check_ranks, run, ways
 from splitpoint.bench.serve_report import COLUMNS, ServeReport, Start, ratio, save_picture
 from splitpoint.cli.arguments.shared import rates
 from splitpoint.errors import ServerFailed, UsageError
@@ -119,6 +121,18 @@ def test_only_the_switch_tells_the_first_two_servers_apart():
     assert own.arguments == ours.arguments == ()
     config = json.loads(ranges.arguments[1])
     assert config["compile_ranges_endpoints"] == [8, 64]
+
+
+@pytest.mark.parametrize("error", [None, ServerFailed, KeyboardInterrupt])
+def test_only_logs_of_a_server_that_failed_stay(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with contextlib.suppress(ServerFailed, KeyboardInterrupt), _folder() as folder:
+        (folder / "a-caches").mkdir()
+        (folder / "a.log").touch()
+        if error is not None:
+            raise error
+    left = sorted(path.name for path in tmp_path.rglob("*") if path.is_file() or "-c" in path.name)
+    assert left == (["a.log"] if error is ServerFailed else [])
 
 
 @pytest.mark.parametrize(

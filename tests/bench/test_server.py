@@ -164,7 +164,8 @@ def test_a_server_that_does_not_answer_is_said(tmp_path: Path) -> None:
 
 
 def test_a_server_that_cannot_start_is_said(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "raise ValueError('no such model')"]
+    code = "print('ValueError: no such model'); raise RuntimeError('see the root cause above')"
+    command = [sys.executable, "-c", code]
     with (
         Server(command, free_port(), os.environ, tmp_path / "log") as running,
         pytest.raises(ServerFailed, match="ended with 1: ValueError: no such model"),

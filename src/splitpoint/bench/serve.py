@@ -11,13 +11,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..collectives import shm
-from ..errors import UsageError
+from ..errors import ServerFailed, UsageError
 from ..integrations.vllm import SWITCH
 from ..kernels import build
 from ..report.environment import environment
@@ -165,7 +166,7 @@ def run(
     if max(ranks) > 1:
         shm.load()
     found: list[Start] = []
-    with tempfile.TemporaryDirectory(prefix="splitpoint-serve-") as work:
+    with _folder() as work:
         setting = Setting(
             folder,
             config.vocab_size,
@@ -174,7 +175,7 @@ def run(
             ("--max-model-len", str(most), "--no-enable-prefix-caching"),
             client or ("own" if vllm_client.unavailable() else "vllm"),
             loads,
-            Path(work),
+            work,
         )
         for turn, size, way in itertools.product(range(rounds), ranks, ways(mode, split_points)):
             parallel = f", {size} ranks" if size > 1 else ""
@@ -247,6 +248,23 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
             line.partition("Splitpoint: ")[2] for line in server.lines() if "Splitpoint: " in line
         ]
     return Start(way.name, size, turn, seconds, answers, setting.loads, tuple(served), tuple(said))
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for as long as it is needed; logs stay when a server failed, whose error names
+    them."""
+    folder = Path(tempfile.mkdtemp(prefix="splitpoint-serve-"))
+    try:
+        yield folder
+    except ServerFailed:
+        for caches in folder.glob("*-caches"):
+            shutil.rmtree(caches)
+        raise
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
 
 
 def _with_kernels(folder: Path, size: int) -> None:

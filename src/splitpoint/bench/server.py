@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import subprocess
 import sys
@@ -67,13 +68,15 @@ class Server:
         """
         while time.perf_counter() - self._started < timeout_s:
             if self._process.poll() is not None:
-                raise ServerFailed(f"the server ended with {self._process.returncode}{self.last()}")
+                raise ServerFailed(
+                    f"the server ended with {self._process.returncode}{self.reason()}"
+                )
             if self._answers(path):
                 seconds = time.perf_counter() - self._started
                 self._note()
                 return seconds
             time.sleep(0.05)
-        raise ServerFailed(f"the server did not answer within {timeout_s:g} s{self.last()}")
+        raise ServerFailed(f"the server did not answer within {timeout_s:g} s{self.reason()}")
 
     def _answers(self, path: str) -> bool:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
@@ -96,11 +99,13 @@ class Server:
         """What it has written so far."""
         return self.log.read_text(errors="replace").splitlines()
 
-    def last(self) -> str:
-        """The last line that says what went wrong, as the end of a message."""
+    def reason(self) -> str:
+        """The first line that names an error, or the last one, as the end of a message: what
+        follows the first are often processes that miss the one that failed."""
         lines = [line.strip() for line in self.lines() if line.strip()]
-        errors = [line for line in lines if "Error" in line] or lines
-        return f": {errors[-1][:300]} (all of it: {self.log})" if errors else ""
+        named = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]
+        said = (named or lines[-1:] or ["it said nothing"])[0]
+        return f": {said[:300]} (all of it: {self.log})"
 
     def close(self) -> None:
         """End it and all its processes; an interrupt meanwhile is raised once they have ended."""
