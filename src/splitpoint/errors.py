@@ -262,6 +262,10 @@ class ModelNotFound(UsageError):
     """MODEL is neither a known name, nor a folder, nor a model that can be fetched."""
 
 
+class ServerFailed(SplitpointError, RuntimeError):
+    """A server that a benchmark started ended, stalled, or did not answer as it was asked to."""
+
+
 class OutputMismatch(SplitpointError, RuntimeError):
     """A compiled model's output differs from eager's by more than rounding explains."""
 

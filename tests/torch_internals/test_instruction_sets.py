@@ -67,3 +67,24 @@ def test_an_instruction_is_of_its_extension(flag, tmp_path):
     if not isa.takes("g++", [flag]):
         pytest.skip(f"this g++ or its assembler does not know {flag}")
     assert not isa.takes(compiler_without(tmp_path, flag), [flag])
+
+
+def test_torch_may_answer_as_if_there_were_avx2_alone() -> None:
+    code = """if True:
+        import torch
+        from splitpoint.torch_internals.instruction_sets import answer_as_avx2
+        answer_as_avx2()
+        print(torch.cpu._is_avx512_supported(), torch.cpu._is_amx_tile_supported(),
+              torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_fp16_supported(),
+              torch.backends.cpu.get_cpu_capability())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **isa.AVX2_VARIABLES},
+        check=True,
+    )
+    *answers, capability = done.stdout.split()
+    assert answers == ["False"] * 4
+    assert "512" not in capability

@@ -17,6 +17,8 @@ from ..errors import UsageError
 from ..integrations.vllm import SWITCH
 from ..ranges import align
 from ..report.environment import environment
+from ..torch_internals.instruction_sets import AVX2_VARIABLES
+from .engine_check import TOKENS, CheckReport, compare
 
 Say = Callable[[str], None]
 
@@ -60,6 +62,7 @@ class EngineReport:
                 f"{env['model']}, {env['dtype']}, {env['threads']} threads, {env['mode']}; "
                 f"{env['clock']}, medians of {len(self.starts) // 2} processes each, in turn",
                 f"vLLM {env['vllm']}, torch {env['torch']} on {env['cpu']}, {env['vectors']}",
+                *(["as if the CPU had AVX2 alone"] if env["isa"] == "avx2" else []),
                 "",
                 *align(rows, right=range(1, len(rows[0]))),
                 "",
@@ -78,6 +81,7 @@ def run(
     tokens: int = 64,
     starts: int = 2,
     eager: bool = True,
+    isa: str | None = None,
     say: Say = lambda line: None,
 ) -> EngineReport:
     """Start engines in turn, one way and the other, and time each.
@@ -91,12 +95,72 @@ def run(
         tokens: that each request makes.
         starts: processes each way.
         eager: whether vLLM compiles nothing (`--enforce-eager`).
+        isa: "avx2" to have vLLM, torch, oneDNN and this package go without AVX-512 and AMX, in so
+            far as they ask torch or the environment; code that the compiler made for this CPU
+            stays.
         say: is told what goes on.
 
     Raises:
         UsageError: when vLLM is not installed or a process fails.
         ModelNotFound: as `find`.
     """
+    task = {
+        **_task(model, dtype, threads, eager),
+        "isa": isa,
+        "batches": list(batches),
+        "prompt": prompt,
+        "tokens": tokens,
+    }
+    found: list[dict[str, Any]] = []
+    for turn in range(starts):
+        for way, switch in WAYS.items():
+            say(f"{way}, process {turn + 1} of {starts} ...")
+            found.append({"way": way, **_start(task, switch)})
+    clock = "CPU time" if threads == 1 else "wall time"
+    about = {**_about(found, model, dtype, threads, eager), "clock": clock, "isa": isa}
+    return EngineReport(about, tuple(found))
+
+
+def check(
+    model: str,
+    *,
+    dtype: str = "bf16",
+    threads: int = 1,
+    prompts: int = 64,
+    eager: bool = True,
+    say: Say = lambda line: None,
+) -> CheckReport:
+    """Let an engine answer each way, greedily, up to eight prompts at a time.
+
+    Args:
+        model: as `run`.
+        dtype: "bf16" or "fp32".
+        threads: of torch's kernels.
+        prompts: how many, of 1 to 100 random tokens.
+        eager: as `run`.
+        say: is told what goes on.
+
+    Raises:
+        UsageError: as `run`.
+        ModelNotFound: as `run`.
+    """
+    task = {
+        **_task(model, dtype, threads, eager),
+        "batches": [8],
+        "prompt": 100,
+        "tokens": TOKENS,
+        "check": prompts,
+    }
+    found = []
+    for way, switch in WAYS.items():
+        say(f"{way} ...")
+        found.append(_start(task, switch))
+    about = _about(found, model, dtype, threads, eager)
+    return compare(found[0]["answers"], found[1]["answers"], about)
+
+
+def _task(model: str, dtype: str, threads: int, eager: bool) -> dict[str, Any]:
+    """What a process is told in any case."""
     if importlib.util.find_spec("vllm") is None:
         raise UsageError("vLLM is not installed: README, In vLLM, says how")
     from ..models.catalogue import find
@@ -104,46 +168,46 @@ def run(
     folder = find(model)[2]
     if folder is None:
         raise UsageError(f"{model} has no folder with weights that vLLM could load")
-    task = {
+    return {
         "folder": str(folder),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
         "threads": threads,
-        "batches": list(batches),
-        "prompt": prompt,
-        "tokens": tokens,
         "eager": eager,
+        "check": 0,
+        "isa": None,
     }
-    found = []
-    for turn in range(starts):
-        for way, switch in WAYS.items():
-            say(f"{way}, process {turn + 1} of {starts} ...")
-            found.append({"way": way, **_start(task, switch)})
-    about = {
+
+
+def _about(
+    found: Sequence[dict[str, Any]], model: str, dtype: str, threads: int, eager: bool
+) -> dict[str, Any]:
+    return {
         **environment(),
         **found[0]["about"],
         "model": model,
         "dtype": dtype,
         "threads": threads,
         "mode": "enforce_eager" if eager else "compiled by vLLM",
-        "clock": "CPU time" if threads == 1 else "wall time",
         "vectors": found[-1]["instruction_set"],
     }
-    return EngineReport(about, tuple(found))
 
 
 def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
     """What one process says."""
+    task = {**task, "ours": switch == "1"}
     command = [sys.executable, "-m", "splitpoint.bench.engine_worker", json.dumps(task)]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(task["threads"]),
         "PYTHONPATH": os.pathsep.join(paths),
         SWITCH: switch,
+        **(AVX2_VARIABLES if task["isa"] == "avx2" else {}),
     }
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     lines = done.stdout.splitlines() + done.stderr.splitlines()

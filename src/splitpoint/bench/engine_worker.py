@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 
-from ..kernels import loaded_library
+from ..kernels import loaded_library, use_instruction_set
+from ..torch_internals.instruction_sets import answer_as_avx2
 
 REPEATS = 3
 
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
-    """Time an engine as `task` says."""
+    """Time an engine as `task` says, or, with `check` in it, let it answer so many prompts."""
+    if task["isa"] == "avx2":
+        answer_as_avx2()
+        if task["ours"]:
+            use_instruction_set("avx2")
     from vllm import LLM, SamplingParams, __version__
 
     most = task["prompt"] + task["tokens"] + 1
@@ -34,6 +39,8 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     )
     clock: Callable[[], float] = time.process_time if task["threads"] == 1 else time.perf_counter
     numbers = random.Random(0)
+    if task["check"]:
+        return {**_about(__version__), "seconds": {}, "answers": _answers(llm, task, numbers)}
 
     def seconds(batch: int, length: int, tokens: int) -> float:
         prompts = [
@@ -59,13 +66,40 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     found[f"first token of {task['prompt']}"] = statistics.median(
         seconds(1, task["prompt"], 1) for _ in range(REPEATS)
     )
+    return {**_about(__version__), "seconds": found}
+
+
+def _about(version: str) -> dict[str, Any]:
     kernels = loaded_library() is not None
     return {
-        "seconds": found,
-        "about": {"vllm": __version__},
+        "about": {"vllm": version},
         "instruction_set": torch.ops.splitpoint.instruction_set("") if kernels else "",
     }
 
 
+def _answers(llm: Any, task: dict[str, Any], numbers: random.Random) -> list[dict[str, Any]]:
+    """As `engine_check.Answers`, to prompts of 1 to 100 tokens, several at a time."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0, max_tokens=task["tokens"], ignore_eos=True, detokenize=False, logprobs=2
+    )
+    prompts = [
+        {"prompt_token_ids": [numbers.randrange(5, 1000) for _ in range(numbers.randint(1, 100))]}
+        for _ in range(task["check"])
+    ]
+    answers = []
+    for output in llm.generate(prompts, sampling, use_tqdm=False):
+        made = output.outputs[0]
+        tokens = list(made.token_ids)
+        logprobs = [
+            (known[token].logprob, max(v.logprob for key, v in known.items() if key != token))
+            for token, known in zip(tokens, made.logprobs, strict=True)
+        ]
+        answers.append({"tokens": tokens, "logprobs": logprobs})
+    return answers
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    made = main(json.loads(sys.argv[1]))
+    print(json.dumps({"seconds": made.pop("seconds"), **made}))  # by its beginning it is found

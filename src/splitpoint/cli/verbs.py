@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ..config import Config
 from ..errors import SplitpointError, StoreError
@@ -18,16 +18,12 @@ from ..store import open_store
 from ..store.store import Store
 from .arguments import COMPILE_SIZES, MAX_SIZE, SPLIT_POINTS, make_parser
 from .config_file import read_config
+from .engines import bench_serve, bench_vllm
+from .output import say as _say
+from .output import show as _show
 
 if TYPE_CHECKING:
     from ..bench.collective_report import CollectiveReport
-
-
-class Report(Protocol):
-    """What a measurement gives: `print` it for the tables."""
-
-    def to_json(self) -> str:
-        """All that was measured."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,25 +313,6 @@ def bench_startup(args: argparse.Namespace) -> None:
     _show(report, args.json)
 
 
-def bench_vllm(args: argparse.Namespace) -> None:
-    """`splitpoint bench vllm`."""
-    from ..bench.engine import run
-    from ..bench.picture import check_outputs
-
-    check_outputs(json=args.json)
-    report = run(
-        args.model,
-        dtype=args.dtype,
-        threads=args.threads,
-        batches=args.batches,
-        prompt=args.prompt,
-        starts=args.starts,
-        eager=not args.compiled,
-        say=_say,
-    )
-    _show(report, args.json)
-
-
 def tune_collective(args: argparse.Namespace) -> None:
     """`splitpoint tune collective`."""
     from ..bench.collective_tune import from_report, from_table
@@ -425,6 +402,7 @@ VERBS = {
     "tune collective": tune_collective,
     "bench startup": bench_startup,
     "bench vllm": bench_vllm,
+    "bench serve": bench_serve,
     "compile": compile_model,
     "cache list": cache_list,
     "cache verify": cache_verify,
@@ -460,12 +438,6 @@ def _measure_collectives(
     )
 
 
-def _show(report: Report, path: Path | None) -> None:
-    print(report)
-    if path:
-        path.write_text(report.to_json() + "\n")
-
-
 def _config(args: argparse.Namespace) -> Config:
     names = ("max_size", "split_points", "compile_sizes", "backend")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -491,7 +463,3 @@ def _store(args: argparse.Namespace) -> Store:
     if store is None:
         raise StoreError("there is no store to look after here")
     return store
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-from .probe import fits
+import torch
+
+from .probe import fits, require
 
 INSTRUCTIONS = {
     "-mavx2": "vpaddd %ymm0, %ymm0, %ymm0",
@@ -74,3 +76,19 @@ def quick_isa_checks() -> Iterator[None]:
 
     with patch.object(VecISA, "check_build", _check(VecISA.check_build)):
         yield
+
+
+AVX2_VARIABLES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+"""The environment of a process in which torch's own kernels and oneDNN's are those of AVX2."""
+
+
+def answer_as_avx2() -> None:
+    """Have torch tell those who ask, for the rest of this process, that the CPU has neither AVX-512
+    nor AMX; for measurements.
+
+    Raises:
+        UnsupportedTorch: when this version of torch is asked by other names.
+    """
+    require("instruction sets of the CPU")
+    for name in ("avx512", "avx512_bf16", "amx_tile", "amx_fp16"):
+        setattr(torch.cpu, f"_is_{name}_supported", lambda: False)

@@ -401,6 +401,18 @@ USES = (
         ),
     ),
     Use(
+        "instruction sets of the CPU",
+        "words",
+        "let another program take this CPU for one with AVX2 alone, in a benchmark",
+        "bench vllm --isa avx2 raises UnsupportedTorch",
+        (
+            "torch.cpu:_is_avx512_supported(0)",
+            "torch.cpu:_is_avx512_bf16_supported(0)",
+            "torch.cpu:_is_amx_tile_supported(0)",
+            "torch.cpu:_is_amx_fp16_supported(0)",
+        ),
+    ),
+    Use(
         "whole files",
         "safety",
         "put libraries into Inductor's cache whole or not at all",

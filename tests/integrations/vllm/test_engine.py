@@ -2,123 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from splitpoint.kernels import build
+from .starting import NEEDS_VLLM, Answer, start
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 OURS = "splitpoint.integrations.vllm.kernel"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.processes,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not installed here: README, In vLLM, says how",
-    ),
-]
-
-
-@dataclass
-class Answer:
-    tokens: list[list[int]]
-    kernels: list[str]
-    freed: list[bool]
-    imported: list[str]
-    said: str
-    """The lines of its log that are this package's."""
-
-
-def start(model: Path, cache: Path, prefix: tuple[str, ...] = (), **task: Any) -> Answer:
-    env = task.pop("env", {})
-    paths = [str(ROOT / "src"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CACHE_ROOT": str(cache / "vllm-own"),
-        "HF_HUB_OFFLINE": "1",
-        "SPLITPOINT_CACHE": str(cache),
-        "PYTHONPATH": os.pathsep.join(paths),
-        **env,
-    }
-    text = json.dumps({"model": str(model), **task})
-    command = [*prefix, sys.executable, "-m", "tests.integrations.vllm.engine", text]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = (done.stdout + done.stderr).splitlines()
-    answer = next(line for line in reversed(lines) if line.startswith('{"tokens"'))
-    said = [line for line in lines if "Splitpoint: " in line]
-    return Answer(**json.loads(answer), said="\n".join(said))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        attention_bias=True,
-        tie_word_embeddings=True,
-        initializer_range=0.5,  # so that answers differ from token to token
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built() -> Path:
-    return build.library()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, built: Path) -> Path:
-    """A cache folder with the kernels and nothing else."""
-    (tmp_path / "kernels").mkdir(mode=0o755)
-    shutil.copy2(built, tmp_path / "kernels")
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def own(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Answer:
-    """What vLLM says by itself."""
-    cache = tmp_path_factory.mktemp("unused")
-    answer = start(model, cache, env={"SPLITPOINT_VLLM": "0"})
-    assert not [name for name in answer.imported if name.endswith((".kernels", ".stand_in"))]
-    assert not (cache / "vllm").exists()
-    assert answer.said == ""
-    assert len({tuple(each) for each in answer.tokens}) == 3
-    assert all(len(set(each)) > 3 for each in answer.tokens)
-    return answer
+pytestmark = NEEDS_VLLM
 
 
 def only_file(cache: Path) -> Path:

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 import tomllib
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from splitpoint.integrations.vllm import names
+from splitpoint.integrations.vllm import names, shared_files
 from splitpoint.integrations.vllm.fence import fence
 from splitpoint.integrations.vllm.hook import when_imported
+from splitpoint.integrations.vllm.stand_in import backend_by_name
 
 ROOT = Path(__file__).parents[3]
 
@@ -40,9 +43,9 @@ def test_the_plug_in_imports_neither_torch_nor_vllm() -> None:
     register()
     print(len(sys.meta_path), sorted({"torch", "vllm"} & sys.modules.keys()))
     """
-    waiting = int(python("import sys; print(len(sys.meta_path))")) + 1
+    waiting = int(python("import sys; print(len(sys.meta_path))")) + 3
     assert python(code, SPLITPOINT_VLLM="1") == f"{waiting} []"
-    assert python(code, SPLITPOINT_VLLM="0") == f"{waiting - 1} []"
+    assert python(code, SPLITPOINT_VLLM="0") == f"{waiting - 3} []"
 
 
 def test_importing_the_package_imports_no_vllm() -> None:
@@ -80,6 +83,56 @@ def test_a_module_that_is_not_there_is_missed_as_without() -> None:
     with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
         importlib.import_module("surely_not_there")
     assert seen == []
+
+
+def test_a_name_of_a_class_is_replaced_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import textwrap
+
+    name = names.Name("textwrap", "TextWrapper.fill", ("self", "text"), "")
+    monkeypatch.setattr(textwrap.TextWrapper, "fill", textwrap.TextWrapper.fill)
+    assert name.misfit() is None
+    name.replace(lambda self, text: "replaced")
+    assert textwrap.fill("text") == "replaced"
+
+
+def test_only_the_file_of_this_rank_loses_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_files, "FOLDER", tmp_path)
+    for rank in (0, 1):
+        (tmp_path / f"group-[0-1]_{rank}").touch()
+    shared_files.take_name_of_rank("group-[0-1]", 1)
+    shared_files.take_name_of_rank("group-[0-1]", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["group-[0-1]_0"]
+
+
+def test_only_who_made_a_queue_takes_its_name() -> None:
+    made = SharedMemory(create=True, size=16)
+    buffer = SimpleNamespace(shared_memory=made, is_creator=True)
+    shared_files.take_name_of_queue(SimpleNamespace(buffer=None))
+    shared_files.take_name_of_queue(
+        SimpleNamespace(buffer=SimpleNamespace(shared_memory=made, is_creator=False))
+    )
+    other = SharedMemory(made.name)
+    shared_files.take_name_of_queue(SimpleNamespace(buffer=buffer))
+    assert not buffer.is_creator
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(made.name)
+    other.buf[0] = 7
+    assert made.buf[0] == 7  # those who have it keep it
+    other.close()
+    made.close()
+
+
+def test_the_backend_has_a_short_name() -> None:
+    found = backend_by_name(lambda self, *rest: self)
+    assert found("inductor", None) == "inductor"
+    code = """if True:
+    from splitpoint.integrations.vllm import ranges, stand_in
+    ranges.__getattr__ = lambda name: f"the {name}"
+    print(stand_in.backend_by_name(lambda self, *rest: self)("splitpoint", None))
+    """
+    assert python(code) == "the backend"
 
 
 def test_a_failure_is_one_line(caplog: pytest.LogCaptureFixture) -> None:

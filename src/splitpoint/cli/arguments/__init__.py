@@ -62,6 +62,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     measure.add_bench_collective(benches, verbs_by_name["bench collective"])
     measure.add_bench_parallel(benches, verbs_by_name["bench parallel"])
     engines.add_bench_vllm(benches, verbs_by_name["bench vllm"])
+    engines.add_bench_serve(benches, verbs_by_name["bench serve"])
     tune = verbs.add_parser(
         "tune", help="choices by measuring", description="Choices by measuring."
     )

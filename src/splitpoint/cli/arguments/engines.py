@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .shared import MODEL_HELP, Verb, integers, positive, run_arguments, verb
+from .shared import MODEL_HELP, Verb, integers, positive, positives, rates, run_arguments, verb
 
 
 def add_bench_vllm(verbs: Any, run: Verb) -> None:
@@ -22,7 +22,8 @@ in CPU time, with more in wall time. Needs vLLM: pip install 'splitpoint[vllm]'.
         """\
 examples:
   splitpoint bench vllm smollm2
-  splitpoint bench vllm smollm2 --compiled --starts 1 --json vllm.json""",
+  splitpoint bench vllm smollm2 --compiled --starts 1 --json vllm.json
+  splitpoint bench vllm smollm2 --check 64 --dtype fp32""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -52,6 +53,99 @@ examples:
         help="let vLLM compile the model, as it does by default; otherwise with enforce_eager",
     )
     parser.add_argument(
+        "--isa",
+        choices=("avx2",),
+        help="measure as if the CPU had AVX2 alone, both ways",
+    )
+    parser.add_argument(
+        "--check",
+        type=positive,
+        metavar="N",
+        help="time nothing: compare the greedy answers to N prompts, token by token",
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and times as JSON"
     )
+    run_arguments(parser)
+
+
+def add_bench_serve(verbs: Any, run: Verb) -> None:
+    """Add `splitpoint bench serve`."""
+    parser = verb(
+        verbs,
+        "serve",
+        run,
+        "time vLLM's server on CPU with this package and without, at rates of requests",
+        """\
+Starts vLLM's server on 127.0.0.1, in turn without this package's plug-in and with it, in several
+rounds, sends it requests at random times, and prints times to the first token (TTFT) and for each
+further one (TPOT), in wall time. The first start of each begins with empty caches, the others with
+what it left. All that was started ends with the command, also when that is interrupted or killed.
+Needs vLLM: pip install 'splitpoint[vllm]'.""",
+        """\
+examples:
+  splitpoint bench serve smollm2
+  splitpoint bench serve smollm2 --rates 1,4,inf --inputs 32,512 --outputs 64 --png serve.png
+  splitpoint bench serve smollm2 --compiled --ranges 8,64 --json serve.json
+  splitpoint bench serve FOLDER --tp 1,2""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--rates",
+        type=rates,
+        default=(1.0, 2.0, 4.0),
+        metavar="N,N,...",
+        help="requests a second; 'inf' sends all at once (default: 1,2,4)",
+    )
+    for name, default, what in (("inputs", 128, "prompt"), ("outputs", 32, "answer")):
+        parser.add_argument(
+            f"--{name}",
+            type=positives,
+            default=(default,),
+            metavar="N,N,...",
+            help=f"tokens of each {what}; each length is a table (default: {default})",
+        )
+    parser.add_argument(
+        "--requests",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="requests for each rate and lengths (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tp",
+        type=positives,
+        default=(1,),
+        metavar="N,N,...",
+        help="tensor-parallel sizes; each is a table (default: 1)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="starts of each server, in turn (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="let vLLM compile the model, as it does by default; otherwise with enforce_eager",
+    )
+    parser.add_argument(
+        "--ranges",
+        type=integers,
+        metavar="N,N,...",
+        help="a third server, compiled by this package for ranges that end at these sizes; '' for "
+        "one range",
+    )
+    parser.add_argument(
+        "--client",
+        choices=("vllm", "own"),
+        help="who sends the requests: 'vllm bench serve' (default, where it can be used) or this "
+        "package",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and figures as JSON"
+    )
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the medians as bars")
     run_arguments(parser)

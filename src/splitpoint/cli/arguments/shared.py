@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,15 @@ def positives(text: str) -> list[int]:
     values = integers(text)
     if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers of 1 or more")
+    return values
+
+
+def rates(text: str) -> list[float]:
+    """Numbers above 0 with commas between them; "inf" is one."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    values = [math.inf if part == "inf" else _above_zero(part, "rate") for part in parts]
+    if not values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of rates such as 1,2.5,inf")
     return values
 
 

@@ -6,6 +6,7 @@ neither torch nor vLLM: what it asks for happens when vLLM imports its model loa
 
 from __future__ import annotations
 
+import functools
 import os
 
 SWITCH = "SPLITPOINT_VLLM"
@@ -15,6 +16,11 @@ SWITCH = "SPLITPOINT_VLLM"
 LOADER = "vllm.model_executor.model_loader.base_loader"
 """The module of vLLM that is imported where a model is to be loaded, and not long before."""
 
+COMMUNICATOR = "vllm.distributed.device_communicators.cpu_communicator"
+"""The module of vLLM that makes the memory in which tensor-parallel ranks sum."""
+BROADCAST = "vllm.distributed.device_communicators.shm_broadcast"
+"""The module of vLLM that makes the memory by which its processes tell each other what to do."""
+
 
 def register() -> None:
     """Have vLLM's unquantised linear layers run on this package's kernels where they are faster."""
@@ -23,6 +29,8 @@ def register() -> None:
     from .hook import when_imported
 
     when_imported(LOADER, _install)
+    when_imported(COMMUNICATOR, functools.partial(_tidy, "install_for_ranks"))
+    when_imported(BROADCAST, functools.partial(_tidy, "install_for_queues"))
 
 
 def _install() -> None:
@@ -32,3 +40,12 @@ def _install() -> None:
         from .stand_in import install
 
         install()
+
+
+def _tidy(install: str) -> None:
+    from .fence import fence
+
+    with fence("files in /dev/shm stay after a kill"):
+        from . import shared_files
+
+        getattr(shared_files, install)()

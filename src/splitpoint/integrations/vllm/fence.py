@@ -12,8 +12,8 @@ log = logging.getLogger("vllm.splitpoint")
 
 
 @contextmanager
-def fence() -> Iterator[None]:
-    """Turn what is raised inside into one line that says why vLLM's own layers are used."""
+def fence(instead: str = "vLLM's own linear layers are used") -> Iterator[None]:
+    """Turn what is raised inside into one line that says what happens instead, and why."""
     try:
         yield
     # Not only the errors of this package: what is inside runs within vLLM's own loading, in
@@ -21,7 +21,8 @@ def fence() -> Iterator[None]:
     except Exception as error:  # noqa: BLE001
         lines = str(error).splitlines() or [""]
         log.warning(
-            "Splitpoint: vLLM's own linear layers are used, because of %s: %s",
+            "Splitpoint: %s, because of %s: %s",
+            instead,
             type(error).__name__,
             lines[0],
         )

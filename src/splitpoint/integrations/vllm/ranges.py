@@ -1,4 +1,4 @@
-"""The ranges of this package as vLLM's compile backend: `{"mode": 2, "backend": "splitpoint..."}`.
+"""The ranges of this package as vLLM's compile backend: `{"mode": 2, "backend": "splitpoint"}`.
 
 vLLM hands the whole graph of a model to the backend once; it is split at vLLM's attention and its
 updates of the KV cache, and compiled for each range of its number of tokens.
@@ -6,13 +6,20 @@ updates of the KV cache, and compiled for each range of its number of tokens.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from ...runtime.dynamo_backend import dynamo_backend
-from . import names
+from ...config import Config
+from ...passes.allreduce_rmsnorm import AllReduceRMSNorm
+from ...passes.noop import NoopElimination
+from ...runtime.dynamo_backend import dynamo_backend, part_of
+from ...runtime.stats import stats_of
+from . import names, tensor_parallel
+from .fence import log
 
 SPLITTING_OPS = (
     "vllm::unified_attention_with_output",
@@ -27,10 +34,22 @@ def __getattr__(name: str) -> Any:
     # it calls the backend later, when it cannot.
     if name != "backend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Its own store of compiled models would ask of this backend what it does not have. vLLM reads
+    # this after it has looked its backend up, and turns it off in the same way itself.
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     given = options(names.CONFIG.value())
+    ranks = tensor_parallel.attach()  # here, where no rank is tracing
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return dynamo_backend(graph, example_inputs, options=given)
+        if ranks is None:
+            return dynamo_backend(graph, example_inputs, options=given)
+        reduces = tensor_parallel.replace(graph.graph, ranks)
+        graph.recompile()
+        config = replace(Config.from_dict(given), passes=(NoopElimination(), AllReduceRMSNorm()))
+        part = part_of(graph, config)
+        matched = stats_of([part.program], 0).matched(AllReduceRMSNorm.__name__)
+        log.info("Splitpoint: %s", tensor_parallel.said(matched, reduces))
+        return part.run
 
     return backend
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import names
@@ -25,6 +26,24 @@ def install() -> None:
     stand_in = StandIn()
     names.PROCESS.replace(stand_in.process_weights_after_loading)
     names.DISPATCH.replace(stand_in.dispatch_cpu_unquantized_gemm)
+    names.BACKEND.replace(backend_by_name(names.BACKEND.value))
+
+
+def backend_by_name(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's function that looks a backend up, which finds `ranges.backend` as "splitpoint": under
+    that name torch.compile has the one that knows nothing of vLLM."""
+
+    def init_backend(
+        self: Any, vllm_config: Any, prefix: str = "", is_encoder: bool = False
+    ) -> Any:
+        found = theirs(self, vllm_config, prefix, is_encoder)
+        if found != "splitpoint":
+            return found
+        from . import ranges
+
+        return ranges.backend
+
+    return init_backend
 
 
 class StandIn:
