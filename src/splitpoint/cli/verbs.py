@@ -18,6 +18,7 @@ from ..store import open_store
 from ..store.store import Store
 from .arguments import COMPILE_SIZES, MAX_SIZE, SPLIT_POINTS, make_parser
 from .config_file import read_config
+from .perplexity import bench_perplexity
 
 if TYPE_CHECKING:
     from ..bench.collective_report import CollectiveReport
@@ -253,6 +254,7 @@ def bench_linear(args: argparse.Namespace) -> None:
         sizes=args.sizes,
         threads=args.threads,
         budget_s=args.seconds,
+        weights=args.weights,
     )
     _show(report, args.json)
     if args.png:
@@ -420,6 +422,7 @@ VERBS = {
     "bench dispatch": bench_dispatch,
     "bench encode": bench_encode,
     "bench linear": bench_linear,
+    "bench perplexity": bench_perplexity,
     "bench collective": bench_collective,
     "bench parallel": bench_parallel,
     "tune collective": tune_collective,
@@ -467,7 +470,7 @@ def _show(report: Report, path: Path | None) -> None:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    names = ("max_size", "split_points", "compile_sizes", "backend")
+    names = ("max_size", "split_points", "compile_sizes", "backend", "weights")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.config:
         config, left_out = read_config(args.config, given)
