@@ -8,6 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from splitpoint.bench.perplexity import AS_THEY_ARE, perplexity, run
 from splitpoint.errors import UsageError
@@ -32,7 +36,9 @@ def test_it_is_e_to_the_mean_of_what_each_token_costs() -> None:
 
 def test_a_row_for_each_kind_of_weights(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model")
-    tiny.save_tokenizer(folder)
+    words = Tokenizer(WordLevel({"<end>": 0, "a": 1, "b": 2}, unk_token="<end>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("a b b a a b a b b " * 4)
     kinds = (None, "int8")
