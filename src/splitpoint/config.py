@@ -49,6 +49,7 @@ OnOutOfPlan = Literal["error", "eager"]
 Hint = Literal["start", "middle", "end"]
 ModuleGuards = Literal["every_call", "first_call"]
 Runner = Literal["native", "python"]
+Weights = Literal["int8", "int4"]
 
 OWN_KERNELS = ("gemv", "packed", "onednn")
 """Of what `Config.linear` may name, the kernels for CPU."""
@@ -130,6 +131,12 @@ class Config:
     "auto" measures this package's against torch's own when a range is compiled, "torch" leaves it
     as it is, and a mapping such as {"1-8": "rowwise", "9-64": "torch"} names one
     (`splitpoint.passes.attention.VARIANTS`) for the ranges inside each; others are measured."""
+    weights: Weights | None = None
+    """What the weights of linear layers on CPU are rounded to when the model is compiled: "int8",
+    with one factor a column, or "int4", in groups of 64 (32 where 64 does not divide the layer's
+    inputs) with one factor each, and the layer whose result the model returns in int8. All ranges
+    compute with them, and activations stay as they are. What cannot be rounded so stays, and the
+    plan says why. None leaves weights as they are. Chooses kernels itself: not with `linear`."""
     linear_budget_s: float = 10.0
     """Seconds that measuring for `linear="auto"` and `attention="auto"` may take in all; what is
     not measured by then stays with Inductor and torch."""
@@ -445,6 +452,23 @@ def _flag_of_later_compiles(name: str, value: object, config: Config) -> object:
     return value
 
 
+def _weights(name: str, value: object, config: Config) -> object:
+    if value is None:
+        return None
+    _choice(name, value, get_args(Weights))
+    if config.linear != "auto":
+        raise InvalidField(
+            f"{name}={value!r} chooses the kernels of linear layers itself, so linear must be "
+            f"'auto', got {config.linear!r}: leave one of them out"
+        )
+    if config.backend == "eager":
+        raise InvalidField(
+            f"{name}={value!r} needs compiled pieces, and backend='eager' runs them as they are: "
+            f"leave one of them out"
+        )
+    return value
+
+
 def _path(name: str, value: object, config: Config) -> object:
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidField(f"{name} must be a path or None, got {value!r}")
@@ -543,6 +567,7 @@ _CHECKS: Mapping[str, Check] = {
     "runner": _one_of(Runner),
     "linear": _by_range(LINEAR_VARIANTS),
     "attention": _by_range(ATTENTION_VARIANTS),
+    "weights": _weights,  # after the backend and the kernels
     "linear_budget_s": _number,
     "max_packed_bytes": _or_none(_number),
     "max_signatures": _count,

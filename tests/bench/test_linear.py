@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,14 +14,13 @@ from splitpoint.errors import OutputMismatch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_variant_is_timed_at_every_size(dtype: torch.dtype) -> None:
     threads = torch.get_num_threads()
-    rows = measure_layer(
-        40, 33, dtype, [1, 20], threads=1, cold=False, int8=True, budget_s=0.01, bandwidth=1e10
-    )
+    how: dict[str, Any] = {"threads": 1, "cold": False, "budget_s": 0.01, "bandwidth": 1e10}
+    rows = measure_layer(40, 33, dtype, [1, 20], weights="int8", **how)
     assert torch.get_num_threads() == threads
     by_size: dict[int, dict[str, LayerRow]] = {1: {}, 20: {}}
     for row in rows:
         by_size[row.size][row.variant] = row
-    assert {"linear", "gemv", "packed", "packed_int8"} <= set(by_size[1])
+    assert {"linear", "gemv", "packed", "int8"} <= set(by_size[1])
     assert "gemv" not in by_size[20], "out of its depth at 20 tokens"
     for row in rows:
         assert (row.n, row.k, row.threads) == (40, 33, 1)
@@ -32,6 +33,15 @@ def test_every_variant_is_timed_at_every_size(dtype: torch.dtype) -> None:
     assert packed.weight_bytes == (64 * 34 * 2 if dtype == torch.bfloat16 else 64 * 33 * 4)
     assert packed.floor_s == packed.weight_bytes / 1e10
     assert packed.floor_share == pytest.approx(packed.floor_s / packed.timing.median_s)
+
+
+def test_four_bits_are_timed_where_groups_divide_k() -> None:
+    how: dict[str, Any] = {"cold": False, "budget_s": 0.01, "bandwidth": 1e10}
+    rows = measure_layer(40, 64, torch.bfloat16, [1, 40], weights="int4", **how)
+    (one,) = (row for row in rows if row.variant == "int4" and row.size == 1)
+    assert one.weight_bytes == 64 * 64 * 4.25 / 8  # two blocks, a scale each 64
+    with pytest.raises(ValueError, match="k = 33"):
+        measure_layer(40, 33, torch.bfloat16, [1], weights="int4", **how)
 
 
 def test_the_floor_is_measured_in_turn_with_the_variants() -> None:

@@ -264,6 +264,7 @@ CONFIG_FIELDS: dict[str, Any] = {
     "passes": (),
     "linear": {"1-4": "packed"},
     "attention": "torch",
+    "weights": "int4",
     "max_packed_bytes": 1000,
     "free_original_weights": True,
 }

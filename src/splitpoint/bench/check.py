@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Weights
 from ..errors import OutputMismatch
+from ..integrations.transformers.rounding import rounding
 from .inputs import Forward, last_logits, random_ids
 
 INPUTS = 3
@@ -29,27 +31,30 @@ better or worse: they may be off from the fp32 model by this many times what eag
 class Expected:
     """What a model's logits should be at some sizes, and how far off they may be.
 
-    The reference is the model itself in fp32, run eagerly. In bf16 the limit is what the model
-    itself is off by, at its worst size, times `BF16_FACTOR`.
+    The reference is the model itself in fp32, run eagerly, with weights rounded as `weights` says.
+    In bf16 the limit is what the model itself is off by, at its worst size, times `BF16_FACTOR`.
     """
 
-    def __init__(self, model: Any, sizes: Sequence[int]) -> None:
+    def __init__(self, model: Any, sizes: Sequence[int], weights: Weights | None = None) -> None:
         """Runs the model, and for a while holds a copy of it in fp32."""
         self._inputs = {
             size: [random_ids(model.config.vocab_size, size, seed) for seed in range(INPUTS)]
             for size in sizes
         }
-        exact = last_logits(model if model.dtype == torch.float32 else copy.deepcopy(model).float())
-        self._outputs = {
-            size: [exact(ids) for ids in inputs] for size, inputs in self._inputs.items()
-        }
+        whole = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+        exact = last_logits(whole)
+        with rounding(whole, weights, keep=True):
+            self._outputs = {
+                size: [exact(ids) for ids in inputs] for size, inputs in self._inputs.items()
+            }
         self.eager_error = 0.0
         """The worst error of the model itself over the sizes."""
         self.limit = FP32_LIMIT
         """Largest error allowed."""
         if model.dtype != torch.float32:
             eager = last_logits(model)
-            self.eager_error = max(self._error(eager, size) for size in sizes)
+            with rounding(model, weights, keep=True):
+                self.eager_error = max(self._error(eager, size) for size in sizes)
             self.limit = BF16_FACTOR * self.eager_error
 
     def check(self, name: str, forward: Forward, sizes: Sequence[int] | None = None) -> float:

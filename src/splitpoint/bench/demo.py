@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import Config
-from ..errors import BaselineFailed, KernelBuildError, ModelNotFound, OutputMismatch
+from ..errors import (
+    BaselineFailed,
+    KernelBuildError,
+    ModelNotFound,
+    OutputMismatch,
+    UsageError,
+)
 from ..integrations import transformers as integration
 from ..models.catalogue import DTYPES, SMOLLM2, load
 from ..paths import cache_folder
@@ -56,9 +62,14 @@ def run(
 
     Raises:
         ModelNotFound: when the weights are not installed.
-        UsageError: when the prompt is too long.
+        UsageError: when the prompt is too long, or the configuration rounds weights.
         OutputMismatch: when a compiled model's output differs from eager's.
     """
+    if config.weights is not None:
+        raise UsageError(
+            f"the demo compares outputs with the model's own, and weights={config.weights!r} makes "
+            f"it another: leave weights out, or use 'splitpoint bench forward'"
+        )
     start = time.perf_counter()
     say(f"loading {SMOLLM2} ({dtype}) ...")
     model, tokenizer = load(SMOLLM2, DTYPES[dtype])

@@ -121,7 +121,8 @@ def single_kernels(max_size: int) -> list[str]:
     if not kernels.available():
         return ["inductor"]
     everywhere = Range(1, max_size)
-    return ["inductor", *(name for name, v in VARIANTS.items() if v.promises(everywhere))]
+    own = [name for name, v in VARIANTS.items() if v.promises(everywhere) and not v.weights]
+    return ["inductor", *own]
 
 
 def one_kernel(config: Config, kernel: str) -> Config:
@@ -131,5 +132,6 @@ def one_kernel(config: Config, kernel: str) -> Config:
         split_points=(),
         compile_sizes=(),
         on_guard="split",
+        weights=None,
         linear={f"1-{config.max_size}": kernel},
     )

@@ -1,11 +1,11 @@
 """What a forward pass cannot do without: reading the weights, and the arithmetic on them.
 
 The floor of a pass is the sum over its linear layers of the longer of two times: reading the
-layer's weight once, at the bandwidth of memory, and its multiply-adds, at the highest rate that the
-machine was seen to reach: in registers alone, or in a library's GEMM on a large square layer; plus reading the other weights once. Layers follow each other, so
-their floors add up. Attention, norms and activations are left out, so the floor is lower than
-what any implementation can reach, the more so the longer the text. A model that stays in the
-caches can be under it.
+layer's weight once, at the bandwidth of memory, and its multiply-adds, at the highest rate that
+was seen here: in registers alone, or in a library's GEMM on a large square layer; plus reading the
+other weights once. Layers follow each other, so their floors add up. Attention, norms and
+activations are left out, so the floor is lower than what any implementation can reach, the more so
+the longer the text. A model that stays in the caches can be under it.
 """
 
 from __future__ import annotations

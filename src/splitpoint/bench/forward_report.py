@@ -275,9 +275,9 @@ class ForwardReport:
             peak = statistics.median(floor.peak_gflop_s for floor in floors)
             lines.append(
                 f"floor: for each linear layer the longer of reading its weight once "
-                f"({read:.1f} GB/s) and its arithmetic ({peak:.0f} GFLOP/s, the most that was seen), "
-                f"both measured in turn with the rest; nothing for attention. of floor: floor / "
-                f"splitpoint."
+                f"({read:.1f} GB/s) and its arithmetic ({peak:.0f} GFLOP/s, the most that was "
+                f"seen), both measured in turn with the rest; nothing for attention. of floor: "
+                f"floor / splitpoint."
             )
         return lines
 

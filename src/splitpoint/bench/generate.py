@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import Config
 from ..errors import BaselineFailed, KernelBuildError, OutputMismatch, UsageError
+from ..integrations.transformers.rounding import rounding
 from ..report.environment import environment
 from ..tuning.measure import WALL_TIME, Clock
 from .answer import check_length
@@ -159,7 +160,10 @@ class _Measuring:
             try:
                 found = generate(ids, new_tokens).tokens
                 warm_up[name] = self.clock.read() - start
-                divergences[name] = checked(name, model, ids, expected, found)
+                weights = self.setting.config.weights if name == OURS else None
+                with rounding(model, weights, keep=True):
+                    likeliest = eager(ids, new_tokens).tokens if weights else expected
+                    divergences[name] = checked(name, model, ids, likeliest, found)
             except (BaselineFailed, OutputMismatch) as error:
                 if name == OURS:
                     raise

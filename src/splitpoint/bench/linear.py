@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -12,9 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
+from ..config import Weights
 from ..errors import OutputMismatch
-from ..kernels.layout import packed_shape, quantize
+from ..kernels.layout import packed_shape
 from ..kernels.reference import linear
+from ..passes.linear import LAYOUTS, Layers, layouts_of, nbytes, rounded
+from ..passes.linear import VARIANTS as KERNELS
+from ..passes.linear import Variant as Kernel
+from ..passes.linear_sites import LinearShape
 from ..torch_internals.onednn import prepacked_linear
 from ..tuning.measure import Timing, clock_for, interleave
 
@@ -92,30 +98,31 @@ def measure_layer(
     threads: int = 1,
     *,
     cold: bool = True,
-    int8: bool = False,
+    weights: Weights | None = None,
     budget_s: float = 0.3,
     bandwidth: float | None = None,
 ) -> list[LayerRow]:
     """Time a [n, k] layer without bias at each size by each variant, taking turns.
 
     Variants: "linear" (`F.linear`), "onednn" (oneDNN over its own layout), "gemv" and "packed"
-    (this package's kernels), and with `int8` "packed_int8". Each is compared with float64
-    before it is timed. `cold` has calls cycle through copies of the weight, as they do in a
-    model; otherwise one copy is called again and again. `budget_s` is for each variant at each
-    size. Without `bandwidth` (bytes a second) reading memory takes turns with the variants too,
-    so that floors are of the moment: other processes share the memory's bandwidth.
+    (this package's kernels), and with `weights` the kernels over a weight rounded to that. Each is
+    compared with float64 before it is timed. `cold` has calls cycle through copies of the weight,
+    as they do in a model; otherwise one copy is called again and again. `budget_s` is for each
+    variant at each size. Without `bandwidth` (bytes a second) reading memory takes turns with the
+    variants too, so that floors are of the moment: other processes share the memory's bandwidth.
 
     Raises:
         OutputMismatch: when a variant is further from float64 than rounding explains.
         KernelBuildError: when the kernels cannot be built.
-        ValueError: for a dtype other than float32 and bfloat16.
+        ValueError: for a dtype other than float32 and bfloat16, and for a k that 4 bits do not
+            divide into groups.
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
     kernels.load()
     rng = torch.Generator().manual_seed(n * k)
     weight = (torch.randn(n, k, generator=rng) / k**0.5).to(dtype)
-    variants = _variants(weight, int8)
+    variants = _variants(weight, weights)
     data = torch.ones(COLD_BYTES if bandwidth is None else 0, dtype=torch.uint8)
     rows: list[LayerRow] = []
     with _threads(threads), torch.inference_mode():
@@ -159,7 +166,7 @@ def measure_layer(
     return rows
 
 
-def _variants(weight: Tensor, int8: bool) -> dict[str, Variant]:
+def _variants(weight: Tensor, weights: Weights | None) -> dict[str, Variant]:
     ops = torch.ops.splitpoint
     n, k = weight.shape
 
@@ -175,19 +182,28 @@ def _variants(weight: Tensor, int8: bool) -> dict[str, Variant]:
         copy = ops.pack_weight(weight)
         return lambda x: ops.linear_packed(x, [copy], [n], [], [])[0]
 
-    def packed_int8() -> Layer:
-        values, scale = quantize(weight)
-        copy = ops.pack_weight(values)
-        return lambda x: ops.linear_packed(x, [copy], [n], [scale], [])[0]
-
     found = {"linear": Variant(weight.nbytes, plain)}
     if prepacked_linear(weight) is not None:
         found["onednn"] = Variant(weight.nbytes, lambda: _existing(prepacked_linear(weight)))
     found["gemv"] = Variant(weight.nbytes, gemv, MOST_ROWS_OF_GEMV)
     found["packed"] = Variant(_bytes(packed_shape(n, k, weight.dtype), weight.itemsize), packed)
-    if int8:
-        found["packed_int8"] = Variant(_bytes(packed_shape(n, k, torch.int8), 1), packed_int8)
+    if weights is not None:
+        shape = LinearShape((n,), k, weight.dtype)
+        for name, each in KERNELS.items():
+            if each.weights == weights:
+                if not each.fits(shape):
+                    raise ValueError(f"no group of 4-bit values divides k = {k}")
+                layouts = layouts_of(each, shape)
+                size = sum(nbytes(shape, layout)[0] for layout in layouts)
+                found[name] = Variant(size, functools.partial(_rounded, each, shape, weight))
     return found
+
+
+def _rounded(kernel: Kernel, shape: LinearShape, weight: Tensor) -> Layer:
+    """A layer by a kernel that makes something else of a weight."""
+    packed = [LAYOUTS[layout].pack(weight) for layout in layouts_of(kernel, shape)]
+    given = Layers(shape, packed[:1], packed[1:])
+    return lambda x: kernel.run(x, given)[0]
 
 
 def _existing(layer: Layer | None) -> Layer:
@@ -210,14 +226,17 @@ def _cycling(layers: Sequence[Layer], x: Tensor) -> Callable[[], object]:
 
 def _verify(name: str, y: Tensor, x: Tensor, weight: Tensor) -> None:
     """Refuse an output that is not explained by rounding: sums in float32 in any order, to
-    first order k 2^-24 sum|x w|, then the output dtype's own; int8 also moves each weight."""
+    first order k 2^-24 sum|x w|, then the output dtype's own. Kernels that round weights are
+    compared with what these are then."""
+    kernel = KERNELS.get(name)
+    if kernel is not None and kernel.weights:
+        weight = rounded(weight, kernel.weights)
     (exact,) = linear(x, [weight])
     magnitude = x.double().abs() @ weight.double().abs().t()
     roundoff = torch.finfo(y.dtype).eps / 2
     allowed = (x.shape[1] + 4) * 2.0**-24 * magnitude + 1.01 * roundoff * exact.abs() + 1e-30
-    if name.endswith("int8"):
-        half_steps = weight.double().abs().amax(dim=1) / 254
-        allowed += 1.01 * x.double().abs().sum(dim=1, keepdim=True) * half_steps
+    if kernel is not None and kernel.rounds:
+        allowed += roundoff * magnitude
     worst = float(((y.double() - exact).abs() / allowed).nan_to_num(nan=torch.inf).max())
     if worst > 1:
         raise OutputMismatch(

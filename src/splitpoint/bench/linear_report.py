@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from ..config import Weights
+from ..errors import UsageError
+from ..kernels.int4 import PREFERRED_GROUPS, int4_group
 from ..ranges import align
 from ..report.environment import environment
 from ..tuning.measure import clock_for
@@ -99,11 +102,25 @@ class LinearReport:
 
 
 def run(
-    n: int, k: int, dtype: torch.dtype, *, sizes: Sequence[int], threads: int, budget_s: float
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    sizes: Sequence[int],
+    threads: int,
+    budget_s: float,
+    weights: Weights | None = None,
 ) -> LinearReport:
-    """Time a [n, k] layer; see `measure_layer`, whose errors it raises."""
+    """Time a [n, k] layer; see `measure_layer`, whose errors it raises.
+
+    Raises:
+        UsageError: for a k that 4-bit weights do not divide into groups.
+    """
+    if weights == "int4" and int4_group(k) is None:
+        groups = " or ".join(map(str, PREFERRED_GROUPS))
+        raise UsageError(f"--weights int4 needs a K that {groups} divides, got {k}")
     bandwidth = memory_bandwidth(threads)
-    rows = measure_layer(n, k, dtype, sizes, threads, budget_s=budget_s)
+    rows = measure_layer(n, k, dtype, sizes, threads, weights=weights, budget_s=budget_s)
     return LinearReport(
         environment()
         | {

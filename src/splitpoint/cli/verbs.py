@@ -21,6 +21,7 @@ from .config_file import read_config
 from .engines import bench_serve, bench_vllm
 from .output import say as _say
 from .output import show as _show
+from .perplexity import bench_perplexity
 
 if TYPE_CHECKING:
     from ..bench.collective_report import CollectiveReport
@@ -249,6 +250,7 @@ def bench_linear(args: argparse.Namespace) -> None:
         sizes=args.sizes,
         threads=args.threads,
         budget_s=args.seconds,
+        weights=args.weights,
     )
     _show(report, args.json)
     if args.png:
@@ -397,6 +399,7 @@ VERBS = {
     "bench dispatch": bench_dispatch,
     "bench encode": bench_encode,
     "bench linear": bench_linear,
+    "bench perplexity": bench_perplexity,
     "bench collective": bench_collective,
     "bench parallel": bench_parallel,
     "tune collective": tune_collective,
@@ -439,7 +442,7 @@ def _measure_collectives(
 
 
 def _config(args: argparse.Namespace) -> Config:
-    names = ("max_size", "split_points", "compile_sizes", "backend")
+    names = ("max_size", "split_points", "compile_sizes", "backend", "weights")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.config:
         config, left_out = read_config(args.config, given)

@@ -20,7 +20,15 @@ from torch import Tensor, fx
 
 from .. import kernels
 from ..graph.pieces import Piece
-from ..kernels.layout import packed_shape
+from ..kernels.int4 import (
+    GROUPS,
+    dequantize_int4,
+    int4_group,
+    int4_shape,
+    pack_int4,
+    quantize_int4,
+)
+from ..kernels.layout import packed_shape, quantize
 from ..ranges import Range
 from ..torch_internals.onednn import onednn_linear_available, onednn_linear_op, onednn_pack
 from .linear_sites import LinearShape, Site, find
@@ -34,6 +42,8 @@ class Layout:
     """Of a weight of n columns over k, of a dtype."""
     pack: Callable[[Tensor], Tensor]
     """From the weight as the module holds it."""
+    dtype: torch.dtype | None = None
+    """Of what lies there, where it is not the weight's own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ class Variant:
 
     name: str
     layout: str
-    """Key of `LAYOUTS`, but for transposed weights "..._t"; "plain" takes the module's own."""
+    """Key of `LAYOUTS`, but for transposed weights "..._t"; "plain" takes the module's own. For
+    weights of 4 bits, what comes before "_64" and the like, which is their group."""
     fits: Callable[[LinearShape], bool]
     """Whether it can run a layer at all."""
     promises: Callable[[Range], bool]
@@ -52,6 +63,11 @@ class Variant:
     run: Callable[[Tensor, Layers], list[Tensor]]
     """From x [..., k] to y [..., n] for each output. Made of operators that a graph can hold, as
     it is traced into one."""
+    weights: str = ""
+    """What it makes of the module's weights: "int8" or "int4", or "" where it takes their values
+    as they are. Chosen only where `Config.weights` asks for it."""
+    rounds: bool = False
+    """Whether it rounds weights that it unpacks to x's dtype."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,38 @@ def _onednn(x: Tensor, given: Layers) -> list[Tensor]:
     return finish([linear(x, weight, bias) for weight, bias in pairs], given)
 
 
+def _unpacked(x: Tensor, given: Layers) -> list[Tensor]:
+    shape, products = given.shape, []
+    for index, (weight, n) in enumerate(zip(given.weights, shape.columns, strict=True)):
+        scale = given.scales[index] if given.scales else None
+        whole = torch.ops.splitpoint.unpack_weight.default(weight, scale, n, shape.k, shape.dtype)
+        bias = given.biases[index] if given.biases else None
+        products.append(F.linear(x, whole.t(), bias))
+    return finish(products, given)
+
+
+def _int4(group: int) -> Layout:
+    return Layout(
+        lambda n, k, dtype: int4_shape(n, k, group),
+        lambda w: pack_int4(*quantize_int4(w, group)),
+        torch.uint8,
+    )
+
+
+def _of_transposed(layout: Layout) -> Layout:
+    return replace(layout, pack=lambda w: layout.pack(w.t()))
+
+
+_QUANTISED = {
+    "int8": Layout(
+        lambda n, k, dtype: packed_shape(n, k, torch.int8),
+        lambda w: torch.ops.splitpoint.pack_weight(quantize(w)[0]),
+        torch.int8,
+    ),
+    "int8_scales": Layout(lambda n, k, dtype: (n,), lambda w: quantize(w)[1], torch.float32),
+    **{f"int4_{group}": _int4(group) for group in GROUPS},
+}
+
 LAYOUTS: dict[str, Layout] = {
     "plain": Layout(lambda n, k, dtype: (n, k), lambda w: w),
     "packed": Layout(packed_shape, lambda w: torch.ops.splitpoint.pack_weight(w)),
@@ -128,8 +176,15 @@ LAYOUTS: dict[str, Layout] = {
     "onednn": Layout(lambda n, k, dtype: (n, k), onednn_pack),
     "onednn_t": Layout(lambda n, k, dtype: (n, k), lambda w: onednn_pack(w.t().contiguous())),
     # Not of a weight but of the factors of an int8 one, [n].
-    "float32": Layout(lambda n, k, dtype: (n,), lambda scale: scale.float()),
+    "float32": Layout(lambda n, k, dtype: (n,), lambda scale: scale.float(), torch.float32),
+    **_QUANTISED,
+    **{f"{name}_t": _of_transposed(layout) for name, layout in _QUANTISED.items()},
 }
+
+
+def _takes_int4(shape: LinearShape) -> bool:
+    return not shape.int8 and int4_group(shape.k) is not None
+
 
 VARIANTS: dict[str, Variant] = {
     v.name: v
@@ -144,22 +199,70 @@ VARIANTS: dict[str, Variant] = {
             False,
             _onednn,
         ),
+        Variant("int8", "int8", lambda s: not s.int8, lambda r: True, True, _packed, "int8"),
+        Variant(
+            "int8_unpacked",
+            "int8",
+            lambda s: not s.int8,
+            lambda r: r.end >= 32,
+            False,
+            _unpacked,
+            "int8",
+            rounds=True,
+        ),
+        Variant("int4", "int4", _takes_int4, lambda r: True, True, _packed, "int4", rounds=True),
+        Variant(
+            "int4_unpacked",
+            "int4",
+            _takes_int4,
+            lambda r: r.end >= 32,
+            False,
+            _unpacked,
+            "int4",
+            rounds=True,
+        ),
     )
 }
 """Kernels of this package, by name. "inductor", which is not in it, leaves a layer as it is."""
 
 
+def rounded(weight: Tensor, weights: str) -> Tensor:
+    """The values, float32, that variants of `weights` ("int8", "int4") make of a [n, k] weight; its
+    own where they cannot."""
+    if weights == "int8":
+        values, scale = quantize(weight)
+        return values * scale[:, None]
+    group = int4_group(weight.shape[1])
+    return weight.float() if group is None else dequantize_int4(*quantize_int4(weight, group))
+
+
 def layout_of(variant: Variant, shape: LinearShape) -> str:
     """The key of `LAYOUTS` of a layer's weights for a variant."""
-    return f"{variant.layout}_t" if shape.transposed else variant.layout
+    name = variant.layout
+    if variant.weights == "int4":
+        name = f"{name}_{int4_group(shape.k)}"
+    return f"{name}_t" if shape.transposed else name
+
+
+def scales_layout_of(variant: Variant, shape: LinearShape) -> str | None:
+    """The key of `LAYOUTS` of the scales that a variant makes of a layer's weights, if they do not
+    lie in the weights' own."""
+    if variant.weights != "int8":
+        return None
+    return "int8_scales_t" if shape.transposed else "int8_scales"
+
+
+def layouts_of(variant: Variant, shape: LinearShape) -> list[str]:
+    """The keys of `LAYOUTS` of all that a variant reads of a layer's weights."""
+    scales = scales_layout_of(variant, shape)
+    return [layout_of(variant, shape), *([scales] if scales else [])]
 
 
 def nbytes(shape: LinearShape, layout: str) -> list[int]:
     """Bytes of each weight of a site in a layout."""
     dtype = shape.weight_dtype
-    return [
-        math.prod(LAYOUTS[layout].shape(n, shape.k, dtype)) * dtype.itemsize for n in shape.columns
-    ]
+    size = (LAYOUTS[layout].dtype or dtype).itemsize
+    return [math.prod(LAYOUTS[layout].shape(n, shape.k, dtype)) * size for n in shape.columns]
 
 
 # --- rewriting -------------------------------------------------------------------------
@@ -224,9 +327,8 @@ class _Rewriter:
                 self.tensors.append(self.graph.placeholder(f"arg{len(self.tensors)}"))
             self.sources.append(source)
             value = self.piece.values[index]
-            dtype = torch.float32 if layout == "float32" else value.dtype
             dims = LAYOUTS[layout].shape(n, shape.k, value.dtype)
-            self.values.append(value.new_empty(dims, dtype=dtype))
+            self.values.append(value.new_empty(dims, dtype=LAYOUTS[layout].dtype or value.dtype))
         return self.proxy(self.tensors[self.sources.index(source)])
 
     def proxy(self, node: fx.Node) -> Any:
@@ -236,8 +338,9 @@ class _Rewriter:
         shape, layout = site.shape, layout_of(variant, site.shape)
         indices = zip(site.weights, shape.columns, strict=True)
         weights = [self.input(index, layout, n, shape) for index, n in indices]
-        indices = zip(site.scales, shape.columns, strict=False)
-        scales = [self.input(index, "float32", n, shape) for index, n in indices]
+        own = scales_layout_of(variant, shape)
+        indices = zip(site.weights if own else site.scales, shape.columns, strict=False)
+        scales = [self.input(index, own or "float32", n, shape) for index, n in indices]
         biases = [self.proxy(self.copies[bias]) for bias in site.biases]
         with self.graph.inserting_before(self.copies[site.place]):
             x, residual = self.proxy(self.copies[site.x]), None

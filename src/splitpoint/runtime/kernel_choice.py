@@ -11,6 +11,7 @@ import torch
 from .. import kernels
 from ..config import Config
 from ..errors import KernelBuildError
+from ..kernels.int4 import PREFERRED_GROUPS
 from ..passes import attention, linear
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
@@ -89,43 +90,73 @@ class KernelChoice:
             return
         # The tuner wants all that concerns a kind of layer together; of that the largest sizes
         # come first: they gain most by a copy, which smaller ones then have for nothing.
+        last: set[tuple[int, LinearShape]] = set()
+        if self._config.weights == "int4":
+            for graph in {id(lane.graph): lane.graph for lane in lanes}.values():
+                last |= {(id(graph), shape) for shape in graph.last_layers()}
+        stays: dict[int, list[str]] = {}
         kinds = list(dict.fromkeys(shape.of_any_rows for shape, _ in asked))
         for shape, index in sorted(
             asked, key=lambda at: (kinds.index(at[0].of_any_rows), -lanes[at[1]].planned.range.end)
         ):
             lane = lanes[index]
             assert lane.kernels is not None
-            lane.kernels[shape] = self._choice(shape, lane.planned.range, asked[shape, index])
+            weights = self._weights_of(shape, (id(lane.graph), shape) in last)
+            given = asked[shape, index]
+            lane.kernels[shape] = self._choice(shape, lane.planned.range, given, weights)
+            if self._config.weights and lane.kernels[shape] == "inductor":
+                stays.setdefault(index, []).append(f"{shape} {self._why(shape, weights)}")
         self.linear_tuner.free()
-        for lane in lanes:
+        for index, lane in enumerate(lanes):
             if lane.kernels and set(lane.kernels.values()) != {"inductor"}:
                 summary = {str(shape): name for shape, name in lane.kernels.items()}
                 lane.planned = replace(lane.planned, linear=summary)
+            if index in stays:
+                notes = [each for each in (lane.planned.note,) if each]
+                notes.append(f"not in {self._config.weights}: {', '.join(stays[index])}")
+                lane.planned = replace(lane.planned, note="; ".join(notes))
+
+    def _weights_of(self, shape: LinearShape, is_last: bool) -> str:
+        """What the weights of layers are to be made: a key of `Variant.weights`."""
+        asked = self._config.weights or ""
+        if shape.int8:
+            return ""  # are so already
+        return "int8" if asked == "int4" and is_last else asked
+
+    def _why(self, shape: LinearShape, weights: str) -> str:
+        """Why layers keep their weights although something else was asked for."""
+        if shape.int8:
+            return "(the weights are int8 already)"
+        if not any(v.weights == weights and v.fits(shape) for v in linear.VARIANTS.values()):
+            return f"(no group of {' or '.join(map(str, PREFERRED_GROUPS))} divides {shape.k})"
+        return "(a copy would exceed max_packed_bytes)"
 
     def _choice(
         self,
         shape: LinearShape,
         range_: Range,
-        weights: Mapping[tuple[int, ...], tuple[torch.Tensor, ...]],
+        held: Mapping[tuple[int, ...], tuple[torch.Tensor, ...]],
+        weights: str,
     ) -> str:
         """The variant for the layers of one shape, whose weights, by their ids, are these."""
         name = self._config.linear_for(range_)
-        if name == "auto":
-            ids = {each for site in weights for each in site}
+        fitting = [v for v in linear.VARIANTS.values() if v.weights == weights and v.fits(shape)]
+        if name == "auto" and fitting:
+            ids = {each for site in held for each in site}
             layouts = {layout for each, layout in self._reserved if each in ids}
             only_copies = self._config.free_original_weights
             name = self.linear_tuner.choose(
-                shape, range_, layouts, only_copies, [*weights.values()]
+                shape, range_, layouts, only_copies, [*held.values()], weights
             )
         variant = linear.VARIANTS.get(name)
         if variant is None or not variant.fits(shape):
             return "inductor"
-        layout = linear.layout_of(variant, shape)
-        if layout == "plain":
-            return name
-        sizes = linear.nbytes(shape, layout)
         needed = {
-            (each, layout): size for site in weights for each, size in zip(site, sizes, strict=True)
+            (each, layout): size
+            for layout in linear.layouts_of(variant, shape)
+            if layout != "plain"
+            for site in held
+            for each, size in zip(site, linear.nbytes(shape, layout), strict=True)
         }
         room = self._config.max_packed_bytes
         if room is not None and sum((self._reserved | needed).values()) > room:
@@ -138,6 +169,8 @@ class KernelChoice:
         try:
             kernels.load()
         except KernelBuildError as error:
+            if self._config.weights:
+                raise  # nothing else computes with them
             if not self._warned:
                 log.warning("linear layers stay with Inductor, attention with torch: %s", error)
                 self._warned = True

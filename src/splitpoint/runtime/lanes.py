@@ -12,7 +12,7 @@ from ..capture.assumptions import Assumption
 from ..capture.dims import Lengths
 from ..capture.module_state import ModuleState
 from ..capture.sources import Argument, Bound, SizeInput
-from ..graph.pieces import CallPiece, Split
+from ..graph.pieces import CallPiece, Name, Split
 from ..graph.stitch import Body, Stitched
 from ..kernels.devices import CPU, Device, device_row
 from ..passes.attention import AttentionShape
@@ -89,6 +89,25 @@ class Graph:
     def row(self) -> Device:
         """What applies where its tensors are."""
         return device_row(self.device)
+
+    def last_layers(self) -> set[LinearShape]:
+        """The shapes of the layers whose results the graph returns, if need be after what has one
+        operand, such as a view or a function of each element."""
+        returned = {value.name for value in self.split.outputs if isinstance(value, Name)}
+        found: set[LinearShape] = set()
+        for step in self.split.steps:
+            if not isinstance(step, CallPiece) or returned.isdisjoint(step.outputs):
+                continue
+            piece = self.split.pieces[step.fingerprint]
+            sites = find(piece, self.bound_of[step.fingerprint])
+            of = {node: site.shape for site in sites for node in site.outputs}
+            made: Any = piece.graph_module.graph.output_node().args[0]
+            for node, name in zip(made, step.outputs, strict=True):
+                while name in returned and node not in of and len(node.all_input_nodes) == 1:
+                    (node,) = node.all_input_nodes
+                if name in returned and node in of and not of[node].residual:
+                    found.add(of[node])
+        return found
 
     def serves(self, lengths: Lengths) -> bool:
         """Whether it is right for lengths of the dynamic dimensions."""

@@ -47,6 +47,7 @@ def model_fields(
             "passes": json.dumps([each.uuid() for each in config.passes]),
             "linear": _by_range(config.linear),
             "attention": _by_range(config.attention),
+            "weights": str(config.weights),
             "max_packed_bytes": str(config.max_packed_bytes),
             "free_original_weights": str(config.free_original_weights),
         }

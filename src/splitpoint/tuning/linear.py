@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.bounds import Expected
+from ..kernels.bounds import ROUNDOFF, Expected
+from ..kernels.int4 import dequantize_int4, int4_group, quantize_int4
 from ..kernels.layout import quantize
 from ..kernels.memory import Streamed
 from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
@@ -66,27 +67,37 @@ class LinearTuner:
         layouts: Collection[str] = (),
         only_copies: bool = False,
         own: Sequence[Sequence[Tensor]] = (),
+        weights: str = "",
     ) -> str:
         """The fastest variant for a layer in a range: the least mean, over the range's first,
         middle and last size, of the time relative to the best variant there. Of variants
         within 2 % of that (10 %, where the best reads the module's own weight) one whose layout is
         among `layouts`, which other ranges read; then one that reads the module's own. With
         `only_copies` one that reads it is chosen only where no other is right. `own` are the
-        weights of the layers in question: variants that read them are timed on them."""
-        if sum(shape.columns) * shape.k < SMALLEST:
-            return INDUCTOR
+        weights of the layers in question: variants that read them are timed on them. With
+        `weights` ("int8", "int4") it is one of the variants that make that of them, of which there
+        must be one that fits."""
         rows = shape.rows_in(range_)
-        admitted = [n for n, v in VARIANTS.items() if v.fits(shape) and v.promises(rows)]
-        names = [INDUCTOR, *admitted]
+        admitted = [
+            n
+            for n, v in VARIANTS.items()
+            if v.weights == weights and v.fits(shape) and v.promises(rows)
+        ]
+        names = admitted if weights else [INDUCTOR, *admitted]
+        if len(names) == 1 or sum(shape.columns) * shape.k < SMALLEST:
+            return names[0]
         losses = dict.fromkeys(names, 0.0)
         for probe in probes(shape, rows):
             seconds = self.seconds(shape, probe, names, own)
             if seconds is None:
-                log.info("no time left to measure %s for %s: it stays with Inductor", shape, range_)
-                return INDUCTOR
+                log.info("no time left to measure %s for %s: %s serves it", shape, range_, names[0])
+                return names[0]
             best = min(seconds[name] for name in names)
             for name in names:
                 losses[name] += seconds[name] / best
+        if weights:
+            names = [n for n in names if losses[n] < math.inf] or [INDUCTOR]
+            return min(names, key=losses.__getitem__) if len(names) > 1 else names[0]
         if only_copies:
             copied = [n for n in names if _layout(n, shape) != "plain" and losses[n] < math.inf]
             names = copied or names
@@ -120,6 +131,9 @@ class LinearTuner:
                 if self._weights is None or self._weights.shape != shape:
                     self._weights = Weights(shape, own)
                 calls = self._weights.calls(rows, names)
+                known |= dict.fromkeys(names, math.inf)
+                if not calls:
+                    return known  # none is right
                 timings = interleave(
                     calls,
                     clock=clock_for(self.threads),
@@ -128,7 +142,6 @@ class LinearTuner:
                     repeats=5,
                     before=self._weights.evict,
                 )
-                known |= dict.fromkeys(names, math.inf)
                 known |= {name: timing.median_s for name, timing in timings.items()}
         return known
 
@@ -151,6 +164,7 @@ class Weights:
         if shape.int8:
             self.matrices, scales = map(list, zip(*map(quantize, self.matrices), strict=True))
             self.scales = [scale.to(shape.dtype).float() for scale in scales]
+        self._quantised: dict[str, _Quantised] = {}
         self.biases = [torch.randn(n).to(shape.dtype) for n in shape.columns if shape.bias]
         self.held = [m.t().contiguous() if shape.transposed else m for m in self.matrices]
         self.count = math.ceil(COLD_BYTES / sum(matrix.nbytes for matrix in self.matrices))
@@ -173,13 +187,29 @@ class Weights:
             self._copies[layout] = [*own, *copies]
         return self._copies[layout]
 
+    def quantised(self, name: str) -> _Quantised:
+        """What a variant makes of `matrices`."""
+        kind = name if name == INDUCTOR else VARIANTS[name].weights
+        if kind not in self._quantised:
+            if kind == "int8":
+                pairs = [quantize(matrix) for matrix in self.matrices]
+                self._quantised[kind] = _Quantised(*map(list, zip(*pairs, strict=True)))
+            elif kind == "int4":
+                group = int4_group(self.shape.k)
+                assert group is not None
+                each = [dequantize_int4(*quantize_int4(m, group)) for m in self.matrices]
+                self._quantised[kind] = _Quantised(each, [])
+            else:
+                self._quantised[kind] = _Quantised(self.matrices, self.scales)
+        return self._quantised[kind]
+
     def calls(self, rows: int, names: Sequence[str]) -> dict[str, Callable[[], object]]:
         """A call of each variant that is right."""
         x = torch.randn(rows, self.shape.k).to(self.shape.dtype)
         residual = None
         if self.shape.residual:
             residual = torch.randn(rows, self.shape.columns[0]).to(self.shape.dtype)
-        checks: dict[bool, _Check] = {}
+        checks: dict[tuple[bool, str, bool], _Check] = {}
         return {
             name: self._cycling(name, x, residual)
             for name in names
@@ -194,8 +224,9 @@ class Weights:
                 self._other = torch.ones(COLD_BYTES, dtype=torch.uint8)
             torch.ops.splitpoint.read_memory(self._other)
 
-    def _layers(self, weights: list[Tensor], residual: Tensor | None) -> Layers:
-        return Layers(self.shape, weights, self.scales, self.biases, residual)
+    def _layers(self, name: str, weights: list[Tensor], residual: Tensor | None) -> Layers:
+        scales = self.quantised(name).scales
+        return Layers(self.shape, weights, scales, self.biases, residual)
 
     def _cycling(self, name: str, x: Tensor, residual: Tensor | None) -> Callable[[], object]:
         run = _inductor if name == INDUCTOR else VARIANTS[name].run
@@ -205,11 +236,17 @@ class Weights:
             def run(x: Tensor, layers: Layers) -> list[Tensor]:
                 return _one_pass(products(x, replace(layers, shape=shape, residual=None)), layers)
 
-        following = itertools.cycle([self._layers(each, residual) for each in self.copies(name)])
+        following = itertools.cycle(
+            [self._layers(name, each, residual) for each in self.copies(name)]
+        )
         return lambda: run(x, next(following))
 
     def _is_right(
-        self, name: str, x: Tensor, residual: Tensor | None, checks: dict[bool, _Check]
+        self,
+        name: str,
+        x: Tensor,
+        residual: Tensor | None,
+        checks: dict[tuple[bool, str, bool], _Check],
     ) -> bool:
         """Compare a variant with float64: sums in fp32 in any order, then the dtype's own
         rounding. One that is wrong is never chosen, however fast. What is to come out is kept in
@@ -218,10 +255,11 @@ class Weights:
         fuses = VARIANTS[name].fuses
         if not fuses:  # the rest is plain torch
             shape, residual = _only_products(shape), None
-        layers = replace(self._layers(self.first(name), residual), shape=shape)
-        if fuses not in checks:
-            checks[fuses] = self._check(shape, x, residual)
-        check = checks[fuses]
+        layers = replace(self._layers(name, self.first(name), residual), shape=shape)
+        kind = (fuses, VARIANTS[name].weights, VARIANTS[name].rounds)
+        if kind not in checks:
+            checks[kind] = self._check(shape, x, residual, self.quantised(name), kind[2])
+        check = checks[kind]
         made = VARIANTS[name].run(x, layers)
         columns = zip(made, check.columns, strict=False)
         worst = check.expected.exceeded([y[:, picked] for y, picked in columns])
@@ -229,7 +267,14 @@ class Weights:
             log.warning("linear variant %r is wrong for %s and is not used", name, self.shape)
         return worst <= 1
 
-    def _check(self, shape: LinearShape, x: Tensor, residual: Tensor | None) -> _Check:
+    def _check(
+        self,
+        shape: LinearShape,
+        x: Tensor,
+        residual: Tensor | None,
+        made: _Quantised,
+        rounds: bool,
+    ) -> _Check:
         # Columns at random and the last ones, where a block may be cut: all of them in
         # float64 would take longer than everything else here.
         picked = [
@@ -237,16 +282,27 @@ class Weights:
         ]
         if shape.gated:
             picked[1] = picked[0]
+        matrices = [m[columns] for m, columns in zip(made.matrices, picked, strict=True)]
         expected = Expected.of(
             x,
-            [matrix[columns] for matrix, columns in zip(self.matrices, picked, strict=True)],
-            scales=[s[columns] for s, columns in zip(self.scales, picked, strict=False)],
+            matrices,
+            scales=[s[columns] for s, columns in zip(made.scales, picked, strict=False)],
             biases=[b[columns] for b, columns in zip(self.biases, picked, strict=False)],
             residual=None if residual is None else residual[:, picked[0]],
             activation=shape.activation,
             gated=shape.gated,
+            off=[ROUNDOFF[shape.dtype] * m.float().abs() for m in matrices] if rounds else [],
         )
         return _Check(picked, expected)
+
+
+@dataclass(frozen=True)
+class _Quantised:
+    """What the values are that a variant computes with."""
+
+    matrices: list[Tensor]
+    """[n, k] each; those of int8 still to be multiplied by their scales."""
+    scales: list[Tensor]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from splitpoint import Config, errors
 transformers = pytest.importorskip("transformers")
 
 import splitpoint.integrations.transformers as sp  # noqa: E402
+from splitpoint.integrations.transformers.rounding import rounding  # noqa: E402
 
-from .models import MODELS, PLAIN, gemma3, llama, made, tokens  # noqa: E402
+from .models import MODELS, PLAIN, gemma3, gpt2, llama, made, tokens  # noqa: E402
 
 Way = Callable[[Any], torch.Tensor]
 
@@ -313,3 +314,17 @@ def test_attention_that_sees_other_keys_is_found_out(monkeypatch: pytest.MonkeyP
         layer.self_attn.sliding_window = None
     with pytest.raises(errors.UnsupportedModel, match="other logits"):
         greedy(model)
+
+
+def test_tokens_are_those_of_the_model_with_rounded_weights() -> None:
+    model = made(gpt2)
+    plain = greedy(model)
+    with rounding(model, "int4"):
+        expected = greedy(model)
+    assert torch.equal(greedy(model), plain)  # its own weights are back
+    sp.compile(model, Config(max_size=32, cache_dir="", weights="int4"))
+    assert torch.equal(greedy(model), expected)
+    decoder = sp.decoder_of(model)
+    (body,), (head,) = decoder.body.plan.entries, decoder.head.plan.entries
+    assert {name.split("_")[0] for name in body.linear.values()} == {"int4"}
+    assert {name.split("_")[0] for name in head.linear.values()} == {"int8"}

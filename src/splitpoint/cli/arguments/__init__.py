@@ -59,6 +59,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     measure.add_bench_dispatch(benches, verbs_by_name["bench dispatch"])
     measure.add_bench_encode(benches, verbs_by_name["bench encode"])
     measure.add_bench_linear(benches, verbs_by_name["bench linear"])
+    generate.add_bench_perplexity(benches, verbs_by_name["bench perplexity"])
     measure.add_bench_collective(benches, verbs_by_name["bench collective"])
     measure.add_bench_parallel(benches, verbs_by_name["bench parallel"])
     engines.add_bench_vllm(benches, verbs_by_name["bench vllm"])

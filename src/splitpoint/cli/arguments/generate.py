@@ -21,6 +21,8 @@ from .shared import (
     verb,
 )
 
+WEIGHTS = ("none", "int8", "int4")
+
 
 def add_generate(verbs: Any, run: Verb) -> None:
     """Add `splitpoint generate`."""
@@ -161,3 +163,50 @@ examples:
     layers_argument(parser)
     run_arguments(parser)
     config_arguments(parser)
+
+
+def add_bench_perplexity(verbs: Any, run: Verb) -> None:
+    """Add `splitpoint bench perplexity`."""
+    parser = verb(
+        verbs,
+        "perplexity",
+        run,
+        "how well a model predicts a text, with weights as they are and rounded",
+        """\
+Compiles the model once for each kind of weights (Config.weights), and prints the perplexity of a
+text: e to the mean of -ln of the probability that the model gives each token. The text is cut into
+windows that the model sees alone. Lower is better; what counts is by how much rounding the weights
+raises it.""",
+        """\
+examples:
+  splitpoint bench perplexity smollm2 README.md
+  splitpoint bench perplexity ./my-model text.txt --weights none,int4 --tokens 5000""",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("text", type=Path, metavar="FILE", help="a text, in UTF-8")
+    parser.add_argument(
+        "--weights",
+        type=some_of(WEIGHTS),
+        default=list(WEIGHTS),
+        metavar="KIND,...",
+        help=f"what to compare: {', '.join(WEIGHTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=20_000,
+        metavar="N",
+        help="how much of the text is read, in tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens that the model sees at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
+    )
+    layers_argument(parser)
+    run_arguments(parser)

@@ -226,6 +226,11 @@ examples:
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="write the curves as PNG")
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="time the kernels over a weight rounded to 8 or 4 bits too",
+    )
     run_arguments(parser)
 
 

@@ -47,7 +47,7 @@ examples:
         help="where the picture goes (default: %(default)s)",
     )
     run_arguments(parser)
-    config_arguments(parser)
+    config_arguments(parser, weights=False)
 
 
 def add_plan(verbs: Any, run: Verb) -> None:

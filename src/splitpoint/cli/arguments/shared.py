@@ -77,8 +77,8 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that make a `Config`."""
+def config_arguments(parser: argparse.ArgumentParser, weights: bool = True) -> None:
+    """Add the flags that make a `Config`, with or without that for its weights."""
     group = parser.add_argument_group(
         "what to compile",
         f"""\
@@ -113,6 +113,15 @@ says is as splitpoint.Config has it.""",
         "--backend",
         choices=("inductor", "eager"),
         help="what compiles the pieces; eager leaves them uncompiled, as a reference",
+    )
+    if not weights:
+        parser.set_defaults(weights=None)
+        return
+    group.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="round the weights of linear layers: int8, one factor a column; int4, in groups of "
+        "64, the last layer in int8 (default: as they are)",
     )
 
 

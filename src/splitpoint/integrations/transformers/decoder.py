@@ -23,6 +23,7 @@ from .attention import NAME, register
 from .continuous import Places, is_step
 from .copies import Body, Given, Head, with_config
 from .layer import PagedLayer
+from .rounding import HEAD, rounding
 
 log = logging.getLogger("splitpoint")
 
@@ -62,7 +63,9 @@ class Decoder:
         )
         head = with_config(model, configs)
         head._modules[model.base_model_prefix] = Given()
-        self.head = api.compile(Head(head), config, dynamic_dims={"hidden": 0})
+        of_head = replace(config, weights=HEAD) if config.weights else config
+        self.head = api.compile(Head(head), of_head, dynamic_dims={"hidden": 0})
+        self.weights = config.weights
         self.max_size = config.max_size
         heads = text.num_attention_heads
         self.cache = PagedCache(
@@ -317,7 +320,8 @@ class Decoder:
         chance = torch.Generator().manual_seed(0)
         ids = torch.randint(0, text.vocab_size, (1, count), generator=chance)
         with torch.no_grad():
-            expected = self.stock(input_ids=ids, use_cache=False).logits[0].double()
+            with rounding(self.model, self.weights):
+                expected = self.stock(input_ids=ids, use_cache=False).logits[0].double()
             layer = PagedLayer(self.cache, 1)
             parts = (ids[:, :-1], ids[:, -1:])
             found = [self._logits(layer, part, None, None, 0)[0] for part in parts]

@@ -1,0 +1,76 @@
+"""torchao's quantised layers on this package's kernels: the same results, or a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import splitpoint
+from splitpoint import Config
+from splitpoint.errors import UnsupportedModel
+
+pytest.importorskip("torchao")
+
+from torchao.quantization import (
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
+
+from splitpoint.integrations.torchao import Int8Linear, convert
+
+
+def make(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    layers = nn.Linear(192, 256), nn.SiLU(), nn.Linear(256, 96, bias=False)
+    return nn.Sequential(*layers).to(dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_results_are_torchaos(dtype: torch.dtype) -> None:
+    model = make(dtype)
+    quantize_(model, Int8WeightOnlyConfig())
+    inputs = [torch.randn(size, 192).to(dtype) for size in (1, 5, 40)]
+    expected = [model(x) for x in inputs]
+    values = model[0].weight.qdata
+    assert convert(model) is model
+    assert isinstance(model[2], Int8Linear)
+    assert model[0].weight.data_ptr() == values.data_ptr()
+    for x, y in zip(inputs, expected, strict=True):
+        assert torch.equal(model(x), y)
+    config = Config(max_size=64, cache_dir="", linear={"1-64": "packed"})
+    compiled = splitpoint.compile(model, config)
+    close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for x, y in zip(inputs, expected, strict=True):
+        torch.testing.assert_close(compiled(x), y, **close)
+    assert set(compiled.plan.entries[0].linear.values()) == {"packed"}
+
+
+def test_other_formats_are_refused_by_name_and_change_nothing() -> None:
+    for config, says in (
+        (Int8DynamicActivationInt8WeightConfig(), "rounds or scales activations"),
+        (Int8WeightOnlyConfig(granularity=PerGroup(64)), "a factor for each"),
+    ):
+        model = make()
+        quantize_(model, config)
+        with pytest.raises(UnsupportedModel, match=rf"0\.weight is a Int8Tensor .* {says}"):
+            convert(model)
+        assert all(type(model[index]) is nn.Linear for index in (0, 2))
+
+
+def test_one_layer_and_layers_that_are_shared() -> None:
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    quantize_(layer, Int8WeightOnlyConfig())
+    model = nn.ModuleList([layer, nn.Sequential(layer)])
+    convert(model)
+    assert model[0] is model[1][0]
+    alone = make()[0]
+    quantize_(alone, Int8WeightOnlyConfig())
+    assert isinstance(convert(alone), Int8Linear)
+    plain = make()
+    assert convert(plain) is plain
+    assert type(plain[0]) is nn.Linear
