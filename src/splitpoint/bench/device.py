@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,11 +76,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.part:
         return _one(given, out, results)
     end = time.monotonic() + 60 * given.minutes
-    failed = 0
     for name in (names := _listed(given.parts)):
         if name in _listed(given.skip):
             say(results, name, left_out="asked for")
     names = [name for name in names if name not in _listed(given.skip)]
+    with tempfile.TemporaryDirectory(prefix="splitpoint-", ignore_cleanup_errors=True) as store:
+        failed = _run_all(given, names, out, end, store)
+    say(results, "all", failed=failed, left_s=round(end - time.monotonic(), 1))
+    return 1 if failed else 0
+
+
+def _run_all(
+    given: argparse.Namespace, names: Sequence[str], out: Path, end: float, store: str
+) -> int:
+    """Run parts, as long as there is time; how many failed."""
+    results, failed = out / RESULTS, 0
     # In a dry run, starting processes would be most of it.
     for group in [names] if given.quick else [[name] for name in names]:
         left = end - time.monotonic()
@@ -87,14 +98,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(results, ",".join(group), left_out="no time left")
             continue
         seconds = sum(PARTS[name][1] for name in group)
-        failed += _run(given, ",".join(group), out, results, min(seconds, left))
-    say(results, "all", failed=failed, left_s=round(end - time.monotonic(), 1))
-    return 1 if failed else 0
+        failed += _run(given, ",".join(group), out, store, min(seconds, left))
+    return failed
 
 
-def _run(given: argparse.Namespace, name: str, out: Path, results: Path, seconds: float) -> bool:
+def _run(given: argparse.Namespace, name: str, out: Path, store: str, seconds: float) -> bool:
     """Run a part in a process of its own; whether it failed."""
+    results = out / RESULTS
     command = [sys.executable, "-m", "splitpoint.bench.device", "--part", name]
+    command += ["--store", store]
     command += ["--device", given.device, "--out", str(out), "--layers", str(given.layers)]
     # What it begins last may take a while: it is told of less time than it is given.
     command += ["--seconds", str(0.85 * seconds)] + ["--quick"] * given.quick
@@ -113,9 +125,10 @@ def _one(given: argparse.Namespace, out: Path, results: Path) -> int:
     device = torch.device(given.device)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
-    task = Task(device, given.quick, given.layers, time.monotonic() + given.seconds, out)
+    store = Path(given.store)
+    task = Task(device, given.quick, given.layers, time.monotonic() + given.seconds, out, store)
     if given.part == "start":
-        parts.start(task, functools.partial(say, results, "starts"), given.start, given.store)
+        parts.start(task, functools.partial(say, results, "starts"), given.start)
         return 0
     for name in _listed(given.part):
         start = time.monotonic()

@@ -41,6 +41,9 @@ class Task:
     end: float
     """On `time.monotonic`'s clock: nothing new is begun after it."""
     out: Path
+    """The folder for results."""
+    store: Path
+    """That of the store, which parts share."""
 
     @property
     def shape(self) -> Shape:
@@ -70,7 +73,7 @@ def _config(task: Task, max_size: int, **more: Any) -> Config:
     if task.quick:  # what is measured there says nothing, so kernels are not measured either
         given |= {"linear": "inductor", "attention": "torch"}
     # What one part has compiled the next one need not.
-    given |= {"compile_sizes": [1], "cache_dir": str(task.out / "store"), **more}
+    given |= {"compile_sizes": [1], "cache_dir": str(task.store), **more}
     return Config(**given)
 
 
@@ -265,7 +268,7 @@ def _launches(call: Callable[[Tensor], Any], task: Task, size: int) -> dict[str,
 
 def starts(task: Task, say: Say) -> None:
     """A start with nothing kept, and one with all kept, each in a process of its own."""
-    store = task.out / f"store-{time.time():.0f}"
+    store = task.store / "of-starts"
     for start in ("cold", "warm"):
         left = task.end - time.monotonic()
         if left < 5:
@@ -281,13 +284,13 @@ def starts(task: Task, say: Say) -> None:
     return None
 
 
-def start(task: Task, say: Say, which: str, store: str) -> None:
+def start(task: Task, say: Say, which: str) -> None:
     """One start: from the model in memory to its first result."""
     model = llama(task.shape, task.device, task.dtype)
     x = task.inputs(4)
     synchronize(task.device)
     before = time.monotonic()
-    compiled = compile(model, _config(task, 16 if task.quick else 64, cache_dir=store))
+    compiled = compile(model, _config(task, 16 if task.quick else 64))
     compiled(x)
     synchronize(task.device)
     took, stats = time.monotonic() - before, compiled.stats()
