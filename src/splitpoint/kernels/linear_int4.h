@@ -95,7 +95,7 @@ struct Int4Dots {
 // --- few rows --------------------------------------------------------------------------
 
 // Rows that share what is unpacked in registers; of more, a block is unpacked into memory.
-inline constexpr int kFewRows = kMaxRows < kMostFewRows ? kMaxRows : kMostFewRows;
+inline constexpr int kInt4Rows = kMaxRows < kMostFewRows ? kMaxRows : kMostFewRows;
 
 // Multiplications that are summed apart, so that few rows fill the adder's pipeline.
 constexpr int int4_sets(int rows) {
@@ -208,12 +208,12 @@ inline void int4_few_rows(const LinearArgs& a, const Part& part) {
   const Int4Panels panels(a, part);
   const int64_t rows = part.t1 - part.t0;
   const float* x_sums = offset(a.x_sums, part.t0 * Int4Groups(a).groups);
-  float sums[2][kFewRows * kBlock];
+  float sums[2][kInt4Rows * kBlock];
   for (int64_t block = part.block0; block < part.block1; ++block) {
     fetch_for_finish<Y>(a, part.t0, rows, block);
     for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
       for (int64_t i = 0; i < rows * kBlock; i += kLanes) store(sums[half] + i, Vec{});
-      Int4TilesUpTo<W, kFewRows>::run[rows - 1](a, x, panels.at(block, half), sums[half], x_sums,
+      Int4TilesUpTo<W, kInt4Rows>::run[rows - 1](a, x, panels.at(block, half), sums[half], x_sums,
                                                 panels.after(block, half));
     }
     finish_tile<Y>(a, sums[0], sums[1], part.t0, rows, block);
@@ -317,9 +317,9 @@ inline void int4_many_rows(const LinearArgs& a, const Part& part) {
 template <class W, class Y>
 inline void int4_part(const LinearArgs& a, const Part& part) {
   if (part.t1 == part.t0) return;
-  if (a.k > 0 && part.t1 - part.t0 > kFewRows) return int4_many_rows<W, Y>(a, part);
-  for (int64_t t = part.t0; t < part.t1; t += kFewRows) {  // one round, unless there is no k
-    const int64_t end = t + kFewRows < part.t1 ? t + kFewRows : part.t1;
+  if (a.k > 0 && part.t1 - part.t0 > kInt4Rows) return int4_many_rows<W, Y>(a, part);
+  for (int64_t t = part.t0; t < part.t1; t += kInt4Rows) {  // one round, unless there is no k
+    const int64_t end = t + kInt4Rows < part.t1 ? t + kInt4Rows : part.t1;
     int4_few_rows<W, Y>(a, {t, end, part.block0, part.block1, part.next});
   }
 }
