@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.fuzz.compare import compared
+from tests.fuzz.compare import check, compared
 from tests.fuzz.models import FORWARD, with_buffers
 
 
@@ -101,7 +101,14 @@ def test_updates_of_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODULE)
 def test_updates_of_the_module(name: str) -> None:
-    compared(with_buffers(MODULE[name], splitting_ops=["aten::cumsum"]))
+    names = with_buffers(MODULE[name], splitting_ops=["aten::cumsum"])
+    if name == "keys and values" and torch.__version__ < (2, 12):
+        # There torch asks which number the size is where a part as long as it is assigned.
+        report = check(names)
+        assert not report.finding, report.finding
+        assert {kind for kind, _ in report.refusals} == {"SizeSpecialized"}
+        return
+    compared(names)
 
 
 @pytest.mark.slow
