@@ -227,8 +227,8 @@ def test_text():
         "",
         "ms a call, medians; ratio = torch.compile / splitpoint.",
         "floor: for each linear layer the longer of reading its weight once (30.0 GB/s) and its "
-        "arithmetic (400 GFLOP/s,",
-        "  the most that was seen), both measured in turn with the rest; nothing for attention. of "
+        "arithmetic (400 GFLOP/s, the",
+        "  most that was seen), both measured in turn with the rest; nothing for attention. of "
         "floor: floor / splitpoint.",
         "Widest interquartile spread 25%; over 20% at 256: measure these on an idle machine.",
         "",

@@ -181,7 +181,7 @@ int main() {
   if (avx512) tables.push_back(&kAvx512);
   if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&kAvx512Bf16);
   if (avx512 && __builtin_cpu_supports("amx-bf16") &&
-      syscall(SYS_arch_prctl, 0x1023, 18) == 0) {  // as linear.cpp asks for the tiles
+      syscall(SYS_arch_prctl, 0x1023, 18) == 0) {  // as machine.cpp asks for the tiles
     tables.push_back(&kAmx);
   }
 #endif

@@ -38,15 +38,17 @@ def test_one_rank_is_the_hugging_face_model(whole):
         torch.testing.assert_close(alone(ids, positions), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_heads_of_zeros_change_no_bit(whole, dtype):
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_heads_of_zeros_change_nothing(whole, dtype, rounding):
+    """But the order in which a library may sum a product of another shape."""
     shape, state = Shape.of(whole.config), whole.to(dtype).state_dict()
     plain = TensorParallelLlama(state, shape)
     padded = TensorParallelLlama(state, shape, pad_to=2)
     assert (shape.padded(2).heads, shape.padded(2).kv_heads) == (8, 4)
     assert padded.layers[0].qkv.shape[0] > plain.layers[0].qkv.shape[0]
     for size in (1, 2, 7, 33):
-        assert torch.equal(plain(*inputs(size)), padded(*inputs(size)))
+        logits = plain(*inputs(size)), padded(*inputs(size))
+        torch.testing.assert_close(*logits, rtol=rounding, atol=rounding)
     whole.to(torch.float32)
 
 

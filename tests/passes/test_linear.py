@@ -201,7 +201,7 @@ def test_config_refuses(value, said):
 def test_config_names_all_variants():
     from splitpoint.config import LINEAR_VARIANTS
 
-    assert set(LINEAR_VARIANTS) == {"auto", "inductor", *NAMES}
+    assert set(LINEAR_VARIANTS) == {"auto", "autotuned", "inductor", *NAMES}
     mapping = Config(linear={"1-8": "packed"})
     assert Config.from_json(mapping.to_json()) == mapping
     assert mapping.linear_for(Range(2, 8)) == "packed"

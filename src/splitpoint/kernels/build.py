@@ -107,6 +107,7 @@ def library_units() -> list[Unit]:
     torch_headers = torch_header_flags()
     return [
         *kernel_units(),
+        Unit("machine", SOURCES / "machine.cpp", torch_headers),
         Unit("glue", SOURCES / "linear.cpp", torch_headers),
         Unit("attention", SOURCES / "attention.cpp", torch_headers),
         Unit("cached_attention", SOURCES / "cached_attention.cpp", torch_headers),

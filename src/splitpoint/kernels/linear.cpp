@@ -4,11 +4,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#if defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -23,77 +18,6 @@ namespace splitpoint {
 namespace {
 
 using at::Tensor;
-
-// --- the instruction set ---------------------------------------------------------------
-
-struct Candidate {
-  const KernelTable* table;
-  bool runs;
-};
-
-#if defined(__x86_64__)
-// Linux saves the tiles of a process only once it has asked for that (arch/x86/xstate.rst).
-bool tiles_permitted() {
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-#endif
-
-// Best first. __builtin_cpu_supports also asks whether the system saves the registers.
-const std::vector<Candidate>& candidates() {
-  static const std::vector<Candidate> all = [] {
-    std::vector<Candidate> found;
-#if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq");
-    const bool dots = avx512 && __builtin_cpu_supports("avx512bf16");
-    found.push_back({&kAmx, dots && __builtin_cpu_supports("amx-tile") &&
-                                __builtin_cpu_supports("amx-bf16") && tiles_permitted()});
-    found.push_back({&kAvx512Bf16, dots});
-    found.push_back({&kAvx512, avx512});
-    found.push_back({&kAvx2, avx2});
-#endif
-    found.push_back({&kPortable, true});
-    return found;
-  }();
-  return all;
-}
-
-const KernelTable* best() {
-  for (const Candidate& each : candidates()) {
-    if (each.runs) return each.table;
-  }
-  return &kPortable;
-}
-
-std::atomic<const KernelTable*>& chosen() {
-  static std::atomic<const KernelTable*> table{best()};
-  return table;
-}
-
-std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names;
-  for (const Candidate& each : candidates()) {
-    if (each.runs) names.emplace_back(each.table->name);
-  }
-  return names;
-}
-
-// "" asks which one is in use, "best" and a name choose one.
-std::string instruction_set(std::string_view name) {
-  if (name == "best") chosen() = best();
-  if (!name.empty() && name != "best") {
-    const KernelTable* found = nullptr;
-    for (const Candidate& each : candidates()) {
-      if (name == each.table->name && each.runs) found = each.table;
-    }
-    TORCH_CHECK_VALUE(found, "this CPU has no instruction set named '", name, "'");
-    chosen() = found;
-  }
-  return chosen().load()->name;
-}
 
 // --- threads ---------------------------------------------------------------------------
 
@@ -449,37 +373,7 @@ Tensor unpack_weight(const Tensor& packed, const std::optional<Tensor>& scale, i
   return result;
 }
 
-// Multiplies in the registers of all threads, for measuring what arithmetic can do; returns how many
-// operations that were.
-int64_t multiply_registers(bool bf16, int64_t steps) {
-  const KernelTable* table = kernels_in_use();
-  uint32_t threads = 1;
-  torch_get_num_threads(&threads);
-  std::atomic<int64_t> operations{0};
-  parallel(threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float sums[2] = {0, 1};
-      operations += table->multiply(bf16 ? DType::bf16 : DType::f32, steps, sums);
-    }
-  });
-  return operations;
-}
-
-// Reads a tensor's memory in all threads, for measuring bandwidth; the result is of no use.
-int64_t read_memory(const Tensor& data) {
-  TORCH_CHECK_VALUE(data.is_contiguous(), "data must be contiguous");
-  const KernelTable* table = kernels_in_use();
-  const auto* from = static_cast<const char*>(data.const_data_ptr());
-  std::atomic<uint32_t> total{0};
-  parallel(static_cast<int64_t>(data.nbytes()), 1 << 20, [&](int64_t begin, int64_t end) {
-    total ^= table->read(from + begin, end - begin);
-  });
-  return total;
-}
-
 }  // namespace
-
-const KernelTable* kernels_in_use() { return chosen().load(std::memory_order_relaxed); }
 
 TORCH_LIBRARY(splitpoint, m) {
   m.def("pack_weight(Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
@@ -495,10 +389,6 @@ TORCH_LIBRARY(splitpoint, m) {
   m.def(
       "unpack_weight(Tensor packed, Tensor? scale, SymInt n, SymInt k, ScalarType dtype) -> Tensor",
       {at::Tag::pt2_compliant_tag});
-  m.def("read_memory(Tensor data) -> int", {at::Tag::pt2_compliant_tag});
-  m.def("multiply_registers(bool bf16, int steps) -> int", multiply_registers);
-  m.def("instruction_sets() -> str[]", instruction_sets);
-  m.def("instruction_set(str name) -> str", instruction_set);
 }
 
 TORCH_LIBRARY_IMPL(splitpoint, CPU, m) {
@@ -506,7 +396,6 @@ TORCH_LIBRARY_IMPL(splitpoint, CPU, m) {
   m.impl("unpack_weight", unpack_weight);
   m.impl("linear_packed", linear_packed);
   m.impl("linear_gemv", linear_gemv);
-  m.impl("read_memory", read_memory);
 }
 
 }  // namespace splitpoint
