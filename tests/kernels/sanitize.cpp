@@ -6,11 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#include "amx_permission.h"
 #include "sanitize.h"
 
 using namespace splitpoint;
@@ -180,10 +176,7 @@ int main() {
   if (avx2) tables.push_back(&kAvx2);
   if (avx512) tables.push_back(&kAvx512);
   if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&kAvx512Bf16);
-  if (avx512 && __builtin_cpu_supports("amx-bf16") &&
-      syscall(SYS_arch_prctl, 0x1023, 18) == 0) {  // as machine.cpp asks for the tiles
-    tables.push_back(&kAmx);
-  }
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && tiles_permitted()) tables.push_back(&kAmx);
 #endif
   std::vector<Shape> shapes{{0, 5, 5},   {3, 0, 5},   {3, 5, 0},   {1, 1, 1},
                             {2, 70, 47}, {30, 33, 64}, {61, 17, 96}, {130, 40, 33},

@@ -18,7 +18,7 @@ from splitpoint.graph.pieces import CallOp, split
 from splitpoint.kernels.attention import exceeded
 from splitpoint.passes import attention
 from splitpoint.passes.attention import VARIANTS, products
-from splitpoint.tuning.attention import AttentionTuner, probes
+from splitpoint.tuning.attention import MOST_PRODUCTS, AttentionTuner, probes
 from splitpoint.tuning.measure import Budget
 
 NAMES = sorted(VARIANTS)
@@ -239,7 +239,7 @@ def test_probes_lie_in_the_range(start, more):
     assert sizes == sorted(set(sizes))
     assert sizes[0] == start
     assert all(size in range_ for size in sizes)
-    assert all(products(SHAPE, size) <= 1.5e8 for size in sizes[1:])
+    assert all(products(SHAPE, size) <= MOST_PRODUCTS for size in sizes[1:])
 
 
 def test_a_wrong_variant_is_never_chosen_however_fast(monkeypatch):

@@ -1,5 +1,4 @@
-"""C++ for few tokens: kernels of linear layers and attention as torch operators, and what runs
-and checks a range.
+"""C++: kernels of linear layers and attention as torch operators, and what runs and checks a range.
 
 `load()` builds it on first use and registers `torch.ops.splitpoint.linear_packed`,
 `.linear_gemv`, `.pack_weight`, `.unpack_weight`, `.attention` and `.cached_attention`, whose keys

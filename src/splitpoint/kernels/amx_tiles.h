@@ -30,7 +30,7 @@ struct alignas(64) TileShapes {
 // The tile instructions are opaque to the compiler: what they read must have been written.
 SPLITPOINT_INLINE void written() { __asm__ volatile("" ::: "memory"); }
 
-// The tiles as they are set up for so many rows; left as they were found, empty.
+// The tiles as they are set up for so many rows; left empty, as everybody sets up their own.
 class TileState {
  public:
   ~TileState() {

@@ -89,7 +89,12 @@ inline int64_t multiply(DType type, int64_t steps, float* sum) {
   for (Vec& each : acc) each = Vec{};
   const bool pairs = kDots && type == DType::bf16;
   for (int64_t step = 0; step < steps; ++step) {
-    __asm__ volatile("" : "+v"(a), "+v"(b));
+    // The factors might have changed, so that the product is computed anew.
+#if defined(__x86_64__)
+    __asm__ volatile("" : "+x"(a), "+x"(b));
+#else
+    __asm__ volatile("" : "+m"(a), "+m"(b));
+#endif
 #if defined(__AVX512BF16__)
     if (pairs) {
 #pragma GCC unroll 32

@@ -2,16 +2,12 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#if defined(__x86_64__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <atomic>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "amx_permission.h"
 #include "glue.h"
 
 namespace splitpoint {
@@ -26,14 +22,6 @@ struct Candidate {
   bool runs;
 };
 
-#if defined(__x86_64__)
-// Linux saves the tiles of a process only once it has asked for that (arch/x86/xstate.rst).
-bool tiles_permitted() {
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-#endif
-
 // Best first. __builtin_cpu_supports also asks whether the system saves the registers.
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> all = [] {
@@ -44,8 +32,7 @@ const std::vector<Candidate>& candidates() {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
     const bool dots = avx512 && __builtin_cpu_supports("avx512bf16");
-    found.push_back({&kAmx, dots && __builtin_cpu_supports("amx-tile") &&
-                                __builtin_cpu_supports("amx-bf16") && tiles_permitted()});
+    found.push_back({&kAmx, dots && tiles_permitted()});
     found.push_back({&kAvx512Bf16, dots});
     found.push_back({&kAvx512, avx512});
     found.push_back({&kAvx2, avx2});

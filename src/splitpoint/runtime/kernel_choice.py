@@ -129,6 +129,8 @@ class KernelChoice:
             return "(the weights are int8 already)"
         if not any(v.weights == weights and v.fits(shape) for v in linear.VARIANTS.values()):
             return f"(no group of {' or '.join(map(str, PREFERRED_GROUPS))} divides {shape.k})"
+        if self._config.max_packed_bytes is None:
+            return "(no kernel was right, as the log says)"
         return "(a copy would exceed max_packed_bytes)"
 
     def _choice(

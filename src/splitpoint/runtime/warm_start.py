@@ -296,9 +296,8 @@ class _Loader:
         found = {}
         for key, piece in pieces.items():
             wrapper = Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"])
-            native = (
-                self.program.config.runner == "native" and piece["steps"]
-            )  # none on other devices
+            # Pieces on other devices than CPU have no steps.
+            native = self.program.config.runner == "native" and piece["steps"]
             bind = wrapper.bind_when_called if native else wrapper.bind
             found[key] = bind({name: self.kernel(at) for name, at in piece["kernels"].items()})
         return found
@@ -371,12 +370,12 @@ class _Loader:
 
 def _checks_of(checker: Checker, device: Device) -> tuple[Callable[[], bool], CheckRest]:
     """`ModuleState.check_facts` and `.check_rest` of all graphs that rely on these facts."""
-    now = quick_state
-    if device.settings():
+    settings = device.settings
 
-        def now() -> tuple[Any, ...]:
-            return quick_state() + device.settings()
+    def with_settings() -> tuple[Any, ...]:
+        return quick_state() + settings()
 
+    now = with_settings if settings() else quick_state
     state = now()
 
     def check_facts() -> bool:
