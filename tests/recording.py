@@ -29,6 +29,8 @@ class CpuGraphs:
         self.pools = 0
         self.refused: set[int] = set()
         """Results of so many rows cannot be recorded."""
+        self.slow: set[int] = set()
+        """Replays for so many rows take longer than calls."""
 
     def new_pool(self) -> int:
         self.pools += 1
@@ -57,18 +59,28 @@ class CpuGraphs:
 
         return replay, result
 
+    def seconds(self, run: Callable[[], object]) -> float:
+        before = len(self.events)
+        run()
+        rows = [event[1] for event in self.events[before:] if event[0] == "replay"]
+        del self.events[before:]
+        return 2.0 if not rows else 3.0 if rows[0] in self.slow else 1.0
+
     def follow(self, last: Any) -> Any:
         self.events.append("follow")
         return "here"
 
 
-def on_cpu(patch: pytest.MonkeyPatch, refused: set[int] | None = None) -> Events:
+def on_cpu(
+    patch: pytest.MonkeyPatch, refused: set[int] | None = None, slow: set[int] | None = None
+) -> Events:
     """Have the table say that this records on CPU; what it is asked for."""
     events = Events()
 
     def graphs(device: torch.device) -> CpuGraphs:
         made = CpuGraphs(device, events)
         made.refused = refused or set()
+        made.slow = slow or set()
         return made
 
     row = dataclasses.replace(devices.DEVICES["cpu"], graphs=graphs)

@@ -96,7 +96,8 @@ class Config:
     cudagraph_capture_sizes: Sequence[int] | None = None
     """On CUDA: sizes whose kernels are recorded as a CUDA graph and replayed, ascending, beside
     those of `compile_sizes`; None for those alone, () for none. They are recorded at the first call
-    of one of them. Devices without such graphs refuse sizes by name."""
+    of one of them; one of `compile_sizes` that is not named here is then called nevertheless where
+    a replay of it is not faster. Devices without such graphs refuse sizes by name."""
     pad_to_captured: bool = False
     """Serve a size that is not recorded by the next one that is, where the model's rows do not
     depend on each other nor on how many there are: that is tried on some sizes before, and the plan

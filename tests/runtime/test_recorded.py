@@ -231,6 +231,20 @@ def test_what_the_device_refuses_is_served_unrecorded_and_said(monkeypatch: pyte
     assert note in fast.plan.notes
 
 
+def test_a_size_that_is_not_faster_replayed_is_called_unless_it_was_named(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    on_cpu(monkeypatch, slow={4, 8})
+    model = mlp()
+    fast = compiled(model, compile_sizes=[2, 4], cudagraph_capture_sizes=[8])
+    for size in (2, 4, 8):
+        x = torch.randn(size, WIDTH)
+        assert_close(fast(x), model(x))
+    assert fast.stats().replays == 2  # of 2 and 8
+    (note,) = [note for note in fast.plan.notes if "not recorded" in note]
+    assert note == "size 4 is not recorded: a replay takes 3000000 us and a call 2000000"
+
+
 # --- padding ---------------------------------------------------------------------------
 
 

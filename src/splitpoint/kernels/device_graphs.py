@@ -5,6 +5,7 @@ Not run on hardware: nothing here had a GPU to run on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class GraphDevice(Protocol):
         Raises:
             RuntimeError: when the function does what cannot be recorded.
         """
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """Wall time of a call, until all that it launched is done."""
 
     def follow(self, last: Any) -> Any:
         """Have what is launched now come after what was launched in `last`, which an earlier call
@@ -67,6 +71,14 @@ class CudaGraphs:
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=pool):
             result = run()
         return graph.replay, result
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """See `GraphDevice`."""
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
 
     def follow(self, last: Any) -> Any:
         """See `GraphDevice`: streams."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import statistics
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from .lanes import Lane
 
 log = logging.getLogger("splitpoint")
+
+TURNS = 9
+"""Times that a call and a replay are timed, taking turns."""
 
 WARM_UPS = 3
 """Calls before one is recorded: kernels are chosen at the first, and their code loaded."""
@@ -150,6 +154,8 @@ class Recorder:
     arguments: Sequence[TensorLeaf]
     sizes: Sequence[int]
     """Those to record, ascending."""
+    asked: frozenset[int] = frozenset()
+    """Those that stay recorded where a replay takes longer than a call, since they were named."""
     pads: bool = False
     """Whether other sizes are served by the next recorded one where that is right."""
     lanes: list[RecordedLane] = field(default_factory=list)
@@ -230,9 +236,12 @@ class Recorder:
                 if lane is None or each in self.recordings or each in self.refused:
                     continue
                 try:
-                    self.recordings[each] = self._recorded(lane, each, size, tensors)
-                except (Unrecordable, RuntimeError) as why:
-                    self.refused[each] = _first_line(why)
+                    made = self._recorded(lane, each, size, tensors)
+                    if each not in self.asked:
+                        self._refuse_slower(lane, made)
+                    self.recordings[each] = made
+                except Unrecordable as why:
+                    self.refused[each] = str(why)
                     log.warning("size %d is not recorded: %s", each, self.refused[each])
             if self.pads:
                 self._find_crops(size, tensors)
@@ -250,7 +259,10 @@ class Recorder:
         for _ in range(WARM_UPS):
             self.device.warm_up(run)
         expected = run()
-        replay, result = self.device.record(run, self._pool)
+        try:
+            replay, result = self.device.record(run, self._pool)
+        except RuntimeError as why:
+            raise Unrecordable(_first_line(why)) from why
         leaves, spec = tree_flatten(result)
         arguments, kept = _as_they_are(leaves, inputs, lane.bound)
         recording = Recording(size, inputs, dims, replay, leaves, spec, arguments, kept)
@@ -266,6 +278,23 @@ class Recorder:
         if not all(map(is_close, leaves, wanted)):
             raise Unrecordable("a replay computes something else")
         return recording
+
+    def _refuse_slower(self, lane: RecordedLane, recording: Recording) -> None:
+        """Compare a call with a replay, the copies around it included.
+
+        Raises:
+            Unrecordable: where the replay is not faster.
+        """
+        size, inputs = recording.size, recording.inputs
+        tensors = [each.clone() for each in inputs]
+        call = functools.partial(lane.bare, size, *inputs)
+        replay = functools.partial(recording.call, size, tensors)
+        times = [(self.device.seconds(call), self.device.seconds(replay)) for _ in range(TURNS)]
+        called, replayed = (statistics.median(each) for each in zip(*times, strict=True))
+        if replayed >= called:
+            raise Unrecordable(
+                f"a replay takes {replayed * 1e6:.0f} us and a call {called * 1e6:.0f}"
+            )
 
     def _inputs(self, size: int) -> list[Tensor]:
         """Memory for the arguments of a size, laid out as they are; all sizes share it."""
@@ -390,7 +419,11 @@ def recorder_for(config: Config, signature: Signature | None) -> Recorder | None
             f"{', '.join(signature.dims.names)}: leave it out"
         )
     return Recorder(
-        graphs(device), signature.tensors, config.recorded_sizes, config.pad_to_captured
+        graphs(device),
+        signature.tensors,
+        config.recorded_sizes,
+        frozenset(config.cudagraph_capture_sizes or ()),
+        config.pad_to_captured,
     )
 
 
