@@ -562,7 +562,8 @@ def test_another_user_who_makes_the_folder_first(base: Path) -> None:
         won = lost = 0
         end = time.monotonic() + 2.0
         logging.getLogger("splitpoint").setLevel(logging.ERROR)
-        while time.monotonic() < end:
+        # On a machine that is busy elsewhere one of the two may not come to run in this time.
+        while time.monotonic() < (end if won and lost else end + 60):
             if Store(where / "kept").write_object(DATA) is None:
                 lost += 1
             else:
