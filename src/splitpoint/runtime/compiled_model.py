@@ -122,11 +122,17 @@ class CompiledModel:
         try:
             return self._call(*args, **kwargs)
         except TypeError as error:
-            # Without a further frame it was Python that could not bind the arguments.
-            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-                fits = inspect.signature(forward_of(self.module))
-                raise WrongArguments(f"the arguments do not fit {fits}: {error}") from None
+            if (wrong := self._misfit(error)) is not None:
+                raise wrong from None
             raise
+
+    def _misfit(self, error: TypeError) -> WrongArguments | None:
+        """What to say of an error of `_call`, caught where that is called, if it was Python that
+        could not bind the arguments: then there is no further frame."""
+        if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+            return None
+        fits = inspect.signature(forward_of(self.module))
+        return WrongArguments(f"the arguments do not fit {fits}: {error}")
 
     # --- what the user reads -----------------------------------------------------------
 

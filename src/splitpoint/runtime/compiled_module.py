@@ -41,7 +41,12 @@ class CompiledModule(CompiledModel, nn.Module):
         """As `CompiledModel.__call__`."""
         if self._hooked:
             return nn.Module.__call__(self, *args, **kwargs)
-        return super().__call__(*args, **kwargs)
+        try:  # again, since a call of the other would take as long as the rest
+            return self._call(*args, **kwargs)
+        except TypeError as error:
+            if (wrong := self._misfit(error)) is not None:
+                raise wrong from None
+            raise
 
     @property  # made when asked for: kept, it would be a cycle
     def forward(self) -> Callable[..., Any]:  # type: ignore[override]
