@@ -88,6 +88,11 @@ examples:
         help="compare with one range and one kernel for all sizes",
     )
     parser.add_argument(
+        "--isa",
+        choices=("avx2",),
+        help="measure as if the CPU had AVX2 alone, all of them",
+    )
+    parser.add_argument(
         "--baselines",
         type=some_of(BASELINES),
         default=(),
