@@ -31,6 +31,7 @@ from .errors import (
 )
 from .passes.as_json import pass_from_json, pass_to_json
 from .passes.base import Pass
+from .passes.batch_invariance import BatchInvariance
 from .passes.noop import NoopElimination
 from .ranges import Plan, PlannedRange, Range
 
@@ -138,6 +139,13 @@ class Config:
     inputs) with one factor each, and the layer whose result the model returns in int8. All ranges
     compute with them, and activations stay as they are. What cannot be rounded so stays, and the
     plan says why. None leaves weights as they are. Chooses kernels itself: not with `linear`."""
+    batch_invariant: bool = False
+    """On CPU: a row's result has the same bits whatever the other rows are and however many, and
+    with any number of threads. Linear layers get the one kernel that adds in the order of k at all
+    sizes, attention is "rowwise", and one graph serves all sizes, so that there are no
+    `split_points` and `compile_sizes`; `on_guard` and `on_break` are "error". What a library
+    divides by the number of rows (`passes.batch_invariance.VARIES`) is refused by name, and so are
+    tensor parallelism and weights of 4 bits. Splitting ops of your own are taken to be so."""
     linear_budget_s: float = 10.0
     """Seconds that measuring for `linear="auto"` and `attention="auto"` may take in all; what is
     not measured by then stays with Inductor and torch."""
@@ -470,6 +478,35 @@ def _weights(name: str, value: object, config: Config) -> object:
     return value
 
 
+def _batch_invariant(name: str, value: object, config: Config) -> object:
+    if not _flag(name, value, config):
+        return value
+    for other, wanted in _WHERE_INVARIANT.items():
+        if getattr(config, other) not in wanted:
+            raise InvalidField(
+                f"{name}=True needs {other}={wanted[0]!r}, got {getattr(config, other)!r}: leave "
+                f"one of them out"
+            )
+    config._set("on_guard", "error")
+    config._set("on_break", "error")
+    if not any(isinstance(each, BatchInvariance) for each in config.passes):
+        config._set("passes", (*config.passes, BatchInvariance()))
+    return value
+
+
+_WHERE_INVARIANT: Mapping[str, tuple[object, ...]] = {
+    "split_points": ((),),
+    "compile_sizes": ((),),
+    "backend": ("inductor",),
+    "on_out_of_plan": ("error",),
+    "background": (False,),
+    "linear": ("auto",),
+    "attention": ("auto",),
+    "weights": (None, "int8"),
+}
+"""By field: what `batch_invariant` goes with."""
+
+
 def _path(name: str, value: object, config: Config) -> object:
     if not isinstance(value, (str, os.PathLike)):
         raise InvalidField(f"{name} must be a path or None, got {value!r}")
@@ -579,6 +616,7 @@ _CHECKS: Mapping[str, Check] = {
     "cache_dir": _or_none(_path),
     "passes": _passes,
     "inductor_options": _options,
+    "batch_invariant": _batch_invariant,  # after all that it needs
 }
 """By field: what it is checked, and normalised, by."""
 

@@ -246,6 +246,51 @@ def test_threads_and_row_counts_change_nothing_in_fp32_sums(dtype: torch.dtype) 
     assert torch.equal(case.packed()[0][100:], alone[100:])
 
 
+@pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    k=st.sampled_from([1, 2, 3, 31, 64, 301, 2048, 9001]),  # the last one is taken in slices
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    int8=st.booleans(),
+    parts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    threads=st.sampled_from([1, 2]),
+    gated=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_batch_invariant_rows_have_the_bits_that_they_have_alone(
+    instruction_set: str,
+    k: int,
+    dtype: torch.dtype,
+    int8: bool,
+    parts: list[int],
+    threads: int,
+    gated: bool,
+    seed: int,
+) -> None:
+    kernels.use_instruction_set(instruction_set)
+    case = make_case(
+        sum(parts), [40] * 2 if gated else [40], k, dtype,
+        int8=int8, bias=True, residual=True, gated=gated, activation="silu", seed=seed,
+    )  # fmt: skip
+    weights = [OPS.pack_weight(weight) for weight in case.weights]
+    n = [weight.shape[0] for weight in case.weights]
+    torch.set_num_threads(threads)
+    (together,) = OPS.linear_packed(case.x, weights, n, **case.rest, batch_invariant=True)
+    case.check([together])
+    torch.set_num_threads(1)
+    start = 0
+    for rows in parts:
+        part = slice(start, start + rows)
+        rest = case.rest | {"residual": case.residual[part] if case.residual is not None else None}
+        (apart,) = OPS.linear_packed(case.x[part], weights, n, **rest, batch_invariant=True)
+        assert torch.equal(apart, together[part])
+        start += rows
+
+
 @given(
     rows=st.integers(0, 100),
     k=st.integers(0, 70),

@@ -152,10 +152,13 @@ def bench_forward(args: argparse.Namespace) -> None:
     from ..bench.forward import check_sizes, run
     from ..bench.picture import check_outputs, save_picture
     from ..models.catalogue import DTYPES, load
+    from .isa import as_if_avx2
 
     config = _config(args)
     check_sizes(args.sizes, config)
     check_outputs(png=args.png, json=args.json)
+    if args.isa == "avx2":
+        as_if_avx2()
     _say(f"loading {args.model} ({args.dtype}) ...")
     model, _ = load(
         args.model, DTYPES[args.dtype], layers=args.layers, random_weights=args.random_weights

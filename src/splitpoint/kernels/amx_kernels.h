@@ -12,7 +12,10 @@ inline constexpr bool kDots = true;
 inline void run_packed(const LinearArgs& a, const Part& part) {
   const int64_t rows = part.t1 - part.t0;
   const int64_t fewest = a.w_type == DType::i4 ? kInt4Rows + 1 : kFewestRows;
-  if (a.x_type == DType::f32 || a.k == 0 || rows < fewest) return kAvx512Bf16.packed(a, part);
+  // Tiles add products in another order than the dot products of few rows.
+  if (a.x_type == DType::f32 || a.k == 0 || rows < fewest || a.batch_invariant) {
+    return kAvx512Bf16.packed(a, part);
+  }
   switch (a.w_type) {
     case DType::bf16: return amx_part<Bf16Source>(a, part);
     case DType::i8: return amx_part<Int8Source>(a, part);

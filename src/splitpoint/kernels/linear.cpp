@@ -165,6 +165,10 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
   common.x_type = type, common.y_type = type, common.w_type = w_type;
   common.activation = activation_of(given.activation);
   common.gated = given.gated;
+  common.batch_invariant = given.batch_invariant;
+  TORCH_CHECK_VALUE(!given.batch_invariant || !int4,
+                    "4-bit weights are summed in another order for few rows: batch_invariant "
+                    "needs others");
   for (size_t i = 0; i < count; ++i) {
     const Tensor& weight = given.weights[i];
     TORCH_CHECK_TYPE(type != DType::i8 && (int4 || w_type == DType::i8 || w_type == type) &&
@@ -324,8 +328,8 @@ std::vector<Tensor> run(const Tensor& x, const LinearGiven& given,
 std::vector<Tensor> linear_packed(const Tensor& x, at::TensorList weights, at::IntArrayRef n,
                                   at::TensorList scales, at::TensorList biases,
                                   const std::optional<Tensor>& residual,
-                                  std::string_view activation, bool gated) {
-  return run(x, {weights, n, scales, biases, activation, gated}, residual);
+                                  std::string_view activation, bool gated, bool batch_invariant) {
+  return run(x, {weights, n, scales, biases, activation, gated, batch_invariant}, residual);
 }
 
 std::vector<Tensor> linear_gemv(const Tensor& x, at::TensorList weights, at::TensorList scales,
@@ -379,8 +383,8 @@ TORCH_LIBRARY(splitpoint, m) {
   m.def("pack_weight(Tensor weight) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def(
       "linear_packed(Tensor x, Tensor[] weights, SymInt[] n, Tensor[] scales, "
-      "Tensor[] biases, Tensor? residual=None, str activation=\"none\", bool gated=False) "
-      "-> Tensor[]",
+      "Tensor[] biases, Tensor? residual=None, str activation=\"none\", bool gated=False, "
+      "bool batch_invariant=False) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "linear_gemv(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, "

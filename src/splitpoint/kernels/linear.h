@@ -19,6 +19,7 @@ struct LinearGiven {
   at::TensorList scales, biases;
   std::string_view activation;
   bool gated;
+  bool batch_invariant = false;  // packed weights of fp32, bf16 or int8
 };
 
 // Layers of one x, one for each result, with all that does not depend on x's rows. They point

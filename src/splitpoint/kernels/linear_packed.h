@@ -19,7 +19,9 @@ constexpr int vecs_for(int rows) {
   return vecs;
 }
 
-// Steps of k that are summed apart, so that few rows still fill the adder's pipeline.
+// Steps of k that are written out one after the other. All of them are added to the same sums, in
+// the order of k, so that a row's result does not depend on how many rows there are; that memory
+// feeds few rows takes longer than their additions do, which wait for each other.
 constexpr int unroll_for(int rows) {
   const int sets = kAccumulators / (rows * vecs_for(rows));
   return sets >= 4 ? 4 : sets >= 2 ? 2 : 1;
@@ -157,7 +159,10 @@ struct Dot {
   static SPLITPOINT_INLINE void one(Vec (&acc)[kRows][kVecs], const Stored* w, Pair pair) {
     __m512bh weight[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) weight[v] = Weights::pairs(w, v);
+    for (int v = 0; v < kVecs; ++v) {
+      weight[v] = Weights::pairs(w, v);
+      __asm__("" : "+v"(weight[v]));  // or GCC 12 reads it again for each of three rows
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const __m512bh value = (__m512bh)_mm512_set1_epi32(pair(r));
@@ -170,22 +175,8 @@ struct Dot {
   template <int kRows, int kVecs>
   static SPLITPOINT_INLINE void step(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x, int64_t k,
                                      const Stored* w) {
-    if constexpr (kRows <= Weights::kWideRows) {
-#pragma GCC unroll 2
-      for (int odd = 0; odd < 2; ++odd) {
-#pragma GCC unroll 2
-        for (int r = 0; r < kRows; ++r) {
-          const Vec value = splat(__builtin_bit_cast(float, x.at(r, k + odd)->bits << 16));
-#pragma GCC unroll 8
-          for (int v = 0; v < kVecs; ++v) {
-            acc[r][v] += load(w + odd * kBlock + v * kLanes) * value;
-          }
-        }
-      }
-    } else {
-      one(acc, w,
-          [&](int r) __attribute__((always_inline)) { return load_bits<int32_t>(x.at(r, k)); });
-    }
+    one(acc, w,
+        [&](int r) __attribute__((always_inline)) { return load_bits<int32_t>(x.at(r, k)); });
   }
   template <int kRows, int kVecs>
   static SPLITPOINT_INLINE void last(Vec (&acc)[kRows][kVecs], const Rows<X, kRows>& x,
@@ -201,7 +192,6 @@ struct Dot {
 
 struct Bf16Pairs {
   using Stored = Bf16;
-  static constexpr int kWideRows = 0;
   static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
     return (__m512bh)load_bits<__m512i>(w + 2 * v * kLanes);
   }
@@ -213,8 +203,6 @@ struct Bf16Pairs {
 // Every int8 is exact in bf16, so the upper half of its fp32 is all there is to it.
 struct Int8Pairs {
   using Stored = int8_t;
-  // Of so few rows each value is multiplied as fp32: making pairs takes longer.
-  static constexpr int kWideRows = 3;
   static SPLITPOINT_INLINE __m512bh pairs(const Stored* w, int v) {
     const BitVec even = (BitVec)load(w + v * kLanes);
     const BitVec odd = (BitVec)load(w + kBlock + v * kLanes);
@@ -248,13 +236,12 @@ template <class W, int kRows, int kVecs>
 SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* w, float* sums) {
   constexpr int kUnroll = unroll_for(kRows);
   constexpr int64_t kStored = W::kDepth * kBlock;
-  Vec acc[kUnroll][kRows][kVecs];
-#pragma GCC unroll 4
-  for (int u = 0; u < kUnroll; ++u) {
+  Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[u][r][v] = Vec{};
+    for (int v = 0; v < kVecs; ++v) {
+      acc[r][v] = t.accumulate ? load(sums + r * kBlock + v * kLanes) : Vec{};
     }
   }
   Rows<typename W::X, kRows> rows(t.x, t.stride);
@@ -267,29 +254,23 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
       __builtin_prefetch(ahead, 0, 3);
       __builtin_prefetch(ahead + t.ahead_second, 0, 3);
       ahead = --ahead_steps == 0 ? t.ahead_next : ahead + t.ahead_step;
-      W::template step<kRows, kVecs>(acc[u], rows, u * W::kDepth, w + u * kStored);
+      W::template step<kRows, kVecs>(acc, rows, u * W::kDepth, w + u * kStored);
     }
     rows.advance(kUnroll * W::kDepth);
     w += kUnroll * kStored;
   }
   if (kUnroll > 1) {
     for (; steps > 0; --steps) {
-      W::template step<kRows, kVecs>(acc[0], rows, 0, w);
+      W::template step<kRows, kVecs>(acc, rows, 0, w);
       rows.advance(W::kDepth);
       w += kStored;
     }
   }
-  if (t.depth % W::kDepth) W::template last<kRows, kVecs>(acc[0], rows, w);
+  if (t.depth % W::kDepth) W::template last<kRows, kVecs>(acc, rows, w);
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) {
-      Vec total = acc[0][r][v];
-#pragma GCC unroll 4
-      for (int u = 1; u < kUnroll; ++u) total += acc[u][r][v];
-      float* to = sums + r * kBlock + v * kLanes;
-      store(to, t.accumulate ? load(to) + total : total);
-    }
+    for (int v = 0; v < kVecs; ++v) store(sums + r * kBlock + v * kLanes, acc[r][v]);
   }
 }
 

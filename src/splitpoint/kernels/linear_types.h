@@ -36,6 +36,7 @@ struct LinearArgs {
   Product first;
   Product second;         // only if gated
   bool gated;
+  bool batch_invariant;   // a row's sums have the same order however many rows there are
   const void* residual;   // [t, n] of y_type, or null
   int64_t residual_stride;
   void* y;                // [t, n] of y_type

@@ -66,6 +66,9 @@ class AttentionVariant:
     call: Callable[[AttentionShape], tuple[Any, dict[str, Any]]]
     """The operator and its keyword arguments beside query, key, value and mask, which it takes in
     this order."""
+    batch_invariant: bool = False
+    """Whether a query's result has the same bits beside other queries, and with masked keys behind
+    its own."""
 
 
 def _rowwise(shape: AttentionShape) -> tuple[Any, dict[str, Any]]:
@@ -86,6 +89,7 @@ VARIANTS: dict[str, AttentionVariant] = {
             lambda s: s.query.dtype in (torch.float32, torch.bfloat16),
             lambda s, r: s.query.shape_at(r.start)[2] <= 1024,
             _rowwise,
+            batch_invariant=True,
         ),
     )
 }
@@ -100,6 +104,17 @@ def find(split: Split) -> Iterator[tuple[int, AttentionShape]]:
     for index, step in enumerate(split.steps):
         if isinstance(step, CallOp) and (shape := shape_of(step)) is not None:
             yield index, shape
+
+
+def others(split: Split) -> Iterator[CallOp]:
+    """The steps that are attention which no kernel may take over."""
+    for step in split.steps:
+        if (
+            isinstance(step, CallOp)
+            and (op_name(step.target) in _names() or "flex_attention" in op_name(step.target))
+            and shape_of(step) is None
+        ):
+            yield step
 
 
 @cache

@@ -68,6 +68,9 @@ class Variant:
     as they are. Chosen only where `Config.weights` asks for it."""
     rounds: bool = False
     """Whether it rounds weights that it unpacks to x's dtype."""
+    batch_invariant: bool = False
+    """Whether a row's result has the same bits however many rows there are. Chosen where
+    `Config.batch_invariant` asks for it, and only there."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Layers:
     biases: Sequence[Tensor] = ()
     residual: Tensor | None = None
     """[..., n]."""
+    batch_invariant: bool = False
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -125,6 +129,7 @@ def _packed(x: Tensor, given: Layers) -> list[Tensor]:
         given.residual,
         given.shape.activation,
         given.shape.gated,
+        given.batch_invariant,
     )
     return [made[index] for index in range(len(given.shape.outputs))]
 
@@ -199,6 +204,15 @@ VARIANTS: dict[str, Variant] = {
             False,
             _onednn,
         ),
+        Variant(
+            "invariant",
+            "packed",
+            lambda s: True,
+            lambda r: False,
+            True,
+            _packed,
+            batch_invariant=True,
+        ),
         Variant("int8", "int8", lambda s: not s.int8, lambda r: True, True, _packed, "int8"),
         Variant(
             "int8_unpacked",
@@ -209,6 +223,16 @@ VARIANTS: dict[str, Variant] = {
             _unpacked,
             "int8",
             rounds=True,
+        ),
+        Variant(
+            "int8_invariant",
+            "int8",
+            lambda s: not s.int8,
+            lambda r: False,
+            True,
+            _packed,
+            "int8",
+            batch_invariant=True,
         ),
         Variant("int4", "int4", _takes_int4, lambda r: True, True, _packed, "int4", rounds=True),
         Variant(
@@ -346,7 +370,8 @@ class _Rewriter:
             x, residual = self.proxy(self.copies[site.x]), None
             if site.residual is not None:
                 residual = self.proxy(self.copies[site.residual])
-            given = Layers(shape, weights, scales, biases, residual)
+            invariant = variant.batch_invariant
+            given = Layers(shape, weights, scales, biases, residual, invariant)
             made: list[Any] = variant.run(x, given)
         for old, new in zip(site.outputs, made, strict=True):
             copied, self.copies[old] = self.copies[old], new.node

@@ -75,6 +75,12 @@ NEEDS: Mapping[str, Needs] = {
         "kernels for attention",
         "'auto' or 'torch'",
     ),
+    "batch_invariant": Needs(
+        lambda config: config.batch_invariant,
+        lambda device: device.own_kernels,
+        "kernels that add in one order at all sizes",
+        "False",
+    ),
     "free_original_weights": Needs(
         lambda config: config.free_original_weights,
         lambda device: device.own_kernels,

@@ -13,6 +13,7 @@ from ..config import Config
 from ..errors import KernelBuildError
 from ..kernels.int4 import PREFERRED_GROUPS
 from ..passes import attention, linear
+from ..passes.batch_invariance import refuse_attention
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
 from ..tuning.attention import AttentionTuner
@@ -56,6 +57,8 @@ class KernelChoice:
         """Choose a kernel for each shape of attention in each lane, and note it in the plan."""
         for lane in lanes:
             named = self._config.attention_for(lane.planned.range)
+            if self._config.batch_invariant:
+                named = self._invariant_attention(lane)
             if named == "torch" or self._config.backend == "eager" or lane.attention is not None:
                 continue
             lane.attention = {}
@@ -72,6 +75,20 @@ class KernelChoice:
             if set(lane.attention.values()) != {"torch"}:
                 summary = {str(shape): name for shape, name in lane.attention.items()}
                 lane.planned = replace(lane.planned, attention=summary)
+
+    def _invariant_attention(self, lane: Lane) -> str:
+        """The variant for a lane whose rows must not depend on each other.
+
+        Raises:
+            NotBatchInvariant: where there is attention that it does not fit.
+        """
+        variant = next(v for v in attention.VARIANTS.values() if v.batch_invariant)
+        for step in attention.others(lane.graph.split):
+            refuse_attention(str(step.output))
+        for _, shape in attention.find(lane.graph.split):
+            if not variant.fits(shape):
+                refuse_attention(str(shape))
+        return variant.name
 
     def _choose_linear(self, lanes: Sequence[Lane]) -> None:
         """Choose a kernel for each shape of linear layer in each lane, and note it in the
@@ -143,7 +160,9 @@ class KernelChoice:
         """The variant for the layers of one shape, whose weights, by their ids, are these."""
         name = self._config.linear_for(range_)
         fitting = [v for v in linear.VARIANTS.values() if v.weights == weights and v.fits(shape)]
-        if name == "auto" and fitting:
+        if self._config.batch_invariant:
+            name = next(v.name for v in fitting if v.batch_invariant)
+        elif name == "auto" and fitting:
             ids = {each for site in held for each in site}
             layouts = {layout for each, layout in self._reserved if each in ids}
             only_copies = self._config.free_original_weights
@@ -171,8 +190,8 @@ class KernelChoice:
         try:
             kernels.load()
         except KernelBuildError as error:
-            if self._config.weights:
-                raise  # nothing else computes with them
+            if self._config.weights or self._config.batch_invariant:
+                raise  # nothing else computes so
             if not self._warned:
                 log.warning("linear layers stay with Inductor, attention with torch: %s", error)
                 self._warned = True

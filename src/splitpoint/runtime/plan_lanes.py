@@ -42,8 +42,7 @@ def lanes_of(
         if len(by_graph) > 1 and config.on_guard == "error":
             at = next(size for size in sizes_of[index][1:] if size in boundaries)
             raise GuardError(
-                f"one graph cannot serve {entry.range}: {boundaries[at]}. Put a split point at "
-                f"{at - 1}, or set on_guard='split'"
+                f"one graph cannot serve {entry.range}: {boundaries[at]}. {mend(config, at - 1)}"
             )
         for graph, sizes in sorted(by_graph.items()):
             if graph == 0:
@@ -54,6 +53,15 @@ def lanes_of(
                 planned = entry
             lanes.append(Lane(planned, graphs[graph - 1], sizes))
     return lanes
+
+
+def mend(config: Config, point: int) -> str:
+    """What to do about a graph that is valid up to a size only."""
+    if config.batch_invariant:
+        return "batch_invariant=True needs one graph for all sizes: leave it out"
+    return f"Put a split point at {point}" + (
+        ", or set on_guard='split'" if config.on_guard == "error" else ""
+    )
 
 
 def lanes_of_lengths(

@@ -37,6 +37,7 @@ from .garbage import rare_collection
 from .kernel_choice import KernelChoice
 from .lanes import Lane
 from .lookup import MOST_PARTS, Lookup
+from .plan_lanes import mend
 from .recorded import recorder_for
 
 log = logging.getLogger("splitpoint")
@@ -441,10 +442,10 @@ class Program:
             shown = ", ".join(
                 f"[{part[0]},{part[-1]}]" for part in parts[:3] if part[0] not in right
             )
+            point = (parts[1] if len(parts) > 1 else parts[0])[0] - 1
             raise GuardError(
-                f"the graph of {range_} is not valid at {shown}: it needs {why}. Put a split "
-                f"point at {(parts[1] if len(parts) > 1 else parts[0])[0] - 1}"
-                + (", or set on_guard='split'" if self.config.on_guard == "error" else "")
+                f"the graph of {range_} is not valid at {shown}: it needs {why}. "
+                f"{mend(self.config, point)}"
             )
         log.info("%s is split into %d ranges: the graph needs %s", range_, len(parts), why)
         return [

@@ -78,8 +78,13 @@ def quick_isa_checks() -> Iterator[None]:
         yield
 
 
-AVX2_VARIABLES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-"""The environment of a process in which torch's own kernels and oneDNN's are those of AVX2."""
+AVX2_VARIABLES = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
+"""The environment of a process in which torch's own kernels, oneDNN's and MKL's are those of AVX2.
+"""
 
 
 def answer_as_avx2() -> None:

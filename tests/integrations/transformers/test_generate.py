@@ -328,3 +328,28 @@ def test_tokens_are_those_of_the_model_with_rounded_weights() -> None:
     (body,), (head,) = decoder.body.plan.entries, decoder.head.plan.entries
     assert {name.split("_")[0] for name in body.linear.values()} == {"int4"}
     assert {name.split("_")[0] for name in head.linear.values()} == {"int8"}
+
+
+@pytest.mark.slow
+def test_a_batch_invariant_sequence_has_the_same_logits_beside_others():
+    """Left-padded beside longer ones too, since padding is no token of a step."""
+    model = made(llama, torch.bfloat16)
+    sp.compile(model, Config(max_size=256, batch_invariant=True))
+    prompts = [tokens(1, length, length)[0] for length in (5, 9, 20)]
+
+    def answer(asked: list[torch.Tensor]) -> list[torch.Tensor]:
+        longest = max(map(len, asked))
+        ids = torch.zeros(len(asked), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(asked):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        given = generate(
+            model, ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True
+        )
+        return list(torch.stack(given.logits, 1))
+
+    alone = [answer([prompt])[0] for prompt in prompts]
+    for asked in ([0, 1, 2], [2, 0], [1, 1, 1, 1, 2, 0, 0]):
+        for index, logits in zip(asked, answer([prompts[i] for i in asked]), strict=True):
+            assert torch.equal(logits, alone[index])

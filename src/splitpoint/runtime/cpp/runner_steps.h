@@ -105,7 +105,7 @@ struct Piece {
 
 using LinearPacked = std::vector<Tensor>(const Tensor&, at::TensorList, at::IntArrayRef,
                                          at::TensorList, at::TensorList,
-                                         const std::optional<Tensor>&, std::string_view, bool);
+                                         const std::optional<Tensor>&, std::string_view, bool, bool);
 using LinearGemv = std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList,
                                        at::TensorList, const std::optional<Tensor>&,
                                        std::string_view, bool);
@@ -119,6 +119,7 @@ struct Linear {
   std::vector<int64_t> n;
   std::string activation;
   bool gated;
+  bool batch_invariant = false;
   std::vector<Operand> results;
   std::vector<int32_t> layouts;  // of the results
 };
@@ -143,7 +144,8 @@ struct BoundLinear {
     type = weight.scalar_type();
     k = weight.size(1) * (weight.dim() == 4 ? 2 : 1);
     ready = linear_layers(type, k,
-                          {lists[0], layer.n, lists[1], lists[2], layer.activation, layer.gated});
+                          {lists[0], layer.n, lists[1], lists[2], layer.activation, layer.gated,
+                           layer.batch_invariant});
   }
 };
 

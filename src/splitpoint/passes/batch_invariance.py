@@ -1,0 +1,126 @@
+"""Refuse what sums in another order when there are more or fewer rows.
+
+A library's product divides its work by all of its sizes, so that the same row may have other bits
+beside other rows. The model's own layers have kernels of this package that do not
+(`passes.linear`); what Inductor makes loops of adds up each element of a result in one order,
+which is that of the one piece of code for all sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+from torch import fx
+
+from ..errors import NotBatchInvariant
+from ..torch_internals.operators import op_name
+from ..torch_internals.sizes import statically_equal
+from .base import Pass
+
+PRODUCT = "a library divides this product by how many rows there are"
+ATTENTION = "a library divides this attention by how many queries there are"
+SHARED = "the order in which ranks are summed depends on how many rows there are"
+
+VARIES: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "aten::mm",
+            "aten::addmm",
+            "aten::addmv",
+            "aten::mv",
+            "aten::dot",
+            "aten::vdot",
+            "aten::bmm",
+            "aten::baddbmm",
+            "aten::linear",
+            "aten::_int_mm",
+            "aten::_scaled_mm",
+            "aten::_grouped_mm",
+            "aten::_weight_int8pack_mm",
+            "aten::_weight_int4pack_mm_for_cpu",
+            "aten::convolution",
+            "aten::_convolution",
+            "mkldnn::_linear_pointwise",
+            "mkldnn::_convolution_pointwise",
+            "mkl::_mkl_linear",
+        ),
+        PRODUCT,
+    ),
+    **dict.fromkeys(
+        (
+            "aten::scaled_dot_product_attention",
+            "aten::_scaled_dot_product_flash_attention_for_cpu",
+            "aten::_scaled_dot_product_fused_attention_overrideable",
+        ),
+        ATTENTION,
+    ),
+    **dict.fromkeys(
+        (
+            "_c10d_functional::all_reduce",
+            "_c10d_functional::all_reduce_",
+            "_c10d_functional::reduce_scatter_tensor",
+            "splitpoint::all_reduce",
+            "splitpoint::allreduce_rmsnorm",
+        ),
+        SHARED,
+    ),
+}
+"""By operator of a graph after AOTAutograd: why a row's result may have other bits beside other
+rows."""
+
+
+class BatchInvariance(Pass):
+    """Refuse graphs in which a row's result may have other bits beside other rows.
+
+    Raises:
+        NotBatchInvariant: for the first operator of `VARIES`.
+    """
+
+    asks_torch = True
+
+    def __call__(self, graph: fx.Graph) -> int:
+        """Look at each operator; nothing is rewritten, so that the count is 0."""
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and not _adds_nothing(node):
+                refuse(node.target, str(node))
+        return 0
+
+
+def _adds_nothing(node: fx.Node) -> bool:
+    """Whether it is a product over one k, as that of positions and frequencies is."""
+    if op_name(node.target) not in ("aten::mm", "aten::bmm"):
+        return False
+    (first, *_) = node.args
+    assert isinstance(first, fx.Node)
+    return statically_equal(first.meta["val"].shape[-1], 1)
+
+
+def refuse(target: object, name: str) -> None:
+    """Refuse an operator of `VARIES`.
+
+    Raises:
+        NotBatchInvariant: for one; the message has the name of its node.
+    """
+    called = op_name(target)
+    why = VARIES.get(called) or VARIES.get(called.partition(".")[0])
+    if why is not None:
+        raise _refusal(f"{name} is {called}, and {why}")
+
+
+def refuse_attention(name: str) -> NoReturn:
+    """Refuse attention between pieces that no kernel of this package computes.
+
+    Raises:
+        NotBatchInvariant: always; the message has what the attention is called.
+    """
+    raise _refusal(f"attention {name} stays torch's, and {ATTENTION}")
+
+
+def _refusal(why: str) -> NotBatchInvariant:
+    return NotBatchInvariant(
+        f"batch_invariant=True cannot be kept: {why}\n"
+        f"expected layers over the model's own weights, and attention that is a splitting op\n"
+        f"leave batch_invariant out, or rewrite that step"
+    )
