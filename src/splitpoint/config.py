@@ -142,7 +142,7 @@ class Config:
     batch_invariant: bool = False
     """On CPU: a row's result has the same bits whatever the other rows are and however many, and
     with any number of threads. Linear layers get the one kernel that adds in the order of k at all
-    sizes, attention is "rowwise", and one graph serves all sizes, so that there are no
+    sizes, attention is "rowwise", and one graph serves all sizes of one dimension: there are no
     `split_points` and `compile_sizes`; `on_guard` and `on_break` are "error". What a library
     divides by the number of rows (`passes.batch_invariance.VARIES`) is refused by name, and so are
     tensor parallelism and weights of 4 bits. Splitting ops of your own are taken to be so."""

@@ -16,6 +16,7 @@ from splitpoint import Config, compile
 from splitpoint.errors import (
     ConfigError,
     GuardError,
+    InvalidDynamicDims,
     InvalidField,
     NotBatchInvariant,
     UnsupportedOnDevice,
@@ -43,10 +44,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention of each sequence over itself, [batch, length, width]."""
+    """Attention of each sequence over itself, [batch, length, width]."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool) -> None:
         super().__init__()
+        self.causal = causal
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.out = nn.Linear(WIDTH, WIDTH)
 
@@ -56,7 +58,7 @@ class Attention(nn.Module):
             each.view(batch, length, 4, WIDTH // 4).transpose(1, 2)
             for each in self.qkv(x).chunk(3, -1)
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return x + self.out(y.transpose(1, 2).reshape(batch, length, WIDTH))
 
 
@@ -91,24 +93,29 @@ def test_rows_have_the_same_bits_in_any_batch(dtype: torch.dtype, weights: str |
 
 
 @pytest.mark.slow
-def test_sequences_have_the_same_bits_in_any_batch_and_behind_any_padding():
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_has_the_same_bits_in_any_batch(causal: bool):
+    """Over the sequences of a batch; each head's keys are its own."""
     torch.manual_seed(0)
-    model = frozen(Attention())
-    fast = compiled(model, dynamic_dims={"x": {0: "batch", 1: "length"}})
+    model = frozen(Attention(causal))
+    fast = compiled(model, max_size=64, dynamic_dims={"x": 0})
+    sequences = torch.randn(64, 17, WIDTH)
+    whole = fast(sequences)
+    torch.testing.assert_close(whole, model(sequences))
     chance = random.Random(0)
-    sequences = [torch.randn(length, WIDTH) for length in (1, 2, 7, 16, 17, 40)]
-    alone = [fast(each[None])[0] for each in sequences]
-    for each, result in zip(sequences, alone, strict=True):
-        torch.testing.assert_close(result, model(each[None])[0])
-    for _ in range(40):
-        taken = [chance.randrange(len(sequences)) for _ in range(chance.randint(1, 8))]
-        longest = max(len(sequences[i]) for i in taken)
-        batch = torch.randn(len(taken), longest, WIDTH)
-        for row, i in enumerate(taken):
-            batch[row, : len(sequences[i])] = sequences[i]
-        results = fast(batch)
-        for row, i in enumerate(taken):
-            assert torch.equal(results[row, : len(sequences[i])], alone[i])
+    for _ in range(100):
+        taken = torch.tensor(chance.sample(range(64), chance.randint(1, 64)))
+        assert torch.equal(fast(sequences[taken]), whole[taken])
+
+
+@pytest.mark.slow
+def test_a_token_has_the_same_bits_whatever_comes_after_it():
+    torch.manual_seed(0)
+    fast = compiled(frozen(Attention(True)), max_size=64, dynamic_dims={"x": 1})
+    tokens = torch.randn(1, 64, WIDTH)
+    whole = fast(tokens)
+    for size in (1, 2, 3, 7, 16, 17, 63):
+        assert torch.equal(fast(tokens[:, :size]), whole[:, :size])
 
 
 @pytest.mark.slow
@@ -149,6 +156,13 @@ def test_what_varies_is_refused_by_name(function: Callable[..., Any], says: str)
     with pytest.raises(NotBatchInvariant, match=says) as refused:
         compiled(function)(torch.randn(5, WIDTH))
     assert str(refused.value).count("\n") == 2
+
+
+@pytest.mark.slow
+def test_several_dimensions_are_refused():
+    fast = compiled(frozen(Block(torch.float32)), dynamic_dims={"x": {0: "batch", 1: "length"}})
+    with pytest.raises(InvalidDynamicDims, match="is for one dynamic dimension, got batch, length"):
+        fast(torch.randn(2, 3, WIDTH))
 
 
 @pytest.mark.slow

@@ -15,31 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import Config, compile, kernels
 from ..errors import BaselineFailed
 from ..torch_internals.baselines import forget_constants, max_autotune
 from ..torch_internals.toolchain import load_library
-from .inputs import CompiledForward, call_each, last_logits
-
-
-class Built(Protocol):
-    """What serves a baseline's calls."""
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """As `inputs.Forward`."""
-
-    def forget(self) -> None:
-        """Let go of graphs and weights."""
+from .inputs import CompiledForward, call_each
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """One way to run a causal language model, beside splitpoint as it is configured."""
+    """One way to run a causal language model that is not this package's."""
 
     name: str
     about: str
@@ -48,14 +37,14 @@ class Baseline:
     """Why it cannot run a model of a dtype here, and what to do about it; None where it can."""
     prepare: Callable[[Any], Any]
     """The model as `build` takes it; not part of the cost of compiling."""
-    build: Callable[[Any, Sequence[int]], Built]
+    build: Callable[[Any, Sequence[int]], CompiledForward]
     """Compiles what `prepare` returned, by calling it at each of some sizes."""
     per_size: bool = False
     """Whether it is built anew for every size, as a static graph, and dropped after it."""
     free: Callable[[], None] | None = None
     """Frees what else outlives what `build` returned, of all that it returned so far."""
 
-    def release(self, forward: Built) -> None:
+    def release(self, forward: CompiledForward) -> None:
         """Let go of what `build` returned, weights included; it must not be called after."""
         forward.forget()
         if self.free is not None:
@@ -235,27 +224,6 @@ def _build_vllm(model: Any, sizes: Sequence[int]) -> CompiledForward:
     return forward
 
 
-# --- splitpoint, batch-invariant -------------------------------------------------------
-
-
-class _Invariant:
-    def __init__(self, model: Any, max_size: int) -> None:
-        config = Config(max_size=max_size, batch_invariant=True, cache_dir="")
-        self._forward = last_logits(compile(model, config, dynamic_dims={"input_ids": 1}))
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        return self._forward(ids)
-
-    def forget(self) -> None:
-        del self._forward
-
-
-def _build_invariant(model: Any, sizes: Sequence[int]) -> _Invariant:
-    forward = _Invariant(model, max(sizes))
-    call_each(forward, sizes)
-    return forward
-
-
 # --- the table -------------------------------------------------------------------------
 
 BASELINES: dict[str, Baseline] = {
@@ -286,13 +254,6 @@ BASELINES: dict[str, Baseline] = {
             _vllm_unavailable,
             _prepare_vllm,
             _build_vllm,
-        ),
-        Baseline(
-            "invariant",
-            "splitpoint with batch_invariant=True, one graph and one kernel for all sizes",
-            lambda dtype: None if kernels.available() else "its kernels need g++: install it",
-            lambda model: model,
-            _build_invariant,
         ),
     )
 }

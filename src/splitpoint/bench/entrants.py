@@ -12,10 +12,10 @@ from ..errors import BaselineFailed, OutputMismatch
 from ..passes.linear import VARIANTS
 from ..ranges import Range
 from ..torch_internals.inductor import fresh_inductor_cache
-from .baselines import BASELINES, Baseline, Built
+from .baselines import BASELINES, Baseline
 from .check import Expected
 from .cost import Cost, cost_of
-from .inputs import Forward, call_each, last_logits
+from .inputs import CompiledForward, Forward, call_each, last_logits
 
 Say = Callable[[str], None]
 
@@ -43,7 +43,7 @@ class Entrants:
         self.errors[name] = max(error, self.errors.get(name, 0.0))
         return forward
 
-    def built(self, baseline: Baseline, model: Any, sizes: Sequence[int]) -> Built | None:
+    def built(self, baseline: Baseline, model: Any, sizes: Sequence[int]) -> CompiledForward | None:
         """A baseline compiled for some sizes and checked; None where it failed, with a note."""
         try:
             with fresh_inductor_cache():
@@ -61,7 +61,7 @@ class Entrants:
         self.costs[baseline.name] = Cost(before.cpu_s + cost.cpu_s, before.wall_s + cost.wall_s)
         return forward
 
-    def built_for(self, size: int, say: Say) -> dict[str, Built]:
+    def built_for(self, size: int, say: Say) -> dict[str, CompiledForward]:
         """What is built for one size, by name, without those that failed; to be released before
         the next size, as each may hold a copy of the weights."""
         found = {}
@@ -71,7 +71,7 @@ class Entrants:
                 found[baseline.name] = forward
         return found
 
-    def release(self, built: Mapping[str, Built]) -> None:
+    def release(self, built: Mapping[str, CompiledForward]) -> None:
         """Free what `built_for` returned."""
         for name, forward in built.items():
             BASELINES[name].release(forward)

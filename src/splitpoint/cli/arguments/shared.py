@@ -16,7 +16,7 @@ COLLECTIVE_BASELINES = ("gloo", "compiled", "kernel", "vllm")
 QUANTS = ("none", "fp8_static", "fp8_token", "nvfp4")
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
-BASELINES = ("max-autotune", "openvino", "vllm", "invariant")
+BASELINES = ("max-autotune", "openvino", "vllm")
 """The names of `bench.baselines.BASELINES`, which is too heavy to import for help."""
 
 GENERATORS = ("eager", "static", "llamacpp", "openvino", "ours")
