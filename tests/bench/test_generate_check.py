@@ -53,7 +53,7 @@ def report(dtype: str, gap: float | None) -> GenerateCheckReport:
 
 def test_fp32_leaves_nothing_to_rounding_and_bf16_a_little():
     for gap in (1e-6, None):
-        with pytest.raises(OutputMismatch, match="greedy: prompt 2 is .* token 3 on; fp32 leaves"):
+        with pytest.raises(OutputMismatch, match=r"greedy: prompt 2 is .* token 3 on; fp32 leaves"):
             report("fp32", gap).require()
     report("bf16", 0.4).require()
     report("bf16", None).require()
