@@ -124,10 +124,10 @@ def capture(
             positions.append(position)
 
     ways = _ways(owner, dynamo.checks)
-    trees = [way for way, value in ways.items() if isinstance(value, torch.nn.Module)]
-    places = ways.keys() - trees
-    # A module that a function reached has no name in the function's own tree, which it lacks.
-    named = owner if owner is not None else torch.nn.ModuleList(ways[way] for way in trees)
+    modules = {way: value for way, value in ways.items() if isinstance(value, torch.nn.Module)}
+    trees, places = list(modules), ways.keys() - modules.keys()
+    # What a function reached has no common tree, in which classes could be named.
+    named = owner if owner is not None else torch.nn.ModuleList(modules.values())
     names = methods_in(named, dynamo.traced_code)
     methods = Methods(named, names, function)
 
