@@ -38,44 +38,41 @@ def generate(args: argparse.Namespace) -> None:
 
 def bench_generate(args: argparse.Namespace) -> None:
     """`splitpoint bench generate`."""
-    from ..bench.generate import run
-    from ..bench.generate_check import check
+    from ..bench import continuous, generate, generate_check
     from ..bench.picture import check_outputs
     from ..models.catalogue import DTYPES, load
 
     config = config_of(args)
-    if args.check and args.png:
-        raise UsageError("--plot draws times, and --check takes none: leave one of them out")
+    asked = [flag for flag in ("check", "requests", "png") if getattr(args, flag)]
+    if len(asked) > 1:
+        names = " and ".join(f"--{'plot' if flag == 'png' else flag}" for flag in asked)
+        raise UsageError(f"{names} ask for different things: leave all but one of them out")
     check_outputs(png=args.png, json=args.json)
     say(f"loading {args.model} ({args.dtype}) ...")
     model, _ = load(
         args.model, DTYPES[args.dtype], layers=args.layers, random_weights=args.random_weights
     )
+    what = model, args.model, config
+    how = {"new_tokens": args.new_tokens, "threads": args.threads, "say": say}
     if args.check:
-        checked = check(
-            model,
-            args.model,
-            config,
-            prompts=args.check,
-            new_tokens=args.new_tokens,
-            threads=args.threads,
-            say=say,
-        )
+        checked = generate_check.check(*what, prompts=args.check, **how)
         show(checked, args.json)
         checked.require()
-        return
-    report = run(
-        model,
-        args.model,
-        config,
-        prompts=args.prompts,
-        new_tokens=args.new_tokens,
-        batches=args.batches,
-        entrants=args.entrants,
-        rounds=args.rounds,
-        threads=args.threads,
-        say=say,
-    )
-    show(report, args.json)
-    if args.png:
-        report.save_picture(args.png)
+    elif args.requests:
+        served = continuous.run(
+            *what, requests=args.requests, rate=args.rate, rounds=args.rounds, **how
+        )
+        show(served, args.json)
+        served.require()
+    else:
+        report = generate.run(
+            *what,
+            prompts=args.prompts,
+            batches=args.batches,
+            entrants=args.entrants,
+            rounds=args.rounds,
+            **how,
+        )
+        show(report, args.json)
+        if args.png:
+            report.save_picture(args.png)
