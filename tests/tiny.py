@@ -13,22 +13,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 LAYERS, HIDDEN, VOCABULARY = 3, 32, 128
 
 
-def config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-    )
+def config(**changes: Any) -> LlamaConfig:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    return LlamaConfig(**sizes | changes)
 
 
-def model(dtype: torch.dtype = torch.float32) -> Any:
+def model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     torch.manual_seed(0)
-    return LlamaForCausalLM(config()).to(dtype).eval().requires_grad_(False)
+    return LlamaForCausalLM(config(**changes)).to(dtype).eval().requires_grad_(False)
 
 
 class Logits(NamedTuple):
@@ -51,8 +52,8 @@ class OneLinear(nn.Module):
         return Logits(self.head(self.embedding(input_ids).cumsum(1))[:, -logits_to_keep:])
 
 
-def save(folder: Path) -> Path:
-    model().save_pretrained(folder)
+def save(folder: Path, **changes: Any) -> Path:
+    model(**changes).save_pretrained(folder)
     return folder
 
 

@@ -11,8 +11,9 @@ import splitpoint
 from splitpoint import Config, errors
 from splitpoint.capture.facts import names_of
 from splitpoint.capture.module_reads import ModuleReads
+from splitpoint.capture.reached import ids_of, modules_of
 from splitpoint.capture.reads import Cells, Reads
-from splitpoint.capture.watch import PATIENCE, PAUSE, tree_ids, watch_reads
+from splitpoint.capture.watch import PATIENCE, PAUSE, watch_reads
 
 needs_tags = pytest.mark.skipif(
     sys.version_info[:2] != (3, 11), reason="dicts have version tags in CPython 3.11 only"
@@ -124,7 +125,7 @@ def _put_back():
 @pytest.mark.parametrize("code", CHANGES)
 def test_a_change_is_seen(code):
     names = make()
-    reads = Reads(tree_ids(names["self"]))
+    reads = Reads(ids_of(modules_of([names["self"]])))
     assert reads.sees(code, names)
     check = watch_reads(reads)
     assert check()
@@ -177,7 +178,7 @@ def places(reads):
 def test_many_modules_are_read_at_once_as_they_are_one_by_one():
     names = make()
     modules = [names["self"], Model(), Model(), Derived(), Derived(), names["self"].inner]
-    tree = set().union(*map(tree_ids, modules[:4]))
+    tree = ids_of(modules_of(modules[:4]))
     several, single = Reads(tree), Reads(tree)
     seen = {}
     for module in modules:

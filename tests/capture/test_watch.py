@@ -10,6 +10,7 @@ import torch
 import splitpoint
 from splitpoint import Config, errors
 from splitpoint.capture.module_state import held
+from splitpoint.capture.reached import reach_tree
 from splitpoint.capture.watch import watch
 
 needs_tags = pytest.mark.skipif(
@@ -63,7 +64,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_are_seen_until_renewed(name):
     model = Model()
-    seen = watch(model, tensors_of(model))
+    seen = watch(reach_tree(model), tensors_of(model))
     check = seen.check
     assert check()
     assert check()
@@ -76,7 +77,7 @@ def test_changes_are_seen_until_renewed(name):
 @needs_tags
 def test_in_place_updates_count_for_the_tensors_asked_for():
     model = Model()
-    seen = watch(model, tensors_of(model))
+    seen = watch(reach_tree(model), tensors_of(model))
     with torch.no_grad():
         model.scale.add_(1)
     assert seen.check()
@@ -93,7 +94,7 @@ def test_in_place_updates_count_for_the_tensors_asked_for():
 def test_what_is_replaced_gives_its_memory_back():
     """Not at the next call, but at once: only a tensor's header is kept."""
     model = Model()
-    seen = watch(model, tensors_of(model))
+    seen = watch(reach_tree(model), tensors_of(model))
     before = weakref.ref(model.scale.untyped_storage())
     model.scale.data = torch.zeros(4)
     gc.collect()
@@ -104,7 +105,7 @@ def test_what_is_replaced_gives_its_memory_back():
 @needs_tags
 def test_a_watch_in_the_module_that_it_watches_is_collected():
     model = Model()
-    model.seen = watch(model, tensors_of(model))
+    model.seen = watch(reach_tree(model), tensors_of(model))
     alive = weakref.ref(model)
     del model
     gc.collect()
@@ -112,8 +113,8 @@ def test_a_watch_in_the_module_that_it_watches_is_collected():
 
 
 def test_nothing_to_watch():
-    assert watch(None, []) is None
-    assert watch(Model(), [torch.eye(3).to_sparse()]) is None
+    assert watch(reach_tree(None), [torch.eye(3)]) is None
+    assert watch(reach_tree(Model()), [torch.eye(3).to_sparse()]) is None
 
 
 def _grow(model):

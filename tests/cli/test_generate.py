@@ -58,6 +58,7 @@ def test_what_is_drawn_goes_by_the_seed(folder: Path, tmp_path: Path, capsys):
         (("bench", "generate", "FOLDER", "--new-tokens", "1"), "'1' is not an integer of 2"),
         (("bench", "generate", "FOLDER", "--prompts", "0"), "'0' is not a list of integers of 1"),
         (("bench", "generate", "FOLDER", "--plot", "no/such/x.png"), "cannot write no/such"),
+        (("bench", "generate", "FOLDER", "--check", "2", "--plot", "x.png"), "--check and --plot"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str, folder: Path, capsys):
@@ -88,3 +89,26 @@ def test_bench_generate(folder: Path, tmp_path: Path, capsys):
     rows = json.loads(files[0].read_text())["rows"]
     assert [row["name"] for row in rows] == ["eager", "ours"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_generate_check(folder: Path, tmp_path: Path, capsys):
+    file = tmp_path / "x.json"
+    how = ("--check", "5", "--new-tokens", "6", "--backend", "eager", "--max-size", "16")
+    how += ("--dtype", "fp32", "--json", str(file))
+    assert main(["bench", "generate", str(folder), *how]) == 0
+    out, err = capsys.readouterr()
+    assert "greedy, batch 4, left-padded: 5 prompts ..." in err
+    assert "greedy, batch 1" in out
+    assert all(row["differences"] == [] for row in json.loads(file.read_text())["rows"])
+
+
+def test_bench_generate_requests(folder: Path, tmp_path: Path, capsys):
+    file = tmp_path / "x.json"
+    how = ("--requests", "3", "--rate", "50", "--rounds", "1", "--new-tokens", "4")
+    how += ("--backend", "eager", "--max-size", "64", "--dtype", "fp32", "--json", str(file))
+    big = tiny.save(tmp_path / "big", max_position_embeddings=512)
+    assert main(["bench", "generate", str(big), *how]) == 0
+    out, err = capsys.readouterr()
+    assert "round 1 of 1 ..." in err
+    assert "3 of 3 answers are the same" in " ".join(out.split())
+    assert len(json.loads(file.read_text())["ratios"]) == 1

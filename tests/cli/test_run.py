@@ -4,11 +4,14 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from splitpoint import Config, errors
-from splitpoint.cli.run import Job, read_policy, run
+from splitpoint.cli.run import Decoding, Job, attach, read_policy, run, with_collectives
 from splitpoint.cli.verbs import main
+from splitpoint.collectives.launch import run_ranks
 from splitpoint.collectives.policy import Policy
+from splitpoint.models.tensor_parallel import load
 from tests import tiny
 
 pytestmark = pytest.mark.processes
@@ -49,18 +52,52 @@ def test_ranks_answer_as_one_process_does_however_they_are_started(folder, capsy
     assert said(done.stdout) == (answer, "2 ranks, collectives in shared memory")
 
 
+PROMPT = torch.randint(tiny.VOCABULARY, (21,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def decoded(folder):
+    """In a rank: the tokens after a prompt that is longer than the largest size, and those after
+    the next one."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    model, _ = load(str(folder), torch.float32, group)
+    config = with_collectives(Config(max_size=8, split_points=[2]), Policy())
+    attached, _ = attach(group, "auto")
+    with attached:
+        decoding = Decoding(model, config, 64)
+        answers = [decoding.answer(prompt, 24, None) for prompt in (PROMPT, PROMPT[:3])]
+        fused = decoding.step.stats().matched("AllReduceRMSNorm")
+    assert all(len(tokens) == len(seconds) for tokens, seconds in answers)
+    return [tokens for tokens, _ in answers], fused
+
+
+@pytest.mark.slow
+def test_tokens_over_the_cache_are_those_of_transformers_with_one_rank_and_with_two(folder):
+    model = tiny.model()
+    model.generation_config.eos_token_id = None
+    expected = [
+        model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+        for ids in (PROMPT, PROMPT[:3])
+    ]
+    expected = [expected[0][0, 21:].tolist(), expected[1][0, 3:].tolist()]
+    assert decoded(folder)[0] == expected
+    first, second = run_ranks(2, 1, decoded, folder)
+    assert first[0] == second[0] == expected
+    assert set(first[1].values()) == {2 * tiny.LAYERS}
+
+
+def test_an_answer_ends_with_the_end_token(folder):
+    model, _ = load(str(folder), torch.float32)
+    decoding = Decoding(model, Config(max_size=8, backend="eager"), 40)
+    whole, _ = decoding.answer(PROMPT, 9, None)
+    at = whole.index(whole[4])
+    assert decoding.answer(PROMPT, 9, whole[4])[0] == whole[: at + 1]
+    assert decoding.cache.free_tokens == decoding.cache.capacity == 2048
+
+
 def test_what_cannot_be_done_is_said_first(folder, tmp_path, monkeypatch):
-    job = Job(
-        str(folder),
-        "fp32",
-        Config(max_size=4).to_json(),
-        Policy().to_json(),
-        "auto",
-        "a b",
-        9,
-        None,
-    )
-    with pytest.raises(errors.UsageError, match="exceed max_size=4"):
+    settings = "fp32", Config(max_size=4).to_json(), Policy().to_json(), "auto"
+    job = Job(str(folder), *settings, "", 9, None)
+    with pytest.raises(errors.UsageError, match="the prompt has no tokens"):
         run(job, tp=1, threads=torch.get_num_threads())
     with pytest.raises(errors.UsageError, match="cannot read the policy"):
         read_policy(tmp_path / "none.json")

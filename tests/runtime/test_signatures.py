@@ -219,3 +219,17 @@ def test_size_zero_and_sizes_out_of_plan_of_a_new_kind() -> None:
     check(compiled, KINDS[2], 9)
     assert compiled.stats().eager_calls == 2
     assert compiled.stats().kinds == {}
+
+
+def test_dynamic_dims_may_name_an_argument_that_is_none_in_some_calls():
+    def masked(x, mask=None):
+        return x * 2 if mask is None else x * mask
+
+    for first in (None, torch.rand(3, 4)):
+        compiled = compile(masked, PLAIN, dynamic_dims={"x": 0, "mask": 0})
+        for size in (3, 7):
+            for mask in (first, None, torch.rand(size, 4)):
+                x = torch.rand(size, 4)
+                mask = None if mask is None else torch.rand(size, 4)
+                torch.testing.assert_close(compiled(x, mask), masked(x, mask))
+        assert compiled.stats().captures == 2

@@ -18,7 +18,8 @@ from ..integrations.vllm import SWITCH
 from ..ranges import align
 from ..report.environment import environment
 from ..torch_internals.instruction_sets import AVX2_VARIABLES
-from .engine_check import TOKENS, CheckReport, compare
+from .differences import LONGEST_PROMPT, compare
+from .engine_check import TOKENS, CheckReport
 
 Say = Callable[[str], None]
 
@@ -147,7 +148,7 @@ def check(
     task = {
         **_task(model, dtype, threads, eager),
         "batches": [8],
-        "prompt": 100,
+        "prompt": LONGEST_PROMPT,
         "tokens": TOKENS,
         "check": prompts,
     }
@@ -156,7 +157,7 @@ def check(
         say(f"{way} ...")
         found.append(_start(task, switch))
     about = _about(found, model, dtype, threads, eager)
-    return compare(found[0]["answers"], found[1]["answers"], about)
+    return CheckReport(about, compare(found[0]["answers"], found[1]["answers"]))
 
 
 def _task(model: str, dtype: str, threads: int, eager: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 
 from ..kernels import loaded_library, use_instruction_set
 from ..torch_internals.instruction_sets import answer_as_avx2
+from .differences import random_prompts
 
 REPEATS = 3
 
@@ -78,16 +79,13 @@ def _about(version: str) -> dict[str, Any]:
 
 
 def _answers(llm: Any, task: dict[str, Any], numbers: random.Random) -> list[dict[str, Any]]:
-    """As `engine_check.Answers`, to prompts of 1 to 100 tokens, several at a time."""
+    """As `differences.Answers`, several at a time."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(
         temperature=0, max_tokens=task["tokens"], ignore_eos=True, detokenize=False, logprobs=2
     )
-    prompts = [
-        {"prompt_token_ids": [numbers.randrange(5, 1000) for _ in range(numbers.randint(1, 100))]}
-        for _ in range(task["check"])
-    ]
+    prompts = [{"prompt_token_ids": ids} for ids in random_prompts(task["check"], numbers)]
     answers = []
     for output in llm.generate(prompts, sampling, use_tqdm=False):
         made = output.outputs[0]

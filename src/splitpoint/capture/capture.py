@@ -14,7 +14,7 @@ from torch import fx
 from ..errors import CaptureError, GraphBreak, SideEffect, UnsupportedGraph
 from ..torch_internals.assumptions import Assumed
 from ..torch_internals.dynamo import DynamoCapture, DynamoFailure, dynamo_capture
-from ..torch_internals.guard_checks import Sees
+from ..torch_internals.guard_checks import Checks, Sees
 from ..torch_internals.guard_expressions import GuardScope
 from ..torch_internals.sizes import Symbols, equals, expression_of, in_terms_of_size
 from .assumptions import Assumption, read
@@ -23,6 +23,7 @@ from .facts import names_of
 from .leaves import SizeLeaf, TensorLeaf
 from .methods import Methods, Named, methods_in
 from .module_state import ModuleState
+from .reached import can_follow, reach_by
 from .reads import Cells, Reads
 from .result import Result
 from .signature import Signature
@@ -122,13 +123,16 @@ def capture(
             inputs.append(Bound(len(positions)))
             positions.append(position)
 
-    names = methods_in(owner, dynamo.traced_code)
-    methods = Methods(owner, names, function)
+    ways = _ways(owner, dynamo.checks)
+    modules = {way: value for way, value in ways.items() if isinstance(value, torch.nn.Module)}
+    trees, places = list(modules), ways.keys() - modules.keys()
+    # What a function reached has no common tree, in which classes could be named.
+    named = owner if owner is not None else torch.nn.ModuleList(modules.values())
+    names = methods_in(named, dynamo.traced_code)
+    methods = Methods(named, names, function)
 
-    def check_rest(
-        module: torch.nn.Module, tensors: Collection[int], reads: Reads | None
-    ) -> Callable[[], bool]:
-        rest = dynamo.checks.rest(module, tensors, _seen_by(reads))
+    def check_rest(tensors: Collection[int], reads: Reads | None) -> Callable[[], bool]:
+        rest = dynamo.checks.rest(trees, places, tensors, _seen_by(reads))
         if reads is None:
             return lambda: methods.holds() and rest()
         methods.note(reads)
@@ -165,10 +169,11 @@ def capture(
             lambda: methods.holds() and dynamo.checks.check(),
             check_rest,
             lambda: methods.explain() or dynamo.checks.explain(),
+            reach=reach_by(list(ways), lambda: _names(dynamo.checks.scope)),
         ),
         dynamo.checks.read,
         dynamo.traced_code,
-        tuple(names),
+        tuple(each for each in names if owner is not None or each[0] == "in"),
     )
 
 
@@ -186,6 +191,25 @@ def _not_one_graph(error: DynamoFailure, where: str) -> CaptureError:
     return found
 
 
+def _ways(
+    owner: torch.nn.Module | None, checks: Checks
+) -> dict[str, torch.nn.Module | torch.Tensor]:
+    """The expressions that lead to what is watched, and where they lead now: to the owner alone,
+    or to all that a function reached."""
+    if owner is not None and checks.scope.owner is owner:
+        return {"self": owner}
+    names = _names(checks.scope)
+    return {
+        way: value
+        for way, value in checks.reached().items()
+        if (owner is None or value is owner) and can_follow(way, names)
+    }
+
+
+def _names(scope: GuardScope) -> dict[str, Any]:
+    return names_of(scope.owner, Cells(scope.closure), scope.globals)
+
+
 def _seen_by(reads: Reads | None) -> Sees:
     names: dict[str, Any] = {}
 
@@ -193,7 +217,7 @@ def _seen_by(reads: Reads | None) -> Sees:
         if reads is None:
             return False
         if not names:
-            names.update(names_of(scope.owner, Cells(scope.closure), scope.globals))
+            names.update(_names(scope))
         return reads.sees(code, names)
 
     return sees

@@ -32,9 +32,10 @@ def explain_leaf(leaf: Leaf, value: object, names: Sequence[str]) -> list[tuple[
         return [(leaf.which, path, value)]
     if isinstance(leaf, ConstantLeaf):
         if not same_constant(value, leaf.value):
+            mend = cache_advice(value) or "pass the same value, or allow more max_signatures"
             raise WrongValue(
                 f"{path} was {short(leaf.value)} when the model was captured, got "
-                f"{short(value)}: pass the same value, or allow more max_signatures"
+                f"{short(value)}: {mend}"
             )
         return []
     if not isinstance(value, torch.Tensor):
@@ -120,6 +121,17 @@ def explain_nesting(expected: Any, given: Any, path: str) -> str:
         if e != g:
             return explain_nesting(e, g, inner)
     return f"{path}: nested differently than at capture"
+
+
+def cache_advice(value: object) -> str:
+    """What to do with another cache of keys and values, whose tensors are part of what was
+    captured; "" for anything else."""
+    if all(kind.__module__ != "transformers.cache_utils" for kind in type(value).__mro__):
+        return ""
+    return (
+        "each cache is captured by itself, so pass one again after its reset(), or call "
+        "splitpoint.integrations.transformers.compile(model), which takes any"
+    )
 
 
 def short(value: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .reached import Reach, reach_tree
 from .watch import CheckRest, ModuleWatch, Rest, watch
 
 Around = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -28,8 +29,9 @@ class Held:
 class ModuleState:
     """What one graph relies on of the module: the tensors that it holds, and what tracing read.
 
-    A watch over the module tree sees at each call, at the price of a few thousand loads, what most
-    of `check` would say; where there are no means for one, `check` itself is called.
+    A watch over the module tree, or over all trees that a function reached, sees at each call, at
+    the price of a few thousand loads, what most of `check` would say; where there are no means for
+    one, `check` itself is called.
     """
 
     owner: torch.nn.Module | None = None
@@ -44,6 +46,8 @@ class ModuleState:
     """What no longer is as it was."""
     check_facts: Callable[[], bool] | None = None
     """What of `check` does not depend on which tensors are bound, where that can be told."""
+    reach: Reach | None = None
+    """What the watch is over; the owner's tree unless something else is given."""
     bound: list[Any] = field(default_factory=list, init=False)
     """The tensors that are bound."""
     held: tuple[Held, ...] | None = field(default=(), init=False)
@@ -81,8 +85,8 @@ class ModuleState:
             versioned: ids of tensors of which updates in place count as changes.
             others: the states of the program's other graphs.
         """
-        if self.watch is None and self.held is not None and self.check_rest is not None:
-            self.watch = watch(self.owner, self.bound, versioned)
+        if self.watch is None and self.check_rest is not None:
+            self.watch = watch(self._reach(), self.bound, versioned)
             if self.watch is not None:
                 self.rest = self._make_rest(others)
         if self.watch is None or self.rest is None:
@@ -90,14 +94,16 @@ class ModuleState:
         return (self.watch.check, self.rest), ()
 
     def _make_rest(self, others: Iterable[ModuleState]) -> Rest:
-        assert self.owner is not None
         assert self.check_rest is not None
         for other in others:
             if other.rest is not None and other.check_rest == self.check_rest:
                 return other.rest
         check = self.check_facts or self.check
         with torch.no_grad():
-            return Rest(check, self.check_rest, self.owner, lambda: set(map(id, self.bound)))
+            return Rest(check, self.check_rest, self._reach(), lambda: set(map(id, self.bound)))
+
+    def _reach(self) -> Reach:
+        return self.reach or reach_tree(self.owner)
 
     def renew(self, versioned: Collection[int]) -> None:
         """Have the watch go by the module as it is now, which is as it was captured."""

@@ -137,6 +137,17 @@ class Reads:
             return False
         return True
 
+    def follow(self, code: str, names: Mapping[str, Any]) -> Any:
+        """The object that an expression leads to, having noted what it reads.
+
+        Raises:
+            Unwatchable: when that does not decide which object it is.
+        """
+        try:
+            return self._value(_parsed(code), names)
+        except LookupError as error:
+            raise Unwatchable from error
+
     def method(self, kind: type, name: str) -> None:
         """Note what decides which attribute of that name a class or its bases have, and its
         code."""
@@ -333,6 +344,8 @@ class Reads:
         if isinstance(value, types.CellType):
             self._object(value)
             return value.cell_contents
+        if type(value) is types.MethodType and name in ("__self__", "__func__"):
+            return getattr(value, name)
         if type(value) is property and name in ("fget", "fset", "fdel"):
             return getattr(value, name)
         if name == "__class__":

@@ -27,7 +27,7 @@ from ..torch_internals.containers import (
 )
 from .dims import SIZE_ALONE, Dims, Lengths
 from .leaves import PLAIN, ConstantLeaf, Leaf, SizeLeaf, TensorLeaf, _contiguous, same_constant
-from .mismatch import explain_leaf, explain_nesting, short
+from .mismatch import cache_advice, explain_leaf, explain_nesting, short
 
 DynamicDims = Mapping[str, int | tuple[int, ...] | Mapping[int, Any] | str | None]
 """For each argument that depends on the size: the dimension(s) that are the size, or None
@@ -346,16 +346,24 @@ def more_dims(signature: Signature, arguments: Mapping[str, Any]) -> dict[str, d
     return found
 
 
-def changing(signatures: Sequence[Signature]) -> str:
-    """Of several signatures the argument that differs most often, with some of its kinds."""
+def changing(signatures: Sequence[Signature]) -> tuple[str, str]:
+    """Of several signatures the argument that differs most often, with some of its kinds; and what
+    to do about it, where that is known."""
     kinds = [signature.kinds() for signature in signatures]
     seen = {
         path: list(dict.fromkeys(each.get(path, "is not there") for each in kinds))
         for path in dict.fromkeys(path for each in kinds for path in each)
     }
+    caches = [
+        (leaf.path, advice)
+        for leaf in signatures[-1].leaves
+        if isinstance(leaf, ConstantLeaf) and (advice := cache_advice(leaf.value))
+    ]
+    if caches:  # by their class they all look alike
+        return f"{caches[0][0]} is another cache", caches[0][1]
     path = max(seen, key=lambda path: len(seen[path]))
     more = ", ..." if len(seen[path]) > _SHOWN else ""
-    return f"{path} {', '.join(seen[path][:_SHOWN])}{more}"
+    return f"{path} {', '.join(seen[path][:_SHOWN])}{more}", ""
 
 
 _SHOWN = 4

@@ -1,7 +1,8 @@
-"""A `Config` from a JSON file: its own, or a vLLM `--compilation-config`."""
+"""A `Config` from flags and a JSON file: its own, or a vLLM `--compilation-config`."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,30 @@ from typing import Any
 
 from ..config import Config
 from ..errors import InvalidJSON, UsageError
+from .arguments import COMPILE_SIZES, MAX_SIZE, SPLIT_POINTS
+from .output import say
 from .vllm_config import from_vllm, is_vllms
 
 _SPLIT_POINTS = ("split_points", "compile_ranges_split_points", "compile_ranges_endpoints")
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    """What the flags of a verb ask for; the user is told what its file asks for in vain.
+
+    Raises:
+        UsageError, InvalidJSON, ConfigError: as `read_config`.
+    """
+    names = ("max_size", "split_points", "compile_sizes", "backend", "weights")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.config:
+        config, left_out = read_config(args.config, given)
+        if left_out:
+            say(f"{args.config}: fields of vLLM without a meaning here: {', '.join(left_out)}")
+        return config
+    max_size = given.setdefault("max_size", MAX_SIZE)
+    for name, points in (("split_points", SPLIT_POINTS), ("compile_sizes", COMPILE_SIZES)):
+        given.setdefault(name, [point for point in points if point <= max_size])
+    return Config.from_dict(given)
 
 
 def read_config(path: Path, overrides: Mapping[str, Any]) -> tuple[Config, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import CompiledModel, Config, compile
+from .. import CompiledModel, Config, compile, kernels
+from ..bench.answer import prompt_ids
 from ..collectives import agreement, workspace
 from ..collectives.launch import run_ranks
 from ..collectives.policy import Policy
 from ..errors import UsageError, WorkspaceError
 from ..models.catalogue import DTYPES
-from ..models.tensor_parallel import load
+from ..models.tensor_parallel import TensorParallelLlama, load
 from ..passes.allreduce_rmsnorm import AllReduceRMSNorm
 from ..passes.shared_memory import SharedMemoryAllReduce
+from ..runtime.paged_cache import CACHED_ATTENTION, CachedSequence, PagedCache
 
 Collectives = Literal["auto", "shm", "gloo"]
 COMPILE_PATIENCE_S = 600.0
@@ -54,8 +56,7 @@ class Answer:
     text: str
     plan: str
     summary: str
-    seconds: float
-    """The median of a forward pass of the answer."""
+    tokens: tuple[int, ...]
 
     def __str__(self) -> str:
         return "\n".join([self.text, "", self.plan, "", self.summary])
@@ -100,23 +101,88 @@ def answer_in_rank(job: Job) -> Answer:
     model, tokenizer = load(job.model, DTYPES[job.dtype], group, layers=job.layers)
     if tokenizer is None:
         raise UsageError(f"{job.model} has no tokenizer: a prompt cannot be read")
-    ids = _prompt_ids(tokenizer, job.prompt)
+    ids = prompt_ids(tokenizer, job.prompt)[0].tolist()
     config = Config.from_json(job.config)
-    if len(ids) + job.tokens > config.max_size:
-        raise UsageError(
-            f"a prompt of {len(ids)} tokens and an answer of {job.tokens} exceed max_size="
-            f"{config.max_size}: raise --max-size or ask for fewer --tokens"
-        )
     attached, served_by = attach(group, job.collectives)
     with attached:
-        compiled = compile(model, with_collectives(config, Policy.from_json(job.policy)))
-        found, seconds = _generate(compiled, ids, job.tokens, tokenizer.eos_token_id)
+        decoding = Decoding(
+            model, with_collectives(config, Policy.from_json(job.policy)), len(ids) + job.tokens
+        )
+        found, seconds = decoding.answer(ids, job.tokens, tokenizer.eos_token_id)
         ranks = group.size() if group is not None else 1
-        summary = [f"{ranks} {'ranks' if ranks > 1 else 'rank'}, {served_by}", matched(compiled)]
-        step = statistics.median(seconds)
-        summary.append(f"{1e3 * step:.1f} ms a token (median; no KV cache: all tokens each time)")
+        summary = [
+            f"{ranks} {'ranks' if ranks > 1 else 'rank'}, {served_by}",
+            matched(decoding.step),
+            f"{1e3 * seconds[0]:.1f} ms until the first token ({len(ids)} tokens of prompt)",
+        ]
+        if len(seconds) > 1:
+            summary.append(f"{1e3 * statistics.median(seconds[1:]):.1f} ms a token (median)")
         text = tokenizer.decode(found, skip_special_tokens=True)
-        return Answer(text, str(compiled.plan), "\n".join(filter(None, summary)), step)
+        plan = str(decoding.step.plan)
+        return Answer(text, plan, "\n".join(filter(None, summary)), tuple(found))
+
+
+LEAST_CACHE = 2048
+"""Tokens. Its capacity is part of what is compiled, so that most answers share one."""
+
+
+class Decoding:
+    """Greedy decoding in one rank: the rank's part of a model, compiled, and a paged cache of the
+    keys and values of its heads.
+
+    Args:
+        model: the rank's part.
+        config: the ranges, over the tokens of a step.
+        tokens: how many the cache has to hold.
+
+    Raises:
+        KernelBuildError: when there is no attention over a cache here.
+    """
+
+    def __init__(self, model: TensorParallelLlama, config: Config, tokens: int) -> None:
+        kernels.load()
+        shape = model.shape
+        capacity = max(LEAST_CACHE, 1 << (tokens - 1).bit_length())
+        self.cache = PagedCache(
+            *(shape.layers, shape.kv_heads, shape.head_dim, model.embedding.dtype),
+            *(capacity, 1),
+        )
+        self.max_size = config.max_size
+        self.step = compile(
+            model,
+            replace(config, splitting_ops=(*config.splitting_ops, CACHED_ATTENTION)),
+            dynamic_dims={"ids": 0, "positions": 0},
+        )
+
+    def answer(
+        self, prompt: Sequence[int], tokens: int, end: int | None
+    ) -> tuple[list[int], list[float]]:
+        """The tokens after a prompt, up to so many or `end`, and the seconds that each took. All
+        ranks have the same logits to the bit, and so the same tokens."""
+        sequence = self.cache.open()
+        self._logits(sequence, prompt[:1])  # compiles before the clock runs
+        self.cache.crop(sequence, 0)
+        found: list[int] = []
+        seconds: list[float] = []
+        new = list(prompt)
+        while len(found) < tokens and end not in found[-1:]:
+            start = time.perf_counter()
+            for first in range(0, len(new), self.max_size):
+                logits = self._logits(sequence, new[first : first + self.max_size])
+            new = [int(logits.argmax())]
+            found += new
+            seconds.append(time.perf_counter() - start)
+        self.cache.close(sequence)
+        return found, seconds
+
+    def _logits(self, sequence: CachedSequence, ids: Sequence[int]) -> Tensor:
+        """[1, vocabulary] after the next tokens of a sequence, at most `max_size`."""
+        (held,), rows = self.cache.extend([sequence], [len(ids)])
+        self.cache.tell([len(ids)], [held], rows)
+        positions = torch.arange(held, held + len(ids))
+        cache = self.cache.blocks, self.cache.steps, self.cache.tables
+        found: Tensor = self.step(torch.tensor(ids), positions, *cache)
+        return found
 
 
 def attach(
@@ -160,32 +226,6 @@ def matched(compiled: CompiledModel) -> str:
         lines.append("some pieces came from a cache that says nothing of passes")
     lines += sorted({note for count in stats.matches for note in count.notes})
     return "\n".join(lines)
-
-
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(prompt)["input_ids"])
-    chat = [{"role": "user", "content": prompt}]
-    given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-    return list(given["input_ids"])
-
-
-def _generate(
-    step: Callable[[Tensor, Tensor], Tensor], prompt: list[int], tokens: int, end: int | None
-) -> tuple[list[int], list[float]]:
-    """Greedy tokens after a prompt, and the seconds that each took. All ranks have the same
-    logits to the bit, and so the same tokens."""
-    ids, seconds = list(prompt), []
-    for size in sorted({len(prompt), len(prompt) + tokens - 1}):  # compile before the clock runs
-        step(torch.zeros(size, dtype=torch.long), torch.arange(size))
-    while len(ids) < len(prompt) + tokens:
-        start = time.perf_counter()
-        logits = step(torch.tensor(ids), torch.arange(len(ids)))
-        ids.append(int(logits.argmax()))
-        seconds.append(time.perf_counter() - start)
-        if ids[-1] == end:
-            break
-    return ids[len(prompt) :], seconds
 
 
 def read_policy(path: Path | None) -> Policy:

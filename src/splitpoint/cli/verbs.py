@@ -16,9 +16,10 @@ from ..config import Config
 from ..errors import SplitpointError, StoreError
 from ..store import open_store
 from ..store.store import Store
-from .arguments import COMPILE_SIZES, MAX_SIZE, SPLIT_POINTS, make_parser
-from .config_file import read_config
+from .arguments import make_parser
+from .config_file import config_of
 from .engines import bench_serve, bench_vllm
+from .generating import bench_generate, generate
 from .output import say as _say
 from .output import show as _show
 from .perplexity import bench_perplexity
@@ -83,7 +84,7 @@ def demo(args: argparse.Namespace) -> None:
 
     check_outputs(png=args.png)
     run(
-        _config(args),
+        config_of(args),
         dtype=args.dtype,
         threads=args.threads,
         prompt=args.prompt,
@@ -96,36 +97,9 @@ def plan(args: argparse.Namespace) -> None:
     """`splitpoint plan`."""
     from ..models.catalogue import describe
 
-    config = _config(args)
+    config = config_of(args)
     print(describe(args.model, layers=args.layers))
     print(config.plan())
-
-
-def generate(args: argparse.Namespace) -> None:
-    """`splitpoint generate`."""
-    from ..bench.answer import Sampling
-    from ..bench.picture import check_outputs
-    from .generate import run
-
-    check_outputs(json=args.json)
-    sampling = None
-    if args.sample or args.temperature is not None:
-        sampling = Sampling(args.temperature or 1.0, args.seed)
-    generated = run(
-        args.model,
-        args.prompt,
-        _config(args),
-        dtype=args.dtype,
-        threads=args.threads,
-        new_tokens=args.max_new_tokens,
-        raw=args.raw,
-        sampling=sampling,
-        layers=args.layers,
-        say=_say,
-    )
-    _say(str(generated))
-    if args.json:
-        args.json.write_text(generated.to_json() + "\n")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -135,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     job = Job(
         args.model,
         args.dtype,
-        _config(args).to_json(),
+        config_of(args).to_json(),
         read_policy(args.policy).to_json(),
         args.collectives,
         args.prompt,
@@ -154,7 +128,7 @@ def bench_forward(args: argparse.Namespace) -> None:
     from ..models.catalogue import DTYPES, load
     from .isa import as_if_avx2
 
-    config = _config(args)
+    config = config_of(args)
     check_sizes(args.sizes, config)
     check_outputs(png=args.png, json=args.json)
     if args.isa == "avx2":
@@ -177,35 +151,6 @@ def bench_forward(args: argparse.Namespace) -> None:
     _show(report, args.json)
     if args.png:
         save_picture(report, args.png)
-
-
-def bench_generate(args: argparse.Namespace) -> None:
-    """`splitpoint bench generate`."""
-    from ..bench.generate import run
-    from ..bench.picture import check_outputs
-    from ..models.catalogue import DTYPES, load
-
-    config = _config(args)
-    check_outputs(png=args.png, json=args.json)
-    _say(f"loading {args.model} ({args.dtype}) ...")
-    model, _ = load(
-        args.model, DTYPES[args.dtype], layers=args.layers, random_weights=args.random_weights
-    )
-    report = run(
-        model,
-        args.model,
-        config,
-        prompts=args.prompts,
-        new_tokens=args.new_tokens,
-        batches=args.batches,
-        entrants=args.entrants,
-        rounds=args.rounds,
-        threads=args.threads,
-        say=_say,
-    )
-    _show(report, args.json)
-    if args.png:
-        report.save_picture(args.png)
 
 
 def bench_dispatch(args: argparse.Namespace) -> None:
@@ -280,7 +225,7 @@ def bench_parallel(args: argparse.Namespace) -> None:
     from ..bench.picture import check_outputs
     from .run import read_policy
 
-    config = _config(args)
+    config = config_of(args)
     check_sizes(args.sizes, config)
     check_outputs(json=args.json)
     report = run(
@@ -307,7 +252,7 @@ def bench_startup(args: argparse.Namespace) -> None:
     check_outputs(json=args.json)
     report = run(
         args.model,
-        _config(args),
+        config_of(args),
         layers=args.layers,
         dtype=args.dtype,
         threads=args.threads,
@@ -444,23 +389,9 @@ def _measure_collectives(
     )
 
 
-def _config(args: argparse.Namespace) -> Config:
-    names = ("max_size", "split_points", "compile_sizes", "backend", "weights")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    if args.config:
-        config, left_out = read_config(args.config, given)
-        if left_out:
-            _say(f"{args.config}: fields of vLLM without a meaning here: {', '.join(left_out)}")
-        return config
-    max_size = given.setdefault("max_size", MAX_SIZE)
-    for name, points in (("split_points", SPLIT_POINTS), ("compile_sizes", COMPILE_SIZES)):
-        given.setdefault(name, [point for point in points if point <= max_size])
-    return Config.from_dict(given)
-
-
 def _store_config(args: argparse.Namespace) -> Config:
     folder = None if args.cache_dir is None else str(args.cache_dir)
-    return replace(_config(args), cache_dir=folder)
+    return replace(config_of(args), cache_dir=folder)
 
 
 def _store(args: argparse.Namespace) -> Store:

@@ -124,8 +124,11 @@ class Norm(nn.Module):
 class Layer(nn.Module):
     """One layer: attention over this rank's heads, and its channels of the MLP."""
 
-    def __init__(self, weights: Mapping[str, Tensor], shape: Shape, group: str | None) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], shape: Shape, group: str | None, index: int
+    ) -> None:
         super().__init__()
+        self.index = index
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         self.before_attention = Norm(weights["input_layernorm"], shape.eps)
         self.before_mlp = Norm(weights["post_attention_layernorm"], shape.eps)
@@ -136,28 +139,36 @@ class Layer(nn.Module):
         self.out = RowParallel(weights["self_attn.o_proj"], group)
         self.down = RowParallel(weights["mlp.down_proj"], group)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cached: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor:
         """[tokens, hidden] to the same; `cos` and `sin` are [tokens, head_dim]."""
-        x = x + self.out(self.attend(self.before_attention(x), cos, sin))
+        x = x + self.out(self.attend(self.before_attention(x), cos, sin, cached))
         gate, up = F.linear(self.before_mlp(x), self.gate_up).chunk(2, dim=-1)
         return torch.add(x, self.down(F.silu(gate) * up))
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Causal attention: [tokens, hidden] to [tokens, heads * head_dim]."""
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cached: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor:
+        """Causal attention over the tokens, or over those of a cache, where there is one, and
+        these: [tokens, hidden] to [tokens, heads * head_dim]."""
         qkv = F.linear(x, self.qkv).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         q, k, v = torch.split(qkv.transpose(0, 1), [self.heads, self.kv_heads, self.kv_heads])
-        y = F.scaled_dot_product_attention(
-            _rotate(q, cos, sin)[None],  # [1, heads, tokens, head_dim]
-            _rotate(k, cos, sin)[None],
-            v[None],
-            is_causal=True,
-            enable_gqa=True,
-        )
-        return y[0].transpose(0, 1).reshape(-1, self.heads * self.head_dim)
+        # [1, heads, tokens, head_dim]
+        q, k, v = _rotate(q, cos, sin)[None], _rotate(k, cos, sin)[None], v[None]
+        if cached is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = y.transpose(1, 2)
+        else:
+            y = torch.ops.splitpoint.cached_attention(
+                q, k, v, *cached, layer=self.index, scale=self.head_dim**-0.5
+            )
+        return y.reshape(-1, self.heads * self.head_dim)
 
 
 class TensorParallelLlama(nn.Module):
-    """The model of one rank: `forward(ids, positions)` to the logits of the last token.
+    """The model of one rank: `forward(ids, positions)` to the logits of the last token. With the
+    blocks, steps and tables of a paged cache, tokens follow those that it holds.
 
     Args:
         state: the whole model's weights, by their Hugging Face names; of those in files only
@@ -185,9 +196,11 @@ class TensorParallelLlama(nn.Module):
             kv_heads=whole.kv_heads // ranks,
             intermediate=whole.intermediate // ranks,
         )
+        self.shape = own
+        """This rank's part."""
         self.embedding = nn.Parameter(_all(state[EMBEDDING]), requires_grad=False)
         self.layers = nn.ModuleList(
-            Layer(_shard(_weights(state, layer), whole, rank, ranks), own, name)
+            Layer(_shard(_weights(state, layer), whole, rank, ranks), own, name, layer)
             for layer in range(shape.layers)
         )
         self.norm = Norm(_all(state[NORM]), shape.eps)
@@ -197,14 +210,25 @@ class TensorParallelLlama(nn.Module):
         self.register_buffer("frequencies", 1.0 / shape.rope_theta**powers)
         self.frequencies: Tensor
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """[tokens] ids and their positions to [1, vocabulary] logits."""
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        blocks: Tensor | None = None,
+        steps: Tensor | None = None,
+        tables: Tensor | None = None,
+    ) -> Tensor:
+        """[tokens] ids and their positions to [1, vocabulary] logits; the last three are what
+        `cached_attention` takes of a cache, all or none."""
+        cached = None
+        if blocks is not None and steps is not None and tables is not None:
+            cached = blocks, steps, tables
         angles = positions[:, None].float() * self.frequencies
         angles = torch.cat([angles, angles], dim=-1)
         x = F.embedding(ids, self.embedding)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, cos, sin, cached)
         return F.linear(self.norm(x)[-1:], self.head)
 
 

@@ -306,10 +306,10 @@ class CompiledModel:
         except InputError:
             raise first from None
         if len(known) >= most:
-            changes = changing([*(dispatch.arguments for dispatch in known), signature])
+            changes, advice = changing([*(each.arguments for each in known), signature])
             raise TooManySignatures(
                 f"the model was captured for {len(known)} kinds of arguments already, and "
-                f"{changes}: pass what changes as a tensor, or raise max_signatures"
+                f"{changes}: {advice or 'pass what changes as a tensor, or raise max_signatures'}"
             )
         return first
 

@@ -14,6 +14,9 @@ import torch
 
 from ..errors import CacheFull
 
+CACHED_ATTENTION = "splitpoint::cached_attention"
+"""The operator that appends to a cache and reads it: where a model over one is split."""
+
 BLOCK_TOKENS = 32
 """Tokens of a block: a head's keys of one lie in a row of some KiB."""
 

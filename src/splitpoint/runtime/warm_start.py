@@ -381,7 +381,7 @@ def _checks_of(checker: Checker, device: Device) -> tuple[Callable[[], bool], Ch
     def check_facts() -> bool:
         return now() == state and checker.holds()
 
-    def check_rest(_: Any, tensors: Any, reads: Reads | None) -> Callable[[], bool]:
+    def check_rest(_: Any, reads: Reads | None) -> Callable[[], bool]:
         rest = checker.rest(reads)
         return lambda: now() == state and rest()
 

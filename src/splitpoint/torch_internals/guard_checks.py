@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .guard_expressions import GuardScope, NotPortable, expressions
+from .guard_expressions import GuardScope, NotPortable, expressions, rooted
 from .probe import fits
 from .state import interposed, no_dispatch_modes
 
@@ -59,7 +59,7 @@ class Checks:
         self._context = context
         self._arguments = arguments
         self._cells = cells
-        self._scope = scope
+        self.scope = scope
         self._guards: list[Any] | None = None
         """None where guards can be told from each other by Dynamo alone."""
         if fits("single guards"):
@@ -70,22 +70,45 @@ class Checks:
         self._rest: tuple[list[str], Callable[[], bool]] | None = None
         """What was seen elsewhere when `rest` was last asked for, and the check of the others."""
 
+    def reached(self) -> dict[str, torch.nn.Module | torch.Tensor]:
+        """The modules and tensors that guards are about, by the expressions that lead to them,
+        without what lies in the tree of one of these modules."""
+        found: dict[str, torch.nn.Module | torch.Tensor] = {}
+        for entry in self._entries() if self._guards is not None else ():
+            if isinstance(entry.value, (torch.nn.Module, torch.Tensor)):
+                code = rooted(entry.name, self.scope)
+                if code is not None:
+                    found[code] = entry.value
+        trees: list[str] = []
+        for code in sorted(found, key=len):
+            if _is_in_trees(code, trees):
+                del found[code]
+            elif isinstance(found[code], torch.nn.Module):
+                trees.append(code)
+        return found
+
     def rest(
-        self, module: torch.nn.Module, tensors: Collection[int], sees: Sees
+        self, trees: Sequence[str], places: Collection[str], tensors: Collection[int], sees: Sees
     ) -> Callable[[], bool]:
-        """`check` without what a watch over a module tree, and over the tensors with these ids,
-        sees anyway, and without the expressions that are seen elsewhere. All guards hold."""
+        """`check` without what a watch over module trees and tensors sees anyway, and without the
+        expressions that are seen elsewhere. All guards hold.
+
+        Args:
+            trees: expressions that lead to the modules watched. That they do is watched, too.
+            places: expressions that lead to tensors, likewise.
+            tensors: ids of all tensors that are watched.
+        """
         if self._guards is None:
             return self.check
-        if self._rest is not None and all(sees(code, self._scope) for code in self._rest[0]):
+        if self._rest is not None and all(sees(code, self.scope) for code in self._rest[0]):
             return self._rest[1]
         seen: list[str] = []
         kept: list[Any] = []
         entries = self._entries()
-        for entry, remains in zip(entries, _not_covered(entries, module, tensors), strict=True):
-            if not remains:
+        for entry in entries:
+            if _is_covered(entry, self.scope, trees, places, tensors):
                 continue
-            if (code := _seen(entry, self._scope, tensors, sees)) is not None:
+            if (code := _seen(entry, self.scope, tensors, sees)) is not None:
                 seen.append(code)
             else:
                 kept.append(entry.orig_guard)
@@ -100,7 +123,7 @@ class Checks:
         """
         if self._guards is None:
             raise NotPortable("guards that this version of torch does not tell apart")
-        return expressions(self._entries(), self._scope, bound)
+        return expressions(self._entries(), self.scope, bound)
 
     def explain(self) -> str:
         """Which guard no longer holds."""
@@ -184,34 +207,39 @@ _IN_TREE = re.compile(
 _CONSTANTS = (bool, int, float, str, type(None), type, torch.dtype, torch.device)
 
 
-def _not_covered(
-    entries: Sequence[Any], module: torch.nn.Module, tensors: Collection[int]
-) -> list[bool]:
-    """Which guards depend on more than the dicts of a module's tree and the tensors watched."""
-    roots = {_plain_name(entry.name) for entry in entries if entry.value is module}
+def _is_in_trees(code: str | None, trees: Sequence[str]) -> bool:
+    """Whether an expression reads what the dicts of module trees hold, or leads to one of them."""
+    return code is not None and any(
+        code.startswith(tree) and _IN_TREE.match(code, len(tree)) is not None for tree in trees
+    )
 
-    def in_tree(name: str) -> bool:
-        return any(
-            name.startswith(root) and _IN_TREE.match(name[len(root) :]) is not None
-            for root in roots
-        )
 
-    def covered(entry: Any) -> bool:
-        if not in_tree(_plain_name(entry.name)):
+def _is_covered(
+    entry: Any,
+    scope: GuardScope,
+    trees: Sequence[str],
+    places: Collection[str],
+    tensors: Collection[int],
+) -> bool:
+    """Whether a guard depends on no more than what is watched, as `Checks.rest` takes it."""
+
+    def is_watched(name: str) -> bool:
+        code = rooted(name, scope)
+        return code in places or _is_in_trees(code, trees)
+
+    value = entry.value
+    if isinstance(value, torch.Tensor):
+        if id(value) not in tensors or not is_watched(entry.name):
             return False
-        value = entry.value
-        if isinstance(value, torch.Tensor):
-            if id(value) not in tensors:
-                return False
-            other = getattr(entry.orig_guard.create_fn, "keywords", {}).get("source_b")
-            return other is None or in_tree(_plain_name(other.name))
-        # A dict of the tree is compared as a whole; of other containers (a list, a
-        # configuration object) only which one it is.
-        return isinstance(value, (*_CONSTANTS, torch.nn.Module)) or entry.name.endswith(
-            ("._modules", "._parameters", "._buffers")
-        )
-
-    return [not covered(entry) for entry in entries]
+        other = getattr(entry.orig_guard.create_fn, "keywords", {}).get("source_b")
+        return other is None or is_watched(other.name)
+    if not _is_in_trees(rooted(entry.name, scope), trees):
+        return False
+    # A dict of the tree is compared as a whole; of other containers (a list, a
+    # configuration object) only which one it is.
+    return isinstance(value, (*_CONSTANTS, torch.nn.Module)) or entry.name.endswith(
+        ("._modules", "._parameters", "._buffers")
+    )
 
 
 def _seen(entry: Any, scope: GuardScope, tensors: Collection[int], sees: Sees) -> str | None:
@@ -221,8 +249,3 @@ def _seen(entry: Any, scope: GuardScope, tensors: Collection[int], sees: Sees) -
     except NotPortable:
         return None
     return next((code for code in found if sees(code, scope)), None)
-
-
-def _plain_name(name: str) -> str:
-    """`self.layers` for `L['self'].layers`: guards are named either way."""
-    return re.sub(r"^L\['(\w+)'\]", r"\1", name)

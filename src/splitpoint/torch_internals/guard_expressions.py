@@ -118,6 +118,14 @@ def _literal(value: object) -> str:
     raise NotPortable(f"a guard on a key that is {value!r}")
 
 
+def rooted(name: str, scope: GuardScope) -> str | None:
+    """A guard's name over the roots of `expressions`; None when it cannot be written so."""
+    try:
+        return _rooted(name, scope) or None
+    except NotPortable:
+        return None
+
+
 def _rooted(name: str, scope: GuardScope) -> str | None:
     """A guard's name over the roots of `expressions`; None when it is about an argument."""
     if not name:

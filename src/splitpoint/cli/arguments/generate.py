@@ -104,12 +104,23 @@ than rounding explains; else ours stops with an error and others are left out.
 
 The floor of a step is reading what it needs once from memory: the weights of body and head, and the
 keys and values that the rows hold on average. The bandwidth is measured with the same threads, in
-turn with the rest. Each of the others holds a copy of the weights.""",
+turn with the rest. Each of the others holds a copy of the weights.
+
+With --check N nothing is timed: N random prompts are answered by transformers alone and by ours,
+greedily one by one and four at a time, padded on the left, and some of them by drawing with a seed
+and by 4 beams. In fp32 all tokens must be the same. In bf16 the report says where answers first
+differ, and how near the two best logits are there; a greedy one must be explained by rounding.
+
+With --requests N continuous batching is timed: N requests with prompts of 8 to 256 tokens, and
+answers of a quarter of --new-tokens to all of them, come at random times to the manager behind
+transformers' generate_batch. In fp32 all answers must be the same.""",
         """\
 examples:
   splitpoint bench generate smollm2 --entrants eager,ours
   splitpoint bench generate smollm2 --prompts 128,1024 --batches 1,8 --threads 2 --plot bars.png
-  splitpoint bench generate llama-1b --entrants llamacpp,ours --new-tokens 32 --json out.json""",
+  splitpoint bench generate llama-1b --entrants llamacpp,ours --new-tokens 32 --json out.json
+  splitpoint bench generate smollm2 --check 64 --new-tokens 128 --dtype fp32
+  splitpoint bench generate smollm2 --requests 32 --rate 8""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
@@ -147,6 +158,26 @@ examples:
         metavar="N",
         help="how often each generates, after a first time that is not counted "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--check",
+        type=positive,
+        metavar="N",
+        help="time nothing: compare the answers to N prompts with transformers', token by token",
+    )
+    parser.add_argument(
+        "--requests",
+        type=positive,
+        metavar="N",
+        help="time continuous batching instead: N requests of mixed lengths, in turn by "
+        "transformers alone and compiled",
+    )
+    parser.add_argument(
+        "--rate",
+        type=above_zero,
+        default=8.0,
+        metavar="R",
+        help="with --requests: how many come a second (default: %(default)s)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"

@@ -81,9 +81,10 @@ def add_run(verbs: Any, run: Verb) -> None:
         """\
 Splits a model of the Llama family over N processes of this host (heads that do not divide are
 filled up with heads of zeros), compiles it for ranges, fuses all-reduce + RMSNorm where the
-policy says so, and answers a prompt. Each token is computed from all tokens before it: there is
-no KV cache. Prints the answer, the plan with what serves the collectives of each range and why,
-and how many all-reduces were fused. torchrun may start the ranks as well.""",
+policy says so, and answers a prompt. Each rank keeps the keys and values of its heads in a paged
+cache, and the prompt goes in parts of at most --max-size. Prints the answer, the plan with what
+serves the collectives of each range and why, and how many all-reduces were fused.
+torchrun may start the ranks as well.""",
         """\
 examples:
   splitpoint run smollm2 --tp 2

@@ -18,7 +18,7 @@ from ... import api
 from ...config import Config
 from ...errors import UnsupportedModel
 from ...ranges import align
-from ...runtime.paged_cache import PagedCache
+from ...runtime.paged_cache import CACHED_ATTENTION, PagedCache
 from .attention import NAME, register
 from .continuous import Places, is_step
 from .copies import Body, Given, Head, with_config
@@ -26,8 +26,6 @@ from .layer import PagedLayer
 from .rounding import HEAD, rounding
 
 log = logging.getLogger("splitpoint")
-
-CACHED_ATTENTION = "splitpoint::cached_attention"
 
 _UNDERSTOOD = ("cache_position", "return_dict", "output_attentions", "output_hidden_states")
 """Further arguments of a forward; the last two where they are off."""
