@@ -119,14 +119,14 @@ class KernelChoice:
     def _weights_of(self, shape: LinearShape, is_last: bool) -> str:
         """What the weights of layers are to be made: a key of `Variant.weights`."""
         asked = self._config.weights or ""
-        if shape.int8:
+        if shape.is_quantised:
             return ""  # are so already
         return "int8" if asked == "int4" and is_last else asked
 
     def _why(self, shape: LinearShape, weights: str) -> str:
         """Why layers keep their weights although something else was asked for."""
-        if shape.int8:
-            return "(the weights are int8 already)"
+        if shape.is_quantised:
+            return "(the weights are quantised already)"
         if not any(v.weights == weights and v.fits(shape) for v in linear.VARIANTS.values()):
             return f"(no group of {' or '.join(map(str, PREFERRED_GROUPS))} divides {shape.k})"
         if self._config.max_packed_bytes is None:
