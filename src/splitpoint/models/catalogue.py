@@ -90,17 +90,27 @@ def load(
 
     The first use of `"smollm2"` converts its weights into `cache_folder()` (about 0.5 GB).
 
+    Weights that a checkpoint holds in one of the formats of `quantised.formats` stay quantised.
+
     Raises:
         ModelNotFound: when `name` is none of these, or a package or network is missing.
-        UsageError: when `layers` is more than the model has.
+        UnsupportedModel: when its weights are quantised in a way that is not taken.
+        UsageError: when `layers` is more than the model has, and for random weights of a quantised
+            model.
     """
     transformers = _transformers()
     with _quiet(transformers):
         random_weights = random_weights or name in SHAPES
         source = _source(name, convert=not random_weights)
         config = _shallow(name, _config(transformers, name, source, random_weights), layers)
+        quantised = _is_quantised(name, config, random_weights)
         try:
-            if random_weights:
+            if quantised:
+                from .quantised.loading import load_quantised
+
+                classes = transformers.AutoModelForCausalLM
+                model = load_quantised(classes, source.path, config, dtype=dtype)
+            elif random_weights:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -318,6 +328,20 @@ def _config(transformers: Any, name: str, source: _Source, accept_config_file: b
         return transformers.AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
+
+
+def _is_quantised(name: str, config: Any, random_weights: bool) -> bool:
+    if getattr(config, "quantization_config", None) is None:
+        return False
+    from .quantised.loading import settings_of
+
+    found = settings_of(config) is not None
+    if found and random_weights:
+        raise UsageError(
+            f"{name} is quantised, and random weights are not: leave --random-weights out (and "
+            f"'splitpoint compile': its first start fills the store)"
+        )
+    return found
 
 
 def _shallow(name: str, config: Any, layers: int | None) -> Any:
