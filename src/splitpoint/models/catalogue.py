@@ -129,7 +129,7 @@ def load(
                 model = load_quantised(models, source.path, config, dtype=dtype)
             else:
                 model = models.from_pretrained(source.path, config=config, dtype=dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # the last of other quantisations
             raise _not_found(name, error) from error
         return model.eval().requires_grad_(False), _tokenizer(transformers, source)
 
@@ -146,6 +146,8 @@ def load_encoder(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = _transformers()
     with _quiet(transformers):
         folder = str(_minilm()) if name == MINILM else _source(name, convert=False).path
+        if Path(name).suffix == ".gguf":
+            raise ModelNotFound(f"{name} is a GGUF file, of which no encoder is loaded")
         try:
             model = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -153,6 +154,21 @@ def test_weights_that_are_nowhere_are_named(tmp_path: Path) -> None:
     config["num_hidden_layers"] += 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelNotFound, match=r"has no weights for model\.layers\.3\."):
+        sp.load(tmp_path)
+
+
+def test_scales_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    stored.write(tmp_path, AWQ, awq)
+    state = load_file(tmp_path / "model.safetensors")
+    state["model.layers.0.mlp.act_fn.scales"] = torch.ones(64)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"act_fn\.scales of a checkpoint of awq"):
+        sp.load(tmp_path)
+
+
+def test_methods_that_need_packages_are_named(tmp_path: Path) -> None:
+    stored.write(tmp_path, GPTQ | {"quant_method": "spqr"}, gptq)
+    with pytest.raises(ModelNotFound, match="cannot load"):
         sp.load(tmp_path)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ModelNotFound, UnsupportedModel
+from ...errors import UnsupportedModel
 from .decoded import Decoded, packed_linear, signed
 
 log = logging.getLogger("splitpoint")
@@ -29,17 +29,11 @@ BLOCK, BLOCK_BYTES = 32, 18
 
 
 def load_gguf(model_class: Any, file: Path, quantization_config: Any, **how: Any) -> Any:
-    """`model_class.from_pretrained` of a GGUF file, with its layers in Q4_0 in 4 bits.
-
-    Raises:
-        ModelNotFound: when transformers cannot read it.
-    """
-    try:
-        model = model_class.from_pretrained(
-            file.parent, gguf_file=file.name, quantization_config=quantization_config, **how
-        )
-    except ImportError as error:  # accelerate or gguf, which transformers imports by need
-        raise ModelNotFound(f"{error}: pip install 'splitpoint[cli]'") from error
+    """`model_class.from_pretrained` of a GGUF file, with its layers in Q4_0 in 4 bits. Raises what
+    that does."""
+    model = model_class.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=quantization_config, **how
+    )
     kept = keep_blocks(model, file)
     layers = sum(type(each) is nn.Linear for each in model.modules())
     log.info("%s: %d layers stay in 4 bits, %d were decoded", file, len(kept), layers)

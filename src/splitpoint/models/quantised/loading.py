@@ -73,6 +73,14 @@ def load_quantised(model_class: Any, path: str, config: Any, **how: Any) -> Any:
             f"{' and others' if len(missing) > 3 else ''}, under the names that this model has: "
             f"load a checkpoint that was not quantised"
         )
+    names = {name for name, _ in model.named_modules()}
+    for key in sorted(found["unexpected_keys"]):
+        module, _, name = key.rpartition(".")
+        if module in names and ("scale" in name or "zero" in name):
+            raise UnsupportedModel(
+                f"{key} of a checkpoint of {settings['quant_method']} belongs to a part that this "
+                f"model computes without: load a checkpoint that was not quantised"
+            )
     return model
 
 
