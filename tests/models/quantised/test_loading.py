@@ -116,6 +116,14 @@ def test_a_head_of_its_own_may_be_quantised(tmp_path: Path) -> None:
         torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_another_dtype_leaves_weights_as_they_are(tmp_path: Path) -> None:
+    expected = stored.write(tmp_path, FORMATS["int-quantized"][0], int8)
+    model = sp.load(tmp_path).float()
+    name = "model.layers.0.mlp.up_proj"
+    weight = model.get_submodule(name).weight(torch.float32)
+    assert torch.equal(weight, expected.get_submodule(name).weight)
+
+
 def test_first_layers_alone(tmp_path: Path) -> None:
     stored.write(tmp_path, AWQ, awq)
     model, _ = catalogue.load(str(tmp_path), torch.float32, layers=1)

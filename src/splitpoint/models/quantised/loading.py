@@ -73,6 +73,7 @@ def load_quantised(model_class: Any, path: str, config: Any, **how: Any) -> Any:
             f"{' and others' if len(missing) > 3 else ''}, under the names that this model has: "
             f"load a checkpoint that was not quantised"
         )
+    model.is_quantized = False  # transformers refuses .float() of others; packed ones stay as exact
     names = {name for name, _ in model.named_modules()}
     for key in sorted(found["unexpected_keys"]):
         module, _, name = key.rpartition(".")
