@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from splitpoint.errors import UnsupportedModel
+from splitpoint.kernels.memory import Streamed
 from splitpoint.models.quantised.decoded import packed_linear
 from splitpoint.models.quantised.formats import FORMATS
 from tests.models.quantised import stored
@@ -28,7 +29,7 @@ def layer(method: str, tensors: Mapping[str, Tensor], settings: Any, n: int, k: 
     read = {
         name: each.float() if each.is_floating_point() else each for name, each in tensors.items()
     }
-    return packed_linear(FORMATS[method].decode(read, settings, n, k), None)
+    return packed_linear(FORMATS[method].decode(read, settings, n, k), None, Streamed())
 
 
 def check(made: Any, drawn: Drawn) -> None:
@@ -155,11 +156,11 @@ def test_partial_groups_at_the_end() -> None:
 def test_biases_of_zeros_are_none() -> None:
     drawn = draw(16, 64, 64)
     weight = FORMATS["gptq"].decode(stored.gptq(drawn), {}, 16, 64)
-    assert packed_linear(weight, torch.zeros(16)).bias is None
+    assert packed_linear(weight, torch.zeros(16), Streamed()).bias is None
     bias = torch.randn(16)
-    made = packed_linear(weight, bias)
+    made = packed_linear(weight, bias, Streamed())
     x = torch.randn(2, 64)
-    torch.testing.assert_close(made(x), packed_linear(weight, None)(x) + bias)
+    torch.testing.assert_close(made(x), packed_linear(weight, None, Streamed())(x) + bias)
 
 
 def broken(change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
@@ -175,7 +176,7 @@ def set_first_zero_point_to_15(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("method", "tensors", "settings", "says"),
     [
-        ("gptq", broken(set_first_zero_point_to_15), {}, "a zero point below 0"),
+        ("gptq", broken(set_first_zero_point_to_15), {}, "zero points stored as 15"),
         ("gptq", broken(lambda t: t.pop("scales")), {}, "no tensor scales"),
         ("gptq", broken(lambda t: t["g_idx"].add_(1)), {}, "g_idx names groups"),
         ("gptq", broken(lambda t: t.pop("g_idx")), {"group_size": 64}, "2 scales a row for 64"),

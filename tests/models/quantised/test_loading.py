@@ -95,6 +95,21 @@ def test_in_bfloat16_it_is_no_further_off_than_weights_rounded_to_it(
     assert ours < 1.2 * theirs
 
 
+@pytest.mark.parametrize("name", ["pack-quantized", "int-quantized"])
+def test_transformers_with_its_package_computes_the_same(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    stored.write(tmp_path, *FORMATS[name])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    with torch.no_grad():
+        ours = sp.load(tmp_path, torch.float32)(IDS).logits
+        # Theirs are rounded to the float16 of the scales when they are decoded.
+        torch.testing.assert_close(ours, theirs(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_biases_tied_heads_and_layers_that_were_left_out(tmp_path: Path) -> None:
     skip = ("lm_head", "layers.1.mlp.down_proj", "layers.2.self_attn.q_proj")
     expected = stored.write(tmp_path, GPTQ, gptq, skip=skip, tied=True, bias=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
+from ...kernels.memory import Streamed
 from ...models.quantised.decoded import Decoded, even_groups, packed_linear
 
 
@@ -57,11 +58,12 @@ def convert(model: nn.Module) -> nn.Module:
             the message names the weight, and nothing has changed then.
     """
     found: dict[nn.Module, nn.Module] = {}
+    memory = Streamed()
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             if type(weight).__module__.split(".")[0] == "torchao":
                 where = f"{path}.{name}" if path else name
-                found[module] = _converted(module, name, weight, where)
+                found[module] = _converted(module, name, weight, where, memory)
     if model in found:
         return found[model]
     for parent in list(model.modules()):
@@ -71,7 +73,9 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _converted(module: nn.Module, name: str, weight: Any, where: str) -> nn.Module:
+def _converted(
+    module: nn.Module, name: str, weight: Any, where: str, memory: Streamed
+) -> nn.Module:
     try:
         if type(module) is not nn.Linear or name != "weight":
             raise UnsupportedModel(
@@ -79,7 +83,7 @@ def _converted(module: nn.Module, name: str, weight: Any, where: str) -> nn.Modu
             )
         if weight.dtype not in (torch.float32, torch.bfloat16):
             raise UnsupportedModel(f"stands for {weight.dtype}")
-        made = _TAKEN.get(type(weight).__name__, _other)(weight, module.bias)
+        made = _TAKEN.get(type(weight).__name__, _other)(weight, module.bias, memory)
     except UnsupportedModel as why:
         raise UnsupportedModel(
             f"{where} is a {type(weight).__name__} of torchao that {why}: quantise with "
@@ -89,7 +93,7 @@ def _converted(module: nn.Module, name: str, weight: Any, where: str) -> nn.Modu
     return made.train(module.training)
 
 
-def _int8(weight: Any, bias: nn.Parameter | None) -> nn.Module:
+def _int8(weight: Any, bias: nn.Parameter | None, memory: Streamed) -> nn.Module:
     if weight.qdata.dtype != torch.int8:
         raise UnsupportedModel("is not int8")
     if list(weight.block_size) != [1, weight.shape[1]]:
@@ -104,7 +108,7 @@ def _int8(weight: Any, bias: nn.Parameter | None) -> nn.Module:
     return Int8Linear(weight.qdata.detach(), scale, bias)
 
 
-def _intx(weight: Any, bias: nn.Parameter | None) -> nn.Module:
+def _intx(weight: Any, bias: nn.Parameter | None, memory: Streamed) -> nn.Module:
     if weight.activation_quantization is not None:
         raise UnsupportedModel("rounds or scales activations")
     rows, group = weight.block_size
@@ -116,10 +120,10 @@ def _intx(weight: Any, bias: nn.Parameter | None) -> nn.Module:
         raise UnsupportedModel("has zero points that are no whole steps")
     group_of = even_groups(weight.shape[1], group, scales.shape[1])
     decoded = Decoded(bits, weight.qdata.detach(), scales, zeros.to(torch.int8), group_of)
-    return packed_linear(decoded, bias)
+    return packed_linear(decoded, bias, memory)
 
 
-def _other(weight: Any, bias: nn.Parameter | None) -> nn.Module:
+def _other(weight: Any, bias: nn.Parameter | None, memory: Streamed) -> nn.Module:
     zeros = getattr(weight, "zero_point", getattr(weight, "scale_and_zero", None))
     if isinstance(zeros, Tensor) and zeros.is_floating_point():
         raise UnsupportedModel("has zero points that are no whole steps")
@@ -128,7 +132,7 @@ def _other(weight: Any, bias: nn.Parameter | None) -> nn.Module:
 
 _UP_TO_4_BITS = (torch.int1, torch.int2, torch.int3, torch.int4)
 
-_TAKEN: dict[str, Callable[[Any, nn.Parameter | None], nn.Module]] = {
+_TAKEN: dict[str, Callable[[Any, nn.Parameter | None, Streamed], nn.Module]] = {
     "Int8Tensor": _int8,
     "IntxUnpackedToInt8Tensor": _intx,
 }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ... import kernels
 from ...errors import UnsupportedModel
 from ...kernels.int4 import GROUPS, pack_int4
+from ...kernels.memory import Streamed
 from ...kernels.packed_linear import PackedLinear, scales_as_exact
 
 BITS = (4, 8)
@@ -62,9 +63,9 @@ def even_groups(k: int, size: int, count: int) -> Tensor:
     return torch.arange(k) // size
 
 
-def packed_linear(weight: Decoded, bias: Tensor | None) -> nn.Module:
+def packed_linear(weight: Decoded, bias: Tensor | None, memory: Streamed) -> nn.Module:
     """The layer that computes with a weight, exactly as it is: its scales are bfloat16 where all
-    are, else float32.
+    are, else float32. It lies in `memory`.
 
     Columns whose groups lie apart (`desc_act`) are brought together, and x is permuted alike.
 
@@ -81,7 +82,7 @@ def packed_linear(weight: Decoded, bias: Tensor | None) -> nn.Module:
         bias = None  # some programs store zeros for layers that have none
     made = _packed4 if weight.bits == 4 else _packed8
     packed, scale = made(weight, values, group_of)
-    return PackedLinear(packed, n, k, scale, bias, order)
+    return PackedLinear(memory.placed(packed), n, k, scale, bias, order)
 
 
 def _packed4(weight: Decoded, values: Tensor, group_of: Tensor) -> tuple[Tensor, None]:

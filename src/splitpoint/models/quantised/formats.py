@@ -92,8 +92,8 @@ def _gptq(given: Mapping[str, Tensor], settings: Settings, n: int, k: int) -> De
     if _gptq_version(settings) == "gptq":
         if bool((zeros == 2**bits - 1).any()):
             raise UnsupportedModel(
-                "a zero point below 0, which version 1 of the format stores as another's: "
-                "quantise to 'gptq_v2', or symmetrically"
+                f"zero points stored as {2**bits - 1}, which in version 1 of the format are 0 or "
+                f"{2**bits}: quantise to 'gptq_v2', or symmetrically"
             )
         zeros += 1
     if "g_idx" in given:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
+from ...kernels.memory import Streamed
 from .decoded import Decoded, packed_linear, signed
 
 log = logging.getLogger("splitpoint")
@@ -56,7 +57,7 @@ def keep_blocks(model: Any, file: Path) -> list[str]:
         tensor.name: tensor.data for tensor in reader.tensors if tensor.tensor_type.name == KEPT
     }
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    kept = []
+    kept, memory = [], Streamed()
     for name, module in list(model.named_modules()):
         stored = blocks.get(names.get_name(f"{name}.weight", try_suffixes=(".weight",)))
         if type(module) is not nn.Linear or stored is None or f"{name}.weight" in tied:
@@ -68,7 +69,7 @@ def keep_blocks(model: Any, file: Path) -> list[str]:
             )
             if torch.equal(_dense(turned).to(module.weight.dtype), module.weight):
                 try:
-                    model.set_submodule(name, packed_linear(turned, module.bias))
+                    model.set_submodule(name, packed_linear(turned, module.bias, memory))
                 except UnsupportedModel:
                     break
                 kept.append(name)

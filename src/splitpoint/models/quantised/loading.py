@@ -16,6 +16,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...errors import ModelNotFound, UnsupportedModel
+from ...kernels.memory import Streamed
 from ...kernels.packed_linear import PackedLinear
 from .decoded import packed_linear
 from .formats import FORMATS, Format, Settings
@@ -157,7 +158,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        config = self.quantization_config
+        config, memory = self.quantization_config, Streamed()
         for name, module in list(model.named_modules()):
             if not isinstance(module, _Waiting):
                 continue
@@ -165,7 +166,7 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
             bias = given.pop("bias", None)
             try:
                 weight = config.format.decode(given, config.settings, module.n, module.k)
-                model.set_submodule(name, packed_linear(weight, bias))
+                model.set_submodule(name, packed_linear(weight, bias, memory))
             except UnsupportedModel as why:
                 raise UnsupportedModel(
                     f"{name} of a checkpoint of {config.settings['quant_method']} cannot be taken: "
