@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from splitpoint import Config, compile, kernels
 from splitpoint.kernels.int4 import INT4_FORMATS, Int4Format, pack_int4, quantize_int4
 from splitpoint.kernels.layout import quantize
-from splitpoint.kernels.packed_linear import PackedLinear, scales_as_exact
+from splitpoint.kernels.packed_linear import PackedLinear
 from splitpoint.passes.linear_sites import LinearShape
 from splitpoint.ranges import Range
 from splitpoint.tuning.linear import INDUCTOR, LinearTuner
@@ -164,15 +164,3 @@ def test_variants_are_right_as_the_tuner_sees_it(packed: str, instruction_set: s
             assert tuner.choose(shape, Range(33, 64)) != INDUCTOR
     finally:
         kernels.use_instruction_set("best")
-
-
-def test_scales_are_narrow_where_that_is_exact() -> None:
-    narrow = torch.randn(3, 5).to(torch.bfloat16)
-    assert scales_as_exact(narrow.float()).dtype == torch.bfloat16
-    wide = torch.tensor([1.0, 1 + 2.0**-10]).half()
-    assert torch.equal(scales_as_exact(wide), wide.float())
-
-
-def test_what_is_printed() -> None:
-    assert str(int8(8, 32, bias=True)) == "PackedLinear(32, 8, 8 bits, bias=True)"
-    assert str(int4(8, 32, Int4Format(32))) == "PackedLinear(32, 8, 4 bits, bias=False)"

@@ -131,6 +131,22 @@ def test_a_head_of_its_own_may_be_quantised(tmp_path: Path) -> None:
         torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_several_files(tmp_path: Path) -> None:
+    expected = stored.write(tmp_path, GPTQ, gptq)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    places = {}
+    for index in range(2):  # tensors of one layer lie in both
+        part = {name: state[name] for name in sorted(state)[index::2]}
+        places |= dict.fromkeys(part, f"model-{index}.safetensors")
+        save_file(part, tmp_path / f"model-{index}.safetensors", metadata={"format": "pt"})
+    index_file = tmp_path / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with torch.no_grad():
+        logits = sp.load(tmp_path, torch.float32)(IDS).logits
+        torch.testing.assert_close(logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_another_dtype_leaves_weights_as_they_are(tmp_path: Path) -> None:
     expected = stored.write(tmp_path, FORMATS["int-quantized"][0], int8)
     model = sp.load(tmp_path).float()

@@ -130,7 +130,7 @@ def _other(weight: Any, bias: nn.Parameter | None, memory: Streamed) -> nn.Modul
     raise UnsupportedModel("is in a format that is not taken")
 
 
-_UP_TO_4_BITS = (torch.int1, torch.int2, torch.int3, torch.int4)
+_UP_TO_4_BITS = tuple(getattr(torch, f"int{bits}") for bits in (1, 2, 3, 4))
 
 _TAKEN: dict[str, Callable[[Any, nn.Parameter | None, Streamed], nn.Module]] = {
     "Int8Tensor": _int8,

@@ -61,17 +61,19 @@ def _shape(given: Tensor, name: str, *expected: int) -> None:
         )
 
 
+def _version(settings: Settings, default: str) -> str:
+    """The version of a format, under the names that programs have for it."""
+    found = (settings.get(name) for name in ("version", "checkpoint_format", "format"))
+    return next((str(each).lower() for each in found if each), default)
+
+
 # --- GPTQ ------------------------------------------------------------------------------
 
 _GPTQ_VERSIONS = ("gptq", "gptq_v2")
 
 
-def _gptq_version(settings: Settings) -> str:
-    return str(settings.get("checkpoint_format") or settings.get("format") or _GPTQ_VERSIONS[0])
-
-
 def _gptq_refusals(settings: Settings) -> Iterator[str]:
-    if (version := _gptq_version(settings)) not in _GPTQ_VERSIONS:
+    if (version := _version(settings, "gptq")) not in _GPTQ_VERSIONS:
         yield f"checkpoint_format={version!r} (taken: {', '.join(map(repr, _GPTQ_VERSIONS))})"
     if settings.get("is_marlin_format"):
         yield "is_marlin_format=True"
@@ -89,7 +91,7 @@ def _gptq(given: Mapping[str, Tensor], settings: Settings, n: int, k: int) -> De
     _shape(words, "qweight", k * bits // 32, n)
     _shape(stored, "qzeros", groups, n * bits // 32)
     zeros = unpacked(stored, bits)
-    if _gptq_version(settings) == "gptq":
+    if _version(settings, "gptq") == "gptq":
         if bool((zeros == 2**bits - 1).any()):
             raise UnsupportedModel(
                 f"zero points stored as {2**bits - 1}, which in version 1 of the format are 0 or "
@@ -117,12 +119,8 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns the bits of a word hold, from the lowest four on."""
 
 
-def _awq_version(settings: Settings) -> str:
-    return str(settings.get("version") or settings.get("format") or "gemm").lower()
-
-
 def _awq_refusals(settings: Settings) -> Iterator[str]:
-    if (version := _awq_version(settings)) != "gemm":
+    if (version := _version(settings, "gemm")) != "gemm":
         yield f"version={version!r} (taken: 'gemm')"
     bits = settings.get("bits", settings.get("w_bit", 4))
     if bits != 4:
