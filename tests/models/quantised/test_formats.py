@@ -198,6 +198,13 @@ def set_first_zero_point_to_15(tensors: dict[str, Tensor]) -> None:
             stored.compressed_settings(8, -1, True),
             "weights in torch.float32",
         ),
+        (
+            "compressed-tensors",
+            stored.compressed(draw(16, 64, 32), True)
+            | {"weight_zero_point": torch.full((16, 2), 0.5)},
+            stored.compressed_settings(4, 32, False),
+            "no whole steps",
+        ),
     ],
 )
 def test_what_is_not_taken_is_named(

@@ -197,6 +197,9 @@ def _compressed(given: Mapping[str, Tensor], settings: Settings, n: int, k: int)
     if zeros is not None and zeros.dtype == torch.int32:
         zeros = signed(unpacked(zeros.t(), bits)[:, :n], bits).t()
     if zeros is not None:
+        if not torch.equal(zeros, zeros.to(torch.int8).to(zeros.dtype)):
+            raise UnsupportedModel("zero points that are no whole steps")
+        zeros = zeros.to(torch.int8)
         zeros = zeros.reshape(-1, zeros.shape[-1] if zeros.dim() == 2 else 1).expand_as(scales)
     if "weight_g_idx" in given:
         group_of = given["weight_g_idx"].long()

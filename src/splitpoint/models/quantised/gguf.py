@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModel
 from ...kernels.memory import Streamed
 from .decoded import Decoded, packed_linear, signed
 
@@ -68,10 +67,7 @@ def keep_blocks(model: Any, file: Path) -> list[str]:
                 4, decoded.values[order], decoded.scales[order], None, decoded.group_of
             )
             if torch.equal(_dense(turned).to(module.weight.dtype), module.weight):
-                try:
-                    model.set_submodule(name, packed_linear(turned, module.bias, memory))
-                except UnsupportedModel:
-                    break
+                model.set_submodule(name, packed_linear(turned, module.bias, memory))
                 kept.append(name)
                 break
     return kept
