@@ -10,6 +10,8 @@ import pytest
 from splitpoint.cli.verbs import main
 
 from .. import tiny
+from ..models.quantised import stored
+from ..models.quantised.test_loading import AWQ, awq
 
 QUICK = ("--backend", "eager", "--max-size", "16", "--dtype", "fp32", "--max-new-tokens", "5")
 
@@ -70,6 +72,16 @@ def test_mistakes(arguments: tuple[str, ...], message: str, folder: Path, capsys
     assert (code, out) == (2, "")
     assert message in err
     assert err.splitlines()[-1].startswith("splitpoint: error: ")
+
+
+def test_a_quantised_checkpoint_answers(tmp_path: Path, capsys):
+    stored.write(tmp_path, AWQ, awq)
+    tiny.save_tokenizer(tmp_path)
+    assert main(["generate", str(tmp_path), "a b a", *QUICK]) == 0
+    assert "first token after " in capsys.readouterr().err
+    stored.write(tmp_path, AWQ | {"version": "gemv"}, awq)
+    assert main(["generate", str(tmp_path), "a b a", *QUICK]) == 2
+    assert "a checkpoint of awq with version='gemv'" in capsys.readouterr().err
 
 
 def test_a_model_without_a_tokenizer(tmp_path: Path, capsys):

@@ -102,21 +102,28 @@ void check(const KernelTable& table, bool packed, const Shape& s, DType type, DT
 
 // A 4-bit weight: any bits are one. Its values are read back by hand.
 void check_int4(const KernelTable& table, const Shape& s, DType type, int64_t group,
-                bool zero_points) {
+                bool zero_points, bool wide_scales) {
   const int64_t blocks = ceil_div(s.n, kBlock), groups = s.k / group;
-  const int64_t head = (zero_points ? 3 : 2) * kBlock, bytes = head + group / 2 * kBlock;
+  const int64_t scale_bytes = (wide_scales ? 4 : 2) * kBlock;
+  const int64_t head = scale_bytes + (zero_points ? kBlock : 0), bytes = head + group / 2 * kBlock;
   Buffer packed(DType::i8, blocks * groups * bytes);
   for (int64_t i = 0; i < blocks * groups; ++i) {
-    auto* scales = reinterpret_cast<Bf16*>(packed.bytes.get() + i * bytes);
-    for (int64_t c = 0; c < kBlock; ++c) scales[c] = to_bf16(uniform());
-    for (int64_t c = 2 * kBlock; c < head; ++c) packed.bytes[i * bytes + c] %= 8;
+    char* scales = packed.bytes.get() + i * bytes;
+    for (int64_t c = 0; c < kBlock; ++c) {
+      if (wide_scales) {
+        reinterpret_cast<float*>(scales)[c] = static_cast<float>(uniform());
+      } else {
+        reinterpret_cast<Bf16*>(scales)[c] = to_bf16(uniform());
+      }
+    }
+    for (int64_t c = scale_bytes; c < head; ++c) packed.bytes[i * bytes + c] %= 8;
   }
   const Buffer x(type, s.t * s.k);
   Buffer y(type, s.t * s.n), wide(DType::f32, 0), x_sums(DType::f32, s.t * groups);
   Buffer whole(type, s.k * s.n);
   LinearArgs a{};
   a.t = s.t, a.n = s.n, a.k = s.k, a.x_stride = s.k, a.y_stride = s.n;
-  a.group = group, a.zero_points = zero_points, a.w_type = DType::i4;
+  a.group = group, a.zero_points = zero_points, a.wide_scales = wide_scales, a.w_type = DType::i4;
   a.x = x.bytes.get(), a.y = y.bytes.get(), a.x_type = type, a.y_type = type;
   a.first.values = packed.bytes.get();
   if (type == DType::bf16 && !table.dots_bf16) {
@@ -141,8 +148,9 @@ void check_int4(const KernelTable& table, const Shape& s, DType type, int64_t gr
       std::memcpy(&word, at + head + k % group / 8 * 4 * kBlock + c % kBlock * 4, 4);
       const int shift = k % 8 / 2 * 4 + k % 2 * 16;
       double value = static_cast<int32_t>(word << (28 - shift)) >> 28;
-      if (zero_points) value -= static_cast<signed char>(at[2 * kBlock + c % kBlock]);
-      weight[k] = value * to_float(reinterpret_cast<const Bf16*>(at)[c % kBlock]);
+      if (zero_points) value -= static_cast<signed char>(at[scale_bytes + c % kBlock]);
+      weight[k] = value * (wide_scales ? reinterpret_cast<const float*>(at)[c % kBlock]
+                                       : to_float(reinterpret_cast<const Bf16*>(at)[c % kBlock]));
       if (!(std::fabs(whole.at(k * s.n + c) - weight[k]) <= 1e-2 * std::fabs(weight[k]))) {
         std::printf("%s unpacks to %g, expected %g\n", table.name, whole.at(k * s.n + c), weight[k]);
         std::exit(1);
@@ -207,7 +215,7 @@ int main() {
         for (const int64_t n : {1, 33, 70}) {
           for (const int64_t k : {group, 5 * group, int64_t{1152}}) {
             for (const DType type : {DType::f32, DType::bf16}) {
-              check_int4(*table, {t, n, k}, type, group, t % 2 == n % 2);
+              check_int4(*table, {t, n, k}, type, group, t % 2 == n % 2, t % 3 == n % 3);
             }
           }
         }

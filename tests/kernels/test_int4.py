@@ -17,8 +17,10 @@ from splitpoint.kernels import reference
 from splitpoint.kernels.bounds import ROUNDOFF, U32, exceeded
 from splitpoint.kernels.int4 import (
     GROUPS,
+    INT4_FORMATS,
+    Int4Format,
     dequantize_int4,
-    int4_shape,
+    int4_format,
     pack_int4,
     quantize_int4,
     unpack_int4,
@@ -70,21 +72,22 @@ class Case:
 
 
 def drawn(
-    n: int, k: int, group: int, zero_points: bool, rng: torch.Generator
+    n: int, k: int, made: Int4Format, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Any values, scales and zero points that there can be, not only what quantising makes."""
     values = torch.randint(-8, 8, (n, k), generator=rng, dtype=torch.int8)
-    scales = torch.randn(n, k // group, generator=rng).to(torch.bfloat16)
-    zeros = torch.randint(-8, 8, (n, k // group), generator=rng, dtype=torch.int8)
-    return values, scales, zeros if zero_points else None
+    # Of float16 where they are wide: so that a weight is exact in float32.
+    scales = torch.randn(n, k // made.group, generator=rng)
+    scales = scales.half().float() if made.wide_scales else scales.to(torch.bfloat16)
+    zeros = torch.randint(-8, 8, (n, k // made.group), generator=rng, dtype=torch.int8)
+    return values, scales, zeros if made.zero_points else None
 
 
 def make_case(
     t: int,
     n: Sequence[int],
     k: int,
-    group: int,
-    zero_points: bool,
+    made: Int4Format,
     dtype: torch.dtype,
     *,
     bias: bool = False,
@@ -106,7 +109,7 @@ def make_case(
 
     packed, weights, off = [], [], []
     for columns in n:
-        values, scales, zeros = drawn(columns, k, group, zero_points, rng)
+        values, scales, zeros = drawn(columns, k, made, rng)
         packed.append(pack_int4(values, scales, zeros))
         weights.append(dequantize_int4(values, scales, zeros))
         # Zero points are taken off the sums, so that these may be as large as without them; and
@@ -134,13 +137,12 @@ def cases(draw: st.DrawFn) -> Case:
     columns = st.one_of(st.integers(0, 70), st.sampled_from([32, 64, 160]))
     gated = draw(st.booleans())
     n = [draw(columns)] * 2 if gated else draw(st.lists(columns, min_size=1, max_size=3))
-    group = draw(st.sampled_from(GROUPS))
+    made = draw(st.sampled_from(INT4_FORMATS))
     return make_case(
         draw(st.integers(0, 40)),
         n,
-        group * draw(st.integers(1, 9)),
-        group,
-        draw(st.booleans()),
+        made.group * draw(st.integers(1, 9)),
+        made,
         draw(st.sampled_from([torch.bfloat16, torch.float32])),
         bias=draw(st.booleans()),
         residual=draw(st.booleans()) and (gated or len(n) == 1),
@@ -166,16 +168,20 @@ def test_matches_float64(case: Case, threads: int, instruction_set: str) -> None
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("t", "n", "k", "group", "zero_points"),
+    ("t", "n", "k", "made"),
     [
-        (1, 576, 576, 64, False),
-        (12, 100, 1536, 32, True),
-        (13, 33, 640, 128, True),
-        (20, 35, 1024, 32, False),  # rows of x would compete for cache lines
-        (200, 70, 384, 128, True),  # rows are split between threads too
-        (115, 40, 4096 + 32, 32, True),  # k is unpacked in slices, for two groups of rows
-        (3, 4100, 32, 32, True),
+        (1, 576, 576, Int4Format(64)),
+        (12, 100, 1536, Int4Format(32, True)),
+        (12, 100, 1536, Int4Format(128, True, True)),
+        (13, 33, 640, Int4Format(128, True)),
+        (20, 35, 1024, Int4Format(32)),  # rows of x would compete for cache lines
+        (200, 70, 384, Int4Format(128, True, True)),  # rows are split between threads too
+        # k is unpacked in slices, for two groups of rows
+        (115, 40, 4096 + 32, Int4Format(32, True)),
+        (115, 40, 4096 + 32, Int4Format(32, False, True)),
+        (3, 4100, 32, Int4Format(32, True)),
     ],
+    ids=str,
 )
 def test_matches_float64_at_larger_shapes(
     instruction_set: str,
@@ -183,12 +189,11 @@ def test_matches_float64_at_larger_shapes(
     t: int,
     n: int,
     k: int,
-    group: int,
-    zero_points: bool,
+    made: Int4Format,
 ) -> None:
     torch.set_num_threads(2)
     kernels.use_instruction_set(instruction_set)
-    case = make_case(t, [n, 65], k, group, zero_points, dtype, bias=True, gap=3)
+    case = make_case(t, [n, 65], k, made, dtype, bias=True, gap=3)
     case.check(case.run())
 
 
@@ -199,17 +204,17 @@ def test_values_that_are_not_finite_stay_in_their_row(
     instruction_set: str, t: int, value: float
 ) -> None:
     kernels.use_instruction_set(instruction_set)
-    case = make_case(t, [40], 64, 32, True, torch.bfloat16)
+    case = make_case(t, [40], 64, Int4Format(32, True), torch.bfloat16)
     case.x[2, 32] = value
     (y,) = case.run()
     assert not y[2].isfinite().any()
     assert y[[0, 1, 3, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("zero_points", [False, True])
-def test_threads_and_neighbours_change_nothing(zero_points: bool) -> None:
+@pytest.mark.parametrize("made", [Int4Format(32), Int4Format(32, True)], ids=str)
+def test_threads_and_neighbours_change_nothing(made: Int4Format) -> None:
     for t in (9, 200):
-        case = make_case(t, [70, 70], 64, 32, zero_points, torch.bfloat16, gated=True)
+        case = make_case(t, [70, 70], 64, made, torch.bfloat16, gated=True)
         torch.set_num_threads(1)
         (alone,) = case.run()
         torch.set_num_threads(2)
@@ -222,8 +227,7 @@ def test_threads_and_neighbours_change_nothing(zero_points: bool) -> None:
 @given(
     n=st.integers(0, 70),
     groups=st.integers(1, 5),
-    group=st.sampled_from(GROUPS),
-    zero_points=st.booleans(),
+    made=st.sampled_from(INT4_FORMATS),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     instruction_set=st.sampled_from(kernels.instruction_sets()),
     seed=st.integers(0, 1000),
@@ -231,17 +235,17 @@ def test_threads_and_neighbours_change_nothing(zero_points: bool) -> None:
 def test_packed_weights_unpack_to_what_they_stand_for(
     n: int,
     groups: int,
-    group: int,
-    zero_points: bool,
+    made: Int4Format,
     dtype: torch.dtype,
     instruction_set: str,
     seed: int,
 ) -> None:
     kernels.use_instruction_set(instruction_set)
-    k = groups * group
-    given_ = drawn(n, k, group, zero_points, torch.Generator().manual_seed(seed))
+    k = groups * made.group
+    given_ = drawn(n, k, made, torch.Generator().manual_seed(seed))
     weight, packed = dequantize_int4(*given_), pack_int4(*given_)
-    assert packed.shape == int4_shape(n, k, group, zero_points)
+    assert packed.shape == made.shape(n, k)
+    assert int4_format(packed.shape) == made
     assert torch.equal(unpack_int4(packed, n, k), weight)
     assert torch.equal(OPS.unpack_weight(packed, None, n, k, dtype), weight.t().to(dtype))
 
@@ -286,7 +290,7 @@ def test_quantising_is_within_half_a_step_and_what_rounding_the_scale_moves(
 
 
 def good() -> dict[str, Any]:
-    case = make_case(3, [40], 64, 32, False, torch.bfloat16)
+    case = make_case(3, [40], 64, Int4Format(32), torch.bfloat16)
     return {"x": case.x, "weights": case.packed, "n": [40], "scales": [], "biases": []}
 
 
@@ -308,9 +312,11 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type, says: st
 
 
 def test_weights_must_go_together() -> None:
-    one, two = (make_case(1, [32], 64, 32, z, torch.float32) for z in (False, True))
-    with pytest.raises(ValueError, match="groups alike"):
-        OPS.linear_packed(one.x, one.packed + two.packed, [32, 32], [], [])
+    formats = Int4Format(32), Int4Format(32, True), Int4Format(32, False, True)
+    one, *others = (make_case(1, [32], 64, made, torch.float32) for made in formats)
+    for other in others:
+        with pytest.raises(ValueError, match="groups alike"):
+            OPS.linear_packed(one.x, one.packed + other.packed, [32, 32], [], [])
     with pytest.raises(TypeError, match="float32, bfloat16 or int8"):
         OPS.linear_gemv(one.x, one.packed, [], [])
 
@@ -322,10 +328,12 @@ def test_groups_that_do_not_fit_are_refused(k: int, group: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero_points", "dtype"), [(True, torch.bfloat16), (False, torch.float32)], ids=str
+    ("made", "dtype"),
+    [(Int4Format(32, True), torch.bfloat16), (Int4Format(32, False, True), torch.float32)],
+    ids=str,
 )
-def test_opcheck(zero_points: bool, dtype: torch.dtype) -> None:
-    case = make_case(3, [40], 64, 32, zero_points, dtype, bias=True, residual=True)
+def test_opcheck(made: Int4Format, dtype: torch.dtype) -> None:
+    case = make_case(3, [40], 64, made, dtype, bias=True, residual=True)
     torch.library.opcheck(
         OPS.linear_packed.default, (case.x, case.packed, [40], [], case.biases, case.residual)
     )

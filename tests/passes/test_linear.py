@@ -24,7 +24,12 @@ from splitpoint.passes.linear_sites import LinearShape, find
 from splitpoint.runtime.packed_weights import PackedWeights
 from splitpoint.tuning.linear import LinearTuner, probes
 
-NAMES = sorted(name for name, variant in VARIANTS.items() if not variant.weights)
+PLAIN = LinearShape((264,), 200, torch.float32)
+NAMES = sorted(
+    name
+    for name, each in VARIANTS.items()
+    if not each.weights and not each.batch_invariant and each.fits(PLAIN)
+)
 
 
 class Model(torch.nn.Module):

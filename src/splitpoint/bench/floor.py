@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.memory import streamed_bytes
+from ..kernels.packed_linear import PackedLinear
 from ..torch_internals.onednn import prepacked_linear
 from ..tuning.measure import Timing
 from .inputs import last_logits, random_ids
@@ -31,6 +32,9 @@ fast as larger ones, and short enough to take turns."""
 
 REGISTER_OPERATIONS = 10**8
 """Operations in registers that are timed at a time, at least."""
+
+LAYERS = (nn.Linear, PackedLinear)
+"""Linear layers."""
 
 READ, GEMM, REGISTERS = "read memory", "gemm", "registers"
 """Names of what is timed in turn with the forward passes."""
@@ -53,15 +57,10 @@ class Layer:
     n: int
     k: int
     """Its weight is [n, k]."""
-    itemsize: int
-    """Bytes of an element of the weight."""
+    weight_bytes: int
+    """Bytes of its weight, as it lies in memory."""
     rows: int
     """Rows of its input."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of its weight."""
-        return self.n * self.k * self.itemsize
 
     @property
     def flops(self) -> int:
@@ -90,19 +89,20 @@ def work_of(model: Any, size: int) -> Work:
     """What a forward pass of a causal language model does at a size, seen by running it."""
     layers: list[Layer] = []
 
-    def note(module: nn.Linear, args: tuple[Tensor, ...], y: Tensor) -> None:
-        n, k = module.weight.shape
-        layers.append(Layer(n, k, module.weight.itemsize, args[0].numel() // k))
+    def note(module: nn.Linear | PackedLinear, args: tuple[Tensor, ...], y: Tensor) -> None:
+        n, k = module.out_features, module.in_features
+        held = module.packed if isinstance(module, PackedLinear) else module.weight
+        layers.append(Layer(n, k, held.nbytes, args[0].numel() // k))
 
     modules = list(model.modules())
-    hooks = [m.register_forward_hook(note) for m in modules if isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_hook(note) for m in modules if isinstance(m, LAYERS)]
     try:
         last_logits(model)(random_ids(model.config.vocab_size, size))
     finally:
         for hook in hooks:
             hook.remove()
     counted = {
-        id(p) for m in modules if isinstance(m, (nn.Linear, nn.Embedding)) for p in m.parameters()
+        id(p) for m in modules if isinstance(m, (*LAYERS, nn.Embedding)) for p in m.parameters()
     }
     others = sum(p.nbytes for p in model.parameters() if id(p) not in counted)
     return Work(tuple(layers), others)

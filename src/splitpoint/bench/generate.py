@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import Config
 from ..errors import BaselineFailed, KernelBuildError, OutputMismatch, UsageError
 from ..integrations.transformers.rounding import rounding
+from ..kernels.packed_linear import PackedLinear
 from ..report.environment import environment
 from ..tuning.measure import WALL_TIME, Clock
 from .answer import check_length
@@ -255,7 +256,8 @@ def step_bytes(model: Any, batch: int, held: float) -> float:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     token: int = 2 * text.num_hidden_layers * kv_heads * size * model.dtype.itemsize
-    weights: int = sum(p.nbytes for p in parameters.values())
+    packed = [m.packed for m in model.modules() if isinstance(m, PackedLinear)]
+    weights: int = sum(p.nbytes for p in (*parameters.values(), *packed))
     return weights + batch * held * token
 
 

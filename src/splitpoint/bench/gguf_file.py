@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BaselineFailed
+from ..kernels.packed_linear import PackedLinear
 from ..models.catalogue import gguf_source
 from ..paths import cache_folder, make_folder
 
@@ -30,6 +31,8 @@ def gguf_of(model: Any, name: str, dtype: torch.dtype | None = None) -> Path:
     """
     if model.config.model_type != "llama":
         raise BaselineFailed(f"only models of type llama are written as GGUF, not {name}")
+    if any(isinstance(each, PackedLinear) for each in model.modules()):
+        raise BaselineFailed(f"{name} is quantised, and only dense weights are written as GGUF")
     try:
         import gguf
     except ImportError as error:

@@ -5,7 +5,7 @@ holds its scales too. For each block of 32 columns (rows of the weight) and grou
 
 | bytes | what |
 | --- | --- |
-| 64 | 32 scales, bfloat16 |
+| 64 or 128 | 32 scales, bfloat16 or float32 |
 | 32 | 32 zero points, int8 from -8 to 7, in weights that have them |
 | 16 * group | for each 8 k's 32 words of 32 bits, one a column |
 
@@ -14,6 +14,10 @@ its lowest bits on. A weight is (value - zero point) * scale. Zeros stand where 
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,19 +34,60 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight k's the bits of a word hold, from the lowest four on."""
 
 
-def int4_shape(rows: int, k: int, group: int, zero_points: bool = False) -> tuple[int, int, int]:
-    """The shape of a packed 4-bit weight of [rows, k].
+@dataclass(frozen=True)
+class Int4Format:
+    """What the groups of a packed 4-bit weight hold."""
 
-    Raises:
-        ValueError: for a group outside `GROUPS`, or a k that is no multiple of it.
-    """
-    if group not in GROUPS or k % group or not k:
-        raise ValueError(
-            f"a 4-bit weight has groups of {', '.join(map(str, GROUPS))} that divide its k, got "
-            f"groups of {group} and k = {k}"
-        )
-    head = BLOCK * (3 if zero_points else 2)
-    return (-(-rows // BLOCK), k // group, head + BLOCK * group // 2)
+    group: int
+    """k's that share a scale."""
+    zero_points: bool = False
+    wide_scales: bool = False
+    """Whether scales are float32, which holds those of float16 exactly, and not bfloat16."""
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a group's scales in a block."""
+        return BLOCK * (4 if self.wide_scales else 2)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a group in a block that come before its values."""
+        return self.scale_bytes + (BLOCK if self.zero_points else 0)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a group in a block."""
+        return self.head_bytes + BLOCK * self.group // 2
+
+    def shape(self, rows: int, k: int) -> tuple[int, int, int]:
+        """The shape of a packed weight of [rows, k].
+
+        Raises:
+            ValueError: for a group outside `GROUPS`, or a k that is no multiple of it.
+        """
+        if self.group not in GROUPS or k % self.group or not k:
+            raise ValueError(
+                f"a 4-bit weight has groups of {', '.join(map(str, GROUPS))} that divide its k, "
+                f"got groups of {self.group} and k = {k}"
+            )
+        return (-(-rows // BLOCK), k // self.group, self.bytes)
+
+    def __str__(self) -> str:
+        zeros = "_zeros" if self.zero_points else ""
+        return f"int4_{self.group}{zeros}{'_wide' if self.wide_scales else ''}"
+
+
+INT4_FORMATS = tuple(
+    itertools.starmap(Int4Format, itertools.product(GROUPS, (False, True), (False, True)))
+)
+"""All that the kernels take. Their groups differ in bytes: a packed weight needs no label."""
+
+
+def int4_format(shape: Sequence[int]) -> Int4Format | None:
+    """The format of a packed weight of a shape; None where it is none."""
+    if len(shape) != 3:
+        return None
+    return next((each for each in INT4_FORMATS if each.bytes == shape[2]), None)
 
 
 def int4_group(k: int) -> int | None:
@@ -60,10 +105,10 @@ def quantize_int4(
     there is no 8. With zero points, a group's range, widened to hold 0, is cut into 15 steps.
 
     Raises:
-        ValueError: as `int4_shape`.
+        ValueError: as `Int4Format.shape`.
     """
     rows, k = weight.shape
-    int4_shape(rows, k, group, zero_points)
+    Int4Format(group, zero_points).shape(rows, k)
     groups = weight.float().reshape(rows, k // group, group)
     if zero_points:
         low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
@@ -85,7 +130,8 @@ def _usable(scales: Tensor) -> Tensor:
 
 
 def dequantize_int4(values: Tensor, scales: Tensor, zero_points: Tensor | None = None) -> Tensor:
-    """The float32 [rows, k] weight that values and scales stand for; it is exact."""
+    """The float32 [rows, k] weight that values and scales stand for; exact where the scales are
+    those of bfloat16 or float16."""
     rows, k = values.shape
     groups = values.view(rows, scales.shape[1], k // scales.shape[1]).float()
     if zero_points is not None:
@@ -94,10 +140,16 @@ def dequantize_int4(values: Tensor, scales: Tensor, zero_points: Tensor | None =
 
 
 def pack_int4(values: Tensor, scales: Tensor, zero_points: Tensor | None = None) -> Tensor:
-    """The packed weight, uint8 [blocks, groups, bytes], of what `quantize_int4` returns."""
+    """The packed weight, uint8 [blocks, groups, bytes], of what `quantize_int4` returns; scales may
+    be float32 too.
+
+    Raises:
+        ValueError: as `Int4Format.shape`.
+    """
     rows, k = values.shape
     group = k // scales.shape[1]
-    blocks, count, size = int4_shape(rows, k, group, zero_points is not None)
+    made = Int4Format(group, zero_points is not None, scales.dtype == torch.float32)
+    blocks, count, size = made.shape(rows, k)
     packed = torch.zeros(blocks, count, size, dtype=torch.uint8)
 
     def columns(each: Tensor) -> Tensor:
@@ -106,11 +158,9 @@ def pack_int4(values: Tensor, scales: Tensor, zero_points: Tensor | None = None)
         whole[:rows] = each
         return _whole(whole.view(blocks, BLOCK, count).transpose(1, 2))
 
-    head = 2 * BLOCK
-    packed[:, :, :head] = columns(scales.to(torch.bfloat16)).view(torch.uint8)
+    packed[:, :, : made.scale_bytes] = columns(scales).view(torch.uint8)
     if zero_points is not None:
-        packed[:, :, head : head + BLOCK] = columns(zero_points).view(torch.uint8)
-        head += BLOCK
+        packed[:, :, made.scale_bytes : made.head_bytes] = columns(zero_points).view(torch.uint8)
     nibbles = values.new_zeros(blocks * BLOCK, k)
     nibbles[:rows] = values
     nibbles &= 15
@@ -118,7 +168,8 @@ def pack_int4(values: Tensor, scales: Tensor, zero_points: Tensor | None = None)
     eights = nibbles.view(blocks, BLOCK, count, group // 8, 8)[..., list(_ORDER)]
     pairs = eights.view(torch.uint8).view(blocks, BLOCK, count, group // 8, 4, 2)
     words = pairs[..., 0] | pairs[..., 1] << 4
-    packed[:, :, head:] = words.permute(0, 2, 3, 1, 4).reshape(blocks, count, size - head)
+    words = words.permute(0, 2, 3, 1, 4).reshape(blocks, count, size - made.head_bytes)
+    packed[:, :, made.head_bytes :] = words
     return packed
 
 
@@ -129,23 +180,22 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def unpack_int4(packed: Tensor, rows: int, k: int) -> Tensor:
     """The float32 [rows, k] weight that a packed one stands for, by indexing."""
-    blocks, count, size = packed.shape
-    group = k // count
-    zeros = size == int4_shape(rows, k, group, True)[2]
-    head = 2 * BLOCK
+    blocks, count, _ = packed.shape
+    made = int4_format(packed.shape)
+    assert made is not None
 
-    def columns(each: Tensor) -> Tensor:
-        """[rows, groups] of [blocks, groups, 32]."""
+    def columns(start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """[rows, groups] of what lies in each group."""
+        each = _whole(packed[:, :, start:end]).view(dtype)
         return each.transpose(1, 2).reshape(blocks * BLOCK, count)[:rows]
 
-    scales = columns(_whole(packed[:, :, :head]).view(torch.bfloat16))
+    scales = columns(0, made.scale_bytes, torch.float32 if made.wide_scales else torch.bfloat16)
     zero_points = None
-    if zeros:
-        zero_points = columns(_whole(packed[:, :, head : head + BLOCK]).view(torch.int8))
-        head += BLOCK
-    words = packed[:, :, head:].reshape(blocks, count, group // 8, BLOCK, 4)
+    if made.zero_points:
+        zero_points = columns(made.scale_bytes, made.head_bytes, torch.int8)
+    words = packed[:, :, made.head_bytes :].reshape(blocks, count, made.group // 8, BLOCK, 4)
     nibbles = torch.stack([words & 15, words >> 4], -1)
-    nibbles = nibbles.reshape(blocks, count, group // 8, BLOCK, 8)
+    nibbles = nibbles.reshape(blocks, count, made.group // 8, BLOCK, 8)
     order = torch.tensor(_ORDER).argsort()
     values = nibbles[..., order].permute(0, 3, 1, 2, 4).reshape(blocks * BLOCK, k)[:rows]
     values = torch.where(values > 7, values.to(torch.int8) - 16, values.to(torch.int8))

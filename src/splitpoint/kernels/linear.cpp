@@ -89,14 +89,18 @@ DType dtype_of(at::ScalarType type, const char* name) {
 
 // How the groups of a packed 4-bit weight, uint8 [blocks, groups, bytes], lie; see linear_int4.h.
 struct GroupLayout {
-  int64_t group;
-  bool zero_points;
+  int64_t group = 0;
+  bool zero_points = false, wide_scales = false;
 
-  explicit GroupLayout(const Tensor& packed) : group(0), zero_points(false) {
+  explicit GroupLayout(const Tensor& packed) {
     const int64_t bytes = packed.dim() == 3 ? packed.size(2) : 0;
     for (const int64_t each : {32, 64, 128}) {
-      if (bytes == 2 * kBlock + each / 2 * kBlock) group = each;
-      if (bytes == 3 * kBlock + each / 2 * kBlock) group = each, zero_points = true;
+      for (const bool zeros : {false, true}) {
+        for (const bool wide : {false, true}) {
+          if (bytes != ((wide ? 4 : 2) + (zeros ? 1 : 0) + each / 2) * kBlock) continue;
+          group = each, zero_points = zeros, wide_scales = wide;
+        }
+      }
     }
     TORCH_CHECK_VALUE(group, "a packed 4-bit weight is uint8 [blocks, groups, bytes] with groups ",
                       "of 32, 64 or 128, got ", packed.sizes());
@@ -185,9 +189,11 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
       if (int4) {
         const GroupLayout layout(weight);
         TORCH_CHECK_VALUE(i == 0 || (layout.group == common.group &&
-                                     layout.zero_points == common.zero_points),
+                                     layout.zero_points == common.zero_points &&
+                                     layout.wide_scales == common.wide_scales),
                           "the weights of one x must have groups alike");
         common.group = layout.group, common.zero_points = layout.zero_points;
+        common.wide_scales = layout.wide_scales;
       }
       const bool fits =
           int4 ? GroupLayout(weight).fits(weight, blocks, k)

@@ -6,31 +6,38 @@
 
 namespace splitpoint::SPLITPOINT_ISA {
 
-// A panel is a block of kBlock columns. For each group of k's it has kBlock scales (bf16), kBlock
-// zero points (int8) if the weight has any, and for every 8 k's a 32-bit word for each column. A
-// value is four bits in two's complement, -8 to 7: of 8 k's, those of even k lie in the lower half
+// A panel is a block of kBlock columns. For each group of k's it has kBlock scales (bf16 or fp32),
+// kBlock zero points (int8) if the weight has any, and for every 8 k's a 32-bit word for each
+// column. A value is four bits in two's complement, -8 to 7: of 8 k's, those of even k lie in the lower half
 // of the word and those of odd k in the upper half, so that one shift gives a pair of neighbours.
 inline constexpr int64_t kWordDepth = 8;
 inline constexpr int64_t kWordBytes = 4 * kBlock;  // of 8 k's
 
 struct Int4Groups {
   int64_t group, groups;
-  bool zero_points;
+  bool zero_points, wide_scales;
 
   explicit Int4Groups(const LinearArgs& a)
-      : group(a.group), groups(a.group ? a.k / a.group : 0), zero_points(a.zero_points) {}
-  int64_t head() const { return 2 * kBlock + (zero_points ? kBlock : 0); }
+      : group(a.group),
+        groups(a.group ? a.k / a.group : 0),
+        zero_points(a.zero_points),
+        wide_scales(a.wide_scales) {}
+  int64_t scale_bytes() const { return (wide_scales ? 4 : 2) * kBlock; }
+  int64_t head() const { return scale_bytes() + (zero_points ? kBlock : 0); }
   int64_t bytes() const { return head() + group / kWordDepth * kWordBytes; }
+
+  SPLITPOINT_INLINE Vec scale(const char* panel, int v) const {
+    return wide_scales ? load(reinterpret_cast<const float*>(panel) + v * kLanes)
+                       : load(reinterpret_cast<const Bf16*>(panel) + v * kLanes);
+  }
+  SPLITPOINT_INLINE Vec zero_point(const char* panel, int v) const {
+    return zero_points ? load(reinterpret_cast<const int8_t*>(panel + scale_bytes()) + v * kLanes)
+                       : Vec{};
+  }
 };
 
 SPLITPOINT_INLINE BitVec int4_words(const char* words, int v) {
   return load_bits<BitVec>(words + v * static_cast<int64_t>(sizeof(BitVec)));
-}
-SPLITPOINT_INLINE Vec int4_scale(const char* head, int v) {
-  return load(reinterpret_cast<const Bf16*>(head) + v * kLanes);
-}
-SPLITPOINT_INLINE Vec int4_zero_point(const char* head, int v) {
-  return load(reinterpret_cast<const int8_t*>(head + 2 * kBlock) + v * kLanes);
 }
 
 // The bits at which the value of the p-th of 8 k's starts.
@@ -154,8 +161,8 @@ void int4_tile(const LinearArgs& a, const typename W::X* x, const char* panel, f
       }
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
-        const Vec scale = int4_scale(panel, v0 + v);
-        const Vec zero_point = g.zero_points ? int4_zero_point(panel, v0 + v) : Vec{};
+        const Vec scale = g.scale(panel, v0 + v);
+        const Vec zero_point = g.zero_point(panel, v0 + v);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
           Vec total = acc[0][r][v];
@@ -227,14 +234,14 @@ inline void int4_few_rows(const LinearArgs& a, const Part& part) {
 template <class Stored>
 inline constexpr int64_t kUnpackedDepth = 64 * 1024 / (kBlock * sizeof(Stored));
 
-// Unpacks `groups` groups to (value - zero point) * scale as a packed panel of fp32: exact, as four
-// or five bits times a bf16.
+// Unpacks `groups` groups to (value - zero point) * scale as a packed panel of fp32: exact where the
+// scale is a bf16 or an fp16, times four or five bits.
 inline void int4_unpack(const Int4Groups& g, const char* panel, int64_t groups, float* to) {
   const Int4Table table;
   for (int64_t i = 0; i < groups; ++i, panel += g.bytes()) {
     for (int v = 0; v < kBlockVecs; ++v) {
-      const Vec scale = int4_scale(panel, v);
-      const Vec zero_point = g.zero_points ? int4_zero_point(panel, v) : Vec{};
+      const Vec scale = g.scale(panel, v);
+      const Vec zero_point = g.zero_point(panel, v);
       float* row = to + i * g.group * kBlock + v * kLanes;
       const char* words = panel + g.head();
       for (int64_t k = 0; k < g.group; k += kWordDepth, words += kWordBytes) {
@@ -253,8 +260,8 @@ inline void int4_unpack(const Int4Groups& g, const char* panel, int64_t groups, 
   const Int4Table table;
   for (int64_t i = 0; i < groups; ++i, panel += g.bytes()) {
     for (int v = 0; v < kBlockVecs; ++v) {
-      const Vec scale = int4_scale(panel, v);
-      const Vec zero_point = g.zero_points ? int4_zero_point(panel, v) : Vec{};
+      const Vec scale = g.scale(panel, v);
+      const Vec zero_point = g.zero_point(panel, v);
       Bf16* row = to + i * g.group * kBlock + 2 * v * kLanes;
       const char* words = panel + g.head();
       for (int64_t k = 0; k < g.group; k += kWordDepth, words += kWordBytes) {

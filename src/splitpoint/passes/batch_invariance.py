@@ -118,6 +118,15 @@ def refuse_attention(name: str) -> NoReturn:
     raise _refusal(f"attention {name} stays torch's, and {ATTENTION}")
 
 
+def refuse_layer(name: str) -> NoReturn:
+    """Refuse a linear layer that no batch-invariant kernel fits.
+
+    Raises:
+        NotBatchInvariant: always; the message has the layer's shape.
+    """
+    raise _refusal(f"no kernel of {name} adds in one order at all sizes, in 4 bits there is none")
+
+
 def _refusal(why: str) -> NotBatchInvariant:
     return NotBatchInvariant(
         f"batch_invariant=True cannot be kept: {why}\n"

@@ -21,10 +21,10 @@ from torch import Tensor, fx
 from .. import kernels
 from ..graph.pieces import Piece
 from ..kernels.int4 import (
-    GROUPS,
+    INT4_FORMATS,
+    Int4Format,
     dequantize_int4,
     int4_group,
-    int4_shape,
     pack_int4,
     quantize_int4,
 )
@@ -52,8 +52,9 @@ class Variant:
 
     name: str
     layout: str
-    """Key of `LAYOUTS`, but for transposed weights "..._t"; "plain" takes the module's own. For
-    weights of 4 bits, what comes before "_64" and the like, which is their group."""
+    """Key of `LAYOUTS`, but for transposed weights "..._t"; "plain" takes the module's own, as do
+    all where it holds packed ones. For weights of 4 bits, what comes before "_64" and the like,
+    which is their group."""
     fits: Callable[[LinearShape], bool]
     """Whether it can run a layer at all."""
     promises: Callable[[Range], bool]
@@ -67,7 +68,8 @@ class Variant:
     """What it makes of the module's weights: "int8" or "int4", or "" where it takes their values
     as they are. Chosen only where `Config.weights` asks for it."""
     rounds: bool = False
-    """Whether it rounds weights that it unpacks to x's dtype."""
+    """Whether it rounds weights that it unpacks to x's dtype, whatever they are; `rounds` says
+    whether it does those of a layer."""
     batch_invariant: bool = False
     """Whether a row's result has the same bits however many rows there are. Chosen where
     `Config.batch_invariant` asks for it, and only there."""
@@ -151,12 +153,12 @@ def _unpacked(x: Tensor, given: Layers) -> list[Tensor]:
     return finish(products, given)
 
 
-def _int4(group: int) -> Layout:
-    return Layout(
-        lambda n, k, dtype: int4_shape(n, k, group),
-        lambda w: pack_int4(*quantize_int4(w, group)),
-        torch.uint8,
-    )
+def _int4(made: Int4Format) -> Layout:
+    def pack(weight: Tensor) -> Tensor:
+        values, scales, zeros = quantize_int4(weight, made.group, made.zero_points)
+        return pack_int4(values, scales.float() if made.wide_scales else scales, zeros)
+
+    return Layout(lambda n, k, dtype: made.shape(n, k), pack, torch.uint8)
 
 
 def _of_transposed(layout: Layout) -> Layout:
@@ -170,7 +172,7 @@ _QUANTISED = {
         torch.int8,
     ),
     "int8_scales": Layout(lambda n, k, dtype: (n,), lambda w: quantize(w)[1], torch.float32),
-    **{f"int4_{group}": _int4(group) for group in GROUPS},
+    **{str(made): _int4(made) for made in INT4_FORMATS},
 }
 
 LAYOUTS: dict[str, Layout] = {
@@ -187,19 +189,33 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def _can_round(shape: LinearShape) -> bool:
+    return not shape.is_quantised
+
+
 def _takes_int4(shape: LinearShape) -> bool:
-    return not shape.int8 and int4_group(shape.k) is not None
+    return _can_round(shape) and int4_group(shape.k) is not None
 
 
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
-        Variant("gemv", "plain", lambda s: not s.transposed, lambda r: r.end <= 16, True, _gemv),
+        Variant(
+            "gemv",
+            "plain",
+            lambda s: not s.transposed and not s.packed,
+            lambda r: r.end <= 16,
+            True,
+            _gemv,
+        ),
         Variant("packed", "packed", lambda s: True, lambda r: True, True, _packed),
+        Variant(
+            "unpacked", "packed", lambda s: bool(s.packed), lambda r: r.end >= 32, False, _unpacked
+        ),
         Variant(
             "onednn",
             "onednn",
-            lambda s: not s.int8 and onednn_linear_available(s.dtype),
+            lambda s: not s.is_quantised and onednn_linear_available(s.dtype),
             lambda r: r.end >= 16,
             False,
             _onednn,
@@ -207,17 +223,17 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "invariant",
             "packed",
-            lambda s: True,
+            lambda s: not s.packed or s.int8,
             lambda r: False,
             True,
             _packed,
             batch_invariant=True,
         ),
-        Variant("int8", "int8", lambda s: not s.int8, lambda r: True, True, _packed, "int8"),
+        Variant("int8", "int8", _can_round, lambda r: True, True, _packed, "int8"),
         Variant(
             "int8_unpacked",
             "int8",
-            lambda s: not s.int8,
+            _can_round,
             lambda r: r.end >= 32,
             False,
             _unpacked,
@@ -227,7 +243,7 @@ VARIANTS: dict[str, Variant] = {
         Variant(
             "int8_invariant",
             "int8",
-            lambda s: not s.int8,
+            _can_round,
             lambda r: False,
             True,
             _packed,
@@ -262,6 +278,8 @@ def rounded(weight: Tensor, weights: str) -> Tensor:
 
 def layout_of(variant: Variant, shape: LinearShape) -> str:
     """The key of `LAYOUTS` of a layer's weights for a variant."""
+    if shape.packed:
+        return "plain"  # the module holds no other
     name = variant.layout
     if variant.weights == "int4":
         name = f"{name}_{int4_group(shape.k)}"
@@ -274,6 +292,11 @@ def scales_layout_of(variant: Variant, shape: LinearShape) -> str | None:
     if variant.weights != "int8":
         return None
     return "int8_scales_t" if shape.transposed else "int8_scales"
+
+
+def rounds(variant: Variant, shape: LinearShape) -> bool:
+    """Whether a variant rounds weights of a layer that it unpacks to x's dtype."""
+    return variant.rounds or (bool(shape.packed) and (variant.name == "unpacked" or not shape.int8))
 
 
 def layouts_of(variant: Variant, shape: LinearShape) -> list[str]:

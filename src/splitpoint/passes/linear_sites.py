@@ -21,6 +21,7 @@ from torch import fx
 from ..graph.pieces import DTYPE, SHAPE, Piece, Size
 from ..graph.updates import writes
 from ..kernels.devices import device_row
+from ..kernels.int4 import int4_format
 from ..ranges import Range
 from ..torch_internals.operators import op_name, operator_aliases
 
@@ -45,6 +46,9 @@ class LinearShape:
     """Whether the weights lie as [k, n]."""
     int8: bool = False
     """Whether the weights are int8, with one factor for each column."""
+    packed: str = ""
+    """The layout in which the module itself holds its weights, if it is a packed one: "int8",
+    "int4_64" and the like."""
     rows: str = "size"
     """How many rows x has, as Python over `size`: an output layer may take one row of many."""
 
@@ -62,6 +66,11 @@ class LinearShape:
         """The rows that x has at the ends of a range of sizes."""
         ends = [int(eval(self.rows, {"size": n, "math": math})) for n in (range_.start, range_.end)]
         return Range(max(1, min(ends)), max(1, *ends))
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the weights have fewer bits than the dtype."""
+        return self.int8 or bool(self.packed)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -163,6 +172,8 @@ class _Finder:
 
     def layer(self, node: fx.Node) -> Site | None:
         """The linear layer that a node is, if it is one."""
+        if node.target is operator.getitem:
+            return self._packed(node)
         form = _forms().get(_called(node))
         found = form(node) if form is not None else None
         if found is None:
@@ -210,6 +221,41 @@ class _Finder:
         if scale.meta[SHAPE] != (n,) or not scaled.meta[DTYPE] == scale.meta[DTYPE] == dtype:
             return None
         return Site(x, (index,), (self.held[scale],), (), None, (scaled,), shape)
+
+    def _packed(self, node: fx.Node) -> Site | None:
+        """The layer whose result a node takes from a call of the kernel over a packed weight."""
+        made = node.args[0]
+        if not isinstance(made, fx.Node) or _called(made) != "splitpoint::linear_packed":
+            return None
+        given: dict[str, Any] = dict(zip(_PACKED_ARGUMENTS, made.args, strict=False))
+        given |= made.kwargs
+        extras = given.get("residual"), given.get("activation", "none"), given.get("gated", False)
+        if extras != (None, "none", False) or len(given["weights"]) != 1 or node.args[1] != 0:
+            return None
+        x, (weight,), (n,) = given["x"], given["weights"], given["n"]
+        scales, biases = tuple(given["scales"]), tuple(given["biases"])
+        if not all(each in self.held for each in (weight, *scales, *biases)):
+            return None
+        value, (*rows, k) = self.values[self.held[weight]], x.meta[SHAPE]
+        if value.dtype not in (torch.int8, torch.uint8):
+            return None
+        layout = "int8" if value.dtype == torch.int8 else str(int4_format(value.shape))
+        count = math.prod(rows)
+        shape = LinearShape(
+            (n,),
+            int(k),
+            node.meta[DTYPE],
+            bool(biases),
+            int8=bool(scales),
+            packed=layout,
+            rows=Size(self.dims.in_size(count)).code,
+        )
+        indices = tuple(self.held[scale] for scale in scales)
+        return Site(x, (self.held[weight],), indices, biases, None, (node,), shape)
+
+
+_PACKED_ARGUMENTS = ("x", "weights", "n", "scales", "biases", "residual", "activation", "gated")
+"""Of `splitpoint::linear_packed`."""
 
 
 def _through_transpose(node: fx.Node) -> tuple[fx.Node, bool]:

@@ -13,7 +13,7 @@ from ..config import Config
 from ..errors import KernelBuildError
 from ..kernels.int4 import PREFERRED_GROUPS
 from ..passes import attention, linear
-from ..passes.batch_invariance import refuse_attention
+from ..passes.batch_invariance import refuse_attention, refuse_layer
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
 from ..tuning.attention import AttentionTuner
@@ -136,14 +136,14 @@ class KernelChoice:
     def _weights_of(self, shape: LinearShape, is_last: bool) -> str:
         """What the weights of layers are to be made: a key of `Variant.weights`."""
         asked = self._config.weights or ""
-        if shape.int8:
+        if shape.is_quantised:
             return ""  # are so already
         return "int8" if asked == "int4" and is_last else asked
 
     def _why(self, shape: LinearShape, weights: str) -> str:
         """Why layers keep their weights although something else was asked for."""
-        if shape.int8:
-            return "(the weights are int8 already)"
+        if shape.is_quantised:
+            return "(the weights are quantised already)"
         if not any(v.weights == weights and v.fits(shape) for v in linear.VARIANTS.values()):
             return f"(no group of {' or '.join(map(str, PREFERRED_GROUPS))} divides {shape.k})"
         if self._config.max_packed_bytes is None:
@@ -161,7 +161,9 @@ class KernelChoice:
         name = self._config.linear_for(range_)
         fitting = [v for v in linear.VARIANTS.values() if v.weights == weights and v.fits(shape)]
         if self._config.batch_invariant:
-            name = next(v.name for v in fitting if v.batch_invariant)
+            name = next((v.name for v in fitting if v.batch_invariant), "")
+            if not name:
+                refuse_layer(str(shape))
         elif name == "auto" and fitting:
             ids = {each for site in held for each in site}
             layouts = {layout for each, layout in self._reserved if each in ids}

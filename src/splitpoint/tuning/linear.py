@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.bounds import ROUNDOFF, Expected
-from ..kernels.int4 import dequantize_int4, int4_group, quantize_int4
+from ..kernels.int4 import dequantize_int4, int4_group, quantize_int4, unpack_int4
 from ..kernels.layout import quantize
 from ..kernels.memory import Streamed
-from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of
+from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of, rounds
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
 from .measure import Budget, clock_for, interleave
@@ -83,7 +83,8 @@ class LinearTuner:
             for n, v in VARIANTS.items()
             if v.weights == weights and v.fits(shape) and v.promises(rows)
         ]
-        names = admitted if weights else [INDUCTOR, *admitted]
+        # What Inductor leaves of a layer over packed weights is a call of the same kernel.
+        names = admitted if weights or shape.packed else [INDUCTOR, *admitted]
         if len(names) == 1 or sum(shape.columns) * shape.k < SMALLEST:
             return names[0]
         losses = dict.fromkeys(names, 0.0)
@@ -95,7 +96,7 @@ class LinearTuner:
             best = min(seconds[name] for name in names)
             for name in names:
                 losses[name] += seconds[name] / best
-        if weights:
+        if weights or shape.packed:
             names = [n for n in names if losses[n] < math.inf] or [INDUCTOR]
             return min(names, key=losses.__getitem__) if len(names) > 1 else names[0]
         if only_copies:
@@ -167,7 +168,13 @@ class Weights:
         self._quantised: dict[str, _Quantised] = {}
         self.biases = [torch.randn(n).to(shape.dtype) for n in shape.columns if shape.bias]
         self.held = [m.t().contiguous() if shape.transposed else m for m in self.matrices]
-        self.count = math.ceil(COLD_BYTES / sum(matrix.nbytes for matrix in self.matrices))
+        if shape.packed:
+            layout = LAYOUTS["packed" if shape.int8 else shape.packed]
+            self.held = list(map(layout.pack, self.matrices))
+            if not shape.int8:
+                pairs = zip(self.held, shape.columns, strict=True)
+                self.matrices = [unpack_int4(held, n, shape.k) for held, n in pairs]
+        self.count = math.ceil(COLD_BYTES / sum(each.nbytes for each in self.held))
         self._copies: dict[str, list[list[Tensor]]] = {}
         self._other: Tensor | None = None
 
@@ -256,7 +263,7 @@ class Weights:
         if not fuses:  # the rest is plain torch
             shape, residual = _only_products(shape), None
         layers = replace(self._layers(name, self.first(name), residual), shape=shape)
-        kind = (fuses, VARIANTS[name].weights, VARIANTS[name].rounds)
+        kind = (fuses, VARIANTS[name].weights, rounds(VARIANTS[name], shape))
         if kind not in checks:
             checks[kind] = self._check(shape, x, residual, self.quantised(name), kind[2])
         check = checks[kind]

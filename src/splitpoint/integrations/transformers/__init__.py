@@ -5,22 +5,46 @@ import splitpoint.integrations.transformers as sp
 sp.compile(model)
 model.generate(...)
 sp.undo(model)
+
+model = sp.load("a-checkpoint-of-4-bits")
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...config import Config
 from ...errors import ConfigError, UnsupportedModel
+from ...models import catalogue
 from .decoder import Decoder
 from .memory import default_cache_tokens
 
 CONFIG = Config(max_size=512, split_points=(8, 64), compile_sizes=(1,))
 """What is compiled unless something else is asked for: a step of one token, of a few sequences,
 and parts of prompts."""
+
+
+def load(name: str | Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A causal language model ready for inference, from a folder or a hub id.
+
+    As transformers' `AutoModelForCausalLM.from_pretrained`, but weights that a checkpoint holds in
+    4 or 8 bits (GPTQ, AWQ, compressed-tensors) stay so, without the packages that transformers
+    needs for them: their layers are `kernels.packed_linear.PackedLinear`, in each dtype exactly
+    what the checkpoint says.
+
+    Args:
+        name: a folder in Hugging Face's format, or a hub id.
+        dtype: of all else, and of what is computed: float32 or bfloat16.
+
+    Raises:
+        ModelNotFound: when there is no such model.
+        UnsupportedModel: when its weights are quantised in a way that is not taken; the message
+            names it.
+    """
+    return catalogue.load(str(name), dtype)[0]
 
 
 def compile(
