@@ -108,8 +108,8 @@ def load(
         quantised = _is_quantised(config)
         if random_weights and (quantised or Path(name).suffix == ".gguf"):
             raise UsageError(
-                f"{name} is quantised, and random weights are not: leave --random-weights out "
-                f"(and 'splitpoint compile': its first start fills the store)"
+                f"{name} is quantised, and random weights are not: leave --random-weights out; "
+                f"'splitpoint compile' and 'bench startup', which draw them, take dense models"
             )
         models = transformers.AutoModelForCausalLM
         try:
