@@ -430,12 +430,19 @@ USES = (
     Use(
         "Inductor's C++ compiler",
         "speed",
-        "build our kernels with the compiler that Inductor was configured for",
+        "build our kernels with the compiler that Inductor installs by conda",
         "CXX names it, else g++",
         (
             "torch._inductor.cpp_builder:get_cpp_compiler(0)",
             "torch._inductor.exc:InvalidCxxCompiler",
         ),
+    ),
+    Use(
+        "the name of Inductor's C++ compiler",
+        "speed",
+        "build our kernels with the compiler that Inductor was configured for",
+        "CXX names it, else g++",
+        ("torch._inductor.config:cpp.cxx",),
     ),
     Use(
         "notes of passes",

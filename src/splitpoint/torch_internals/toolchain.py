@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,15 +22,22 @@ CXX11_ABI: bool = torch.compiled_with_cxx11_abi()
 def cpp_compiler() -> str | None:
     """The path of the C++ compiler that Inductor uses; None when it would find none.
 
-    Inductor's own search costs a second for the import of its C++ builder. The same answer
-    comes at once from what that reads, `CXX` and the platform's default, unless Inductor was
-    configured otherwise or has a compiler of its own installed by conda.
+    Inductor's own search costs a quarter of a second, for the import of its C++ builder. The same
+    answer comes at once from what that reads, `CXX` and Inductor's configuration, unless it may
+    install a compiler of its own by conda.
     """
+    if os.environ.get("TORCH_INDUCTOR_INSTALL_GXX") and fits("Inductor's C++ compiler"):
+        return _inductors_own()
+    named: Any = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     inductor_config = sys.modules.get("torch._inductor.config")
-    asked = inductor_config is not None or os.environ.get("TORCH_INDUCTOR_INSTALL_GXX")
-    if not asked or not fits("Inductor's C++ compiler"):
-        named = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        return shutil.which(named)
+    if inductor_config is not None and fits("the name of Inductor's C++ compiler"):
+        named = inductor_config.cpp.cxx
+    names = named if isinstance(named, (list, tuple)) else [named]
+    found = (shutil.which(name) for name in names if name is not None)
+    return next(filter(None, found), None)
+
+
+def _inductors_own() -> str | None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
