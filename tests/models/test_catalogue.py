@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from splitpoint.errors import ModelNotFound, UsageError
@@ -55,6 +56,14 @@ class TestLoad:
         tiny.save_tokenizer(both)
         _, tokenizer = catalogue.load(str(both), torch.float32)
         assert tokenizer("b")["input_ids"] == [2]
+
+    def test_weights_that_are_missing_are_no_random_ones(self, folder: Path, tmp_path: Path):
+        partial = shutil.copytree(folder, tmp_path / "partial")
+        weights = safetensors.torch.load_file(partial / "model.safetensors")
+        del weights["model.norm.weight"]
+        safetensors.torch.save_file(weights, partial / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ModelNotFound, match=r"has no weights for model\.norm\.weight, under"):
+            catalogue.load(str(partial), torch.float32)
 
     def test_random_weights_repeat_and_need_no_weights(self, folder: Path):
         file = str(folder / "config.json")

