@@ -16,8 +16,9 @@ from ..torch_internals.assumptions import Assumed
 from ..torch_internals.dynamo import DynamoCapture, DynamoFailure, dynamo_capture
 from ..torch_internals.guard_checks import Checks, Sees
 from ..torch_internals.guard_expressions import GuardScope
-from ..torch_internals.sizes import Symbols, equals, expression_of, in_terms_of_size
-from .assumptions import Assumption, read
+from ..torch_internals.ones import other_shape
+from ..torch_internals.sizes import Symbols, dim_symbol, equals, expression_of, in_terms_of_size
+from .assumptions import Assumption, failing, read
 from .dims import Dims, Lengths
 from .facts import names_of
 from .leaves import SizeLeaf, TensorLeaf
@@ -312,7 +313,29 @@ def _assumptions(
         code = f"{names[which]} == {lengths[which]}"
         if not any(a.code == code for a in found):
             found += (Assumption(code, "", names),)
-    return found
+    return found + _not_one(dynamo, symbols, names, lengths, fixed, found)
+
+
+def _not_one(
+    dynamo: DynamoCapture,
+    symbols: Symbols,
+    names: tuple[str, ...],
+    lengths: Lengths,
+    fixed: Collection[int],
+    known: Sequence[Assumption],
+) -> tuple[Assumption, ...]:
+    """That dimensions are not 1, where the graph's shapes would be others then."""
+    found: list[Assumption] = []
+    for which, name in enumerate(names):
+        at = [1 if index == which else max(n, 2) for index, n in enumerate(lengths)]
+        at = [n if index in fixed else at[index] for index, n in enumerate(lengths)]
+        if which in fixed or failing(known, *at):
+            continue
+        values = dict(zip(map(dim_symbol, names), at, strict=True))
+        given = {symbol: int(meaning.xreplace(values)) for symbol, meaning in symbols.items()}
+        if (said := other_shape(dynamo.graph_module, given)) is not None:
+            found.append(Assumption(f"{name} != 1", said, names))
+    return tuple(found)
 
 
 def described(names: Sequence[str], lengths: Lengths) -> str:

@@ -143,13 +143,21 @@ def _capture(capture_at: CaptureAt, lengths: Lengths, dynamic: bool) -> Capture:
     every = range(len(lengths)) if dynamic else ()
     longer = [index for index in every if lengths[index] > 1]
     first: CaptureError | None = None
+    last: Capture | None = None
     for symbolic in dict.fromkeys((tuple(every), tuple(longer), ())):
         try:
-            return capture_at(lengths, symbolic)
+            made = capture_at(lengths, symbolic)
         except (SideEffect, UnsupportedGraph):
             raise
         except CaptureError as error:
             first = first or error
+            continue
+        # What is captured at a length of 1 for all lengths may be right at longer ones alone.
+        if made.serves(lengths) or not symbolic:
+            return made
+        last = made
+    if last is not None:
+        return last
     assert first is not None
     raise first
 

@@ -90,6 +90,13 @@ USES = (
         ),
     ),
     Use(
+        "shapes at a length of 1",
+        "needed",
+        "see that a graph has the shapes that the model has at a length of 1",
+        "raises UnsupportedTorch",
+        ("torch._subclasses.fake_tensor:FakeTensorMode",),
+    ),
+    Use(
         "dispatch modes",
         "safety",
         "check guards as they were made, without a mode that sees operators",
