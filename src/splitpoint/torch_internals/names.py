@@ -3,6 +3,8 @@
 An entry of a use is written `module:qualified.name`. In brackets follows how it is called here:
 the number of arguments by position, then those by keyword. `Class@name` is an attribute that
 instances have. `probe` compares the table with the torch that is installed.
+
+Longer than 500 lines because it is one table.
 """
 
 from __future__ import annotations
