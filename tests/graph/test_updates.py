@@ -115,7 +115,9 @@ def test_updates_of_the_module(name: str) -> None:
 @pytest.mark.parametrize("runner", ["native", "python"])
 def test_all_of_the_module_at_once_as_compiled(runner: str) -> None:
     def forward(self, x, y):
-        return [form(self, x, y) for form in MODULE.values()]
+        return [form(self, x, y) for name, form in MODULE.items() if name not in refused]
+
+    refused = {"keys and values"} if torch.__version__ < (2, 12) else {}  # as above
 
     compared(with_buffers(forward, backend="inductor", runner=runner))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_an_encoder_at_every_shape_cold_and_warm(tmp_path: Path, runner: Any) ->
         ranges = {str(entry.range) for entry in compiled.plan.entries}
         assert ranges == {"[1,16]", "[17,64]", "[65,128]"}
     text = str(compiled.plan)
-    assert "batch 1-6, length 2-16" in text
+    assert re.search(r"batch [12]-6, length 2-16", text)  # torch 2.11 asks whether batch is 1
     assert type(compiled.plan).from_json(compiled.plan.to_json()) == compiled.plan
 
 

@@ -282,6 +282,8 @@ CONFIG_WITHOUT_EFFECT: dict[str, Any] = {
     "cudagraph_capture_sizes": (1,),
     "pad_to_captured": True,
 }
+WITH_OTHERS = {"batch_invariant": {"passes", "on_guard"}}
+"""Fields that set others, too."""
 NEVER_KEPT = {"backend"}
 """Only what the Inductor backend compiles is kept: the other has no key."""
 
@@ -297,8 +299,8 @@ MODEL: dict[str, Callable[[Model], object]] = {
 
 
 def test_the_tables_name_every_field_of_a_models_key_and_of_a_configuration() -> None:
-    assert set(MODEL) | set(ENVIRONMENT) == set(Model().fields())
-    named = {*CONFIG_FIELDS, *CONFIG_WITHOUT_EFFECT, *NEVER_KEPT}
+    assert {*MODEL, *ENVIRONMENT, *WITH_OTHERS} == set(Model().fields())
+    named = {*CONFIG_FIELDS, *CONFIG_WITHOUT_EFFECT, *NEVER_KEPT, *WITH_OTHERS}
     assert named == {field.name for field in dataclasses.fields(Config)}
 
 
@@ -307,6 +309,13 @@ def test_a_change_of_a_model_changes_its_field_alone(field: str) -> None:
     other = Model()
     MODEL[field](other)
     assert changed(Model().fields(), other.fields()) == {field}
+
+
+@pytest.mark.parametrize("field", WITH_OTHERS)
+def test_a_field_that_sets_others_changes_theirs(field: str) -> None:
+    plain = {"max_size": 16}
+    fields = (Model(config=plain).fields(), Model(config=plain | {field: True}).fields())
+    assert changed(*fields) == {field, *WITH_OTHERS[field]}
 
 
 MODEL_PARTS: dict[str, tuple[str, Model, Model]] = {
