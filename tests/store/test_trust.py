@@ -524,7 +524,7 @@ def test_a_file_that_is_exchanged_all_the_time(tmp_path: Path, libraries: list[b
 
 
 FOREIGN = """
-import itertools, os, sys
+import itertools, os, random, sys, time
 where, target = sys.argv[1:]
 print(flush=True)
 for turn in itertools.count():
@@ -533,8 +533,9 @@ for turn in itertools.count():
             os.mkdir(where, 0o777)
         else:
             os.symlink(target, where)
-        os.sched_yield()
+        time.sleep(random.random() / 500)  # there, and gone, for the other to find
         os.rename(where, f"{target}/{turn}")  # with all that was put into it
+        time.sleep(random.random() / 100)
     except OSError:
         pass
 """
