@@ -44,7 +44,8 @@ def other_shape(graph_module: fx.GraphModule, lengths: Mapping[sympy.Symbol, int
         except _Differs as found:
             return str(found)
         except (RuntimeError, IndexError, ValueError) as error:  # as eager would say
-            return str(error).strip().splitlines()[0]
+            said, *_ = [*str(error).strip().splitlines(), type(error).__name__]
+            return said
     return None
 
 
@@ -103,7 +104,9 @@ class _Shapes(fx.Interpreter):
 
     def _compare(self, node: fx.Node, said: Any, found: Any) -> None:
         if isinstance(said, Sequence) and isinstance(found, Sequence):
-            for one, other in zip(said, found, strict=False):
+            if len(said) != len(found):
+                raise _Differs(f"{node.name} has {len(found)} results then{_place(node)}")
+            for one, other in zip(said, found, strict=True):
                 self._compare(node, one, other)
         if not isinstance(said, torch.Tensor) or not isinstance(found, torch.Tensor):
             return
