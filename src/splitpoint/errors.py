@@ -166,6 +166,10 @@ class GraphBreak(CaptureError):
     """The model does what no graph can hold: it branches on data, prints, reads a file."""
 
 
+class CutFailed(CaptureError):
+    """torch.compile, which cuts a model that no one graph can hold, failed by itself."""
+
+
 class SideEffect(CaptureError):
     """The model changes Python state in its forward, which a graph cannot repeat."""
 

@@ -14,6 +14,8 @@ import torch
 from splitpoint import Config, compile
 from splitpoint.errors import CaptureError, SplitpointError
 
+REFUSED_BY_TORCH = "Inplace update to inference tensor outside InferenceMode is not allowed"
+
 SECONDS = 60
 """How long a call may take, compiling included."""
 
@@ -96,13 +98,24 @@ def _call(
             report.refusals.append((type(error).__name__, str(error)))
             report.refused_whole = isinstance(error, CaptureError)
             _restore(eager, before)
+            if is_cut(compiled):  # what came before the part that refused was run
+                _restore(ours, before)
+                return ""
             return _changed(arguments(), ours_given, before, ours)
         except Hangs:
             return f"the call took more than {SECONDS} s"
+        except RuntimeError as error:
+            if REFUSED_BY_TORCH not in str(error):
+                return f"{type(error).__name__}: {error}"
+            # Which views torch lets be updated depends on how they were made.
+            report.refusals.append(("RuntimeError", REFUSED_BY_TORCH))
+            report.refused_whole = True
+            _restore(eager, before)
+            return ""
         except Exception as error:  # noqa: BLE001 - to be reported, whatever it is
             return f"{type(error).__name__}: {error}"
         sides = [_Side(wanted, given, eager), _Side(found, ours_given, ours)]
-        said = _structure(wanted, found, "result") or _places(*sides)
+        said = _structure(wanted, found, "result") or _places(*sides, is_cut(compiled))
         if not said and (said := _values(*sides)) and _is_unstable(names, before, arguments, mode):
             report.unstable += 1
             said = ""
@@ -113,6 +126,11 @@ def _call(
         # Both go on from one state, without what was written into results.
         _restore(model, sides[0].state_after)
     return said
+
+
+def is_cut(compiled: Any) -> bool:
+    """Whether torch.compile serves a compiled model, in parts."""
+    return any("torch.compile serves this model" in note for note in compiled.plan.notes)
 
 
 @contextlib.contextmanager
@@ -197,6 +215,8 @@ def leaves(value: Any, path: str = "result") -> Iterator[tuple[str, Any]]:
 
 
 def _structure(wanted: Any, found: Any, path: str) -> str:
+    if hasattr(wanted, "__next__") and hasattr(found, "__next__"):
+        return ""
     if type(wanted) is not type(found):
         return f"{path} is a {type(found).__name__}, not a {type(wanted).__name__}"
     inside, ours = parts(wanted), parts(found)
@@ -252,8 +272,9 @@ def _bytes_of(tensor: torch.Tensor) -> frozenset[int]:
     return frozenset((start + places * tensor.element_size()).flatten().tolist())
 
 
-def _places(eager: _Side, ours: _Side) -> str:
-    """Which results are the same object as, or lie in the memory of, what."""
+def _places(eager: _Side, ours: _Side, cut: bool) -> str:
+    """Which results are the same object as, or lie in the memory of, what. torch.compile returns
+    equal views of an argument as one object, and so does a model that it had to cut."""
     sides = [{name: _bytes_of(each) for name, each in side.all.items()} for side in (eager, ours)]
     names = list(eager.all)
     for at, path in enumerate(names):
@@ -262,7 +283,7 @@ def _places(eager: _Side, ours: _Side) -> str:
         for other in names[:at]:
             pairs = [(side.all[path], side.all[other]) for side in (eager, ours)]
             same = [a is b for a, b in pairs]
-            if same[0] != same[1]:
+            if same[0] != same[1] and not (cut and same[1] and other in eager.results):
                 return f"{path} is {'not ' * same[0]}{other}"
             shared = [bool(side[path] & side[other]) for side in sides]
             if shared[0] != shared[1]:

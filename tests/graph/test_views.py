@@ -19,6 +19,7 @@ ARGUMENTS: dict[str, FORWARD] = {
     "every other": lambda self, x, y: (x[::2], x[:, 1::2]),
     "both parts": lambda self, x, y: (x[:1], x[1:]),
     "split": lambda self, x, y: list(x.split(2, -1)),
+    "parts that may be empty": lambda self, x, y: x.tensor_split(3),
     "unbound": lambda self, x, y: x.unbind(1),
     "expanded": lambda self, x, y: x.expand(3, *x.shape),
     "squeezed": lambda self, x, y: x.unsqueeze(0).squeeze(0),

@@ -191,3 +191,22 @@ def test_what_needs_one_graph_is_refused_by_name(asked: dict[str, Any]) -> None:
     compiled = splitpoint.compile(branches_on_data, Config(max_size=32, cache_dir="", **asked))
     with pytest.raises(errors.GraphBreak, match=next(iter(asked))):
         compiled(torch.randn(3, 4))
+
+
+def test_what_torch_fails_at_by_itself_has_a_name() -> None:
+    @torch.library.custom_op("splitpoint_test::without_shape", mutates_args=())
+    def without_shape(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    @without_shape.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("its shape is not told")
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        print("a line")
+        return without_shape(x)
+
+    with pytest.raises(errors.CutFailed, match="on_break='split'") as caught:
+        splitpoint.compile(forward, CONFIG)(torch.randn(3, 4))
+    assert len(str(caught.value).splitlines()) <= 3
+    assert "its shape is not told" in (caught.value.details or "")

@@ -94,7 +94,7 @@ def calls_for(root: torch.Tensor, view: torch.Tensor, integer: Integer) -> list[
         ahead = ahead * 0
     if ahead != 0 or view.dtype != root.dtype:
         # Only a tensor's own offset is known, and only at a call: shift a flat view of it.
-        length = ahead if is_empty else ahead + extent(shape, strides)
+        length = ahead if is_empty else ahead + _least_extent(shape, strides)
         part = own // wide  # above 1 where an element of the memory holds several
         flat = floor_div(length + part - 1, part) if part > 1 else length * wide / own
         calls.append((aten.as_strided.default, ((flat,), (1,))))
@@ -108,6 +108,15 @@ def calls_for(root: torch.Tensor, view: torch.Tensor, integer: Integer) -> list[
     if view.is_neg() != root.is_neg():
         calls.append((aten._neg_view.default, ()))
     return calls
+
+
+def _least_extent(shape: Sequence[Any], strides: Sequence[Any]) -> Any:
+    """`extent`, and 0 at the sizes at which there are no elements."""
+    import sympy
+
+    # A dynamic dimension is at least 1, and so is what is that long; a part of it may be empty.
+    parts = [each for each in shape if each.free_symbols and not each.is_Symbol]
+    return extent(shape, strides) * sympy.Min(1, *parts)
 
 
 def views_among(

@@ -13,6 +13,7 @@ from ..errors import PassError, SplitpointError
 from ..ranges import Range
 from ..torch_internals.pass_notes import keep_note
 from .base import Found, Pass, compiling
+from .repairs import REPAIRS, repair
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class PassManager:
         Raises:
             PassError: when one raises, returns no count, or leaves a broken graph.
         """
+        repair(graph)
         with compiling(self.range):
             for index, given in enumerate(self.passes):
                 where = f"pass {given.name} on {self.range}"
@@ -73,7 +75,7 @@ class PassManager:
 
     def uuid(self) -> str:
         """Identifies the passes, in order, with their settings."""
-        return json.dumps([p.uuid() for p in self.passes])
+        return json.dumps([REPAIRS, *(p.uuid() for p in self.passes)])
 
     def matches(self, notes: Mapping[str, int]) -> list[MatchCount]:
         """What the passes found, one entry a pass, in order. `notes` is what they kept, with how

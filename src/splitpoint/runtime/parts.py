@@ -17,6 +17,7 @@ from ..capture.signature import Signature
 from ..config import Config
 from ..errors import (
     CaptureError,
+    CutFailed,
     GraphBreak,
     InputError,
     InvalidDynamicDims,
@@ -30,6 +31,7 @@ from ..torch_internals.graph_breaks import (
     cut_and_compile,
     dynamic_results,
     error_of_backend,
+    is_of_dynamo,
     where_cut,
 )
 from ..torch_internals.process import quiet
@@ -86,6 +88,7 @@ class Parts:
 
         Raises:
             CompileError, PassError, SizeOutOfPlan: of a part.
+            CutFailed: where torch.compile fails by itself.
         """
         if said := self._out_of_plan(args, kwargs):
             if self.config.on_out_of_plan == "error":
@@ -103,6 +106,8 @@ class Parts:
             own = error_of_backend(error)
             if isinstance(own, SplitpointError):
                 raise own from error
+            if is_of_dynamo(error):
+                raise _failed(error) from error
             raise
         if timed and self._graphs == before:
             self._times.append((time.perf_counter() - start, self._inside_s))
@@ -187,3 +192,15 @@ class Parts:
             return results
 
         return timed
+
+
+def _failed(error: Exception) -> CutFailed:
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = next((line for line in lines if line and not line.endswith(" raised:")), "")
+    made = CutFailed(
+        f"torch.compile, which cuts this model (on_break='split'), failed: "
+        f"{type(error).__name__}: {said}\n"
+        f"rewrite what is not captured (on_break='error' names it); torch's words are in `.details`"
+    )
+    made.details = str(error)
+    return made

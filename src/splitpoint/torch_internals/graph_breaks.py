@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .dynamo import user_line
-from .probe import fits
+from .probe import fits, require
 
 MOST_RECOMPILES = 64
 """Graphs of one part of the code, after which torch runs it in Python."""
@@ -58,6 +58,14 @@ def dynamic_results(graph_module: fx.GraphModule) -> list[tuple[int, int]]:
 def error_of_backend(error: Exception) -> BaseException | None:
     """What a backend raised, of the error that Dynamo makes of it."""
     return getattr(error, "inner_exception", None)
+
+
+def is_of_dynamo(error: Exception) -> bool:
+    """Whether an error is torch.compile's own, and none of the model's."""
+    require("capture")
+    from torch._dynamo.exc import TorchDynamoException
+
+    return isinstance(error, TorchDynamoException)
 
 
 def by_inductor(graph_module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
