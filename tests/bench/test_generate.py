@@ -14,7 +14,7 @@ from splitpoint import Config
 from splitpoint.bench import generate, gguf_file
 from splitpoint.bench.answer import Sampling, answer, check_length, prompt_ids
 from splitpoint.bench.decoder import prepare
-from splitpoint.bench.generate import checked, random_prompts, run, step_bytes
+from splitpoint.bench.generate import GAPS, checked, random_prompts, run, step_bytes
 from splitpoint.bench.generate_report import Divergence
 from splitpoint.bench.generators import GENERATORS, Generator, Run, Setting
 from splitpoint.cli.arguments import shared
@@ -25,6 +25,7 @@ from splitpoint.tuning.measure import WALL_TIME
 from .. import tiny
 
 CONFIG = Config(max_size=16, split_points=[4], backend="eager")
+MOST = GAPS[torch.float32]
 IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -89,14 +90,14 @@ def test_what_was_prepared_is_counted():
 
 class TestChecked:
     def test_the_same(self):
-        assert checked("x", tiny.model(), IDS, [[7, 8]], [[7, 8]]) is None
+        assert checked("x", tiny.model(), IDS, [[7, 8]], [[7, 8]], MOST) is None
 
     def test_a_tie_is_no_mistake(self):
         model = tiny.model()
         torch.nn.init.zeros_(model.lm_head.weight)
         expected, found = [[7, 8, 9]], [[7, 3, 9]]
         model.lm_head.weight[:64] = 1e-3  # some spread, and ties within both halves
-        divergence = checked("x", model, IDS, expected, found)
+        divergence = checked("x", model, IDS, expected, found, MOST)
         assert divergence == Divergence(1, pytest.approx(0.0, abs=1e-3))
 
     def test_another_token_is(self):
@@ -104,14 +105,14 @@ class TestChecked:
         logits = model(input_ids=IDS).logits[0, -1]
         best, worst = int(logits.argmax()), int(logits.argmin())
         with pytest.raises(OutputMismatch, match="other is wrong: after 0 tokens"):
-            checked("other", model, IDS, [[best]], [[worst]])
+            checked("other", model, IDS, [[best]], [[worst]], MOST)
 
     def test_the_worst_row_decides(self):
         model = tiny.model()
         logits = model(input_ids=IDS).logits[0, -1]
         best, worst = int(logits.argmax()), int(logits.argmin())
         with pytest.raises(OutputMismatch):
-            checked("x", model, IDS.expand(2, -1), [[best]] * 2, [[best], [worst]])
+            checked("x", model, IDS.expand(2, -1), [[best]] * 2, [[best], [worst]], MOST)
 
 
 def test_bytes_of_a_step():
@@ -228,6 +229,24 @@ class TestGguf:
         query, half = layer.self_attn.q_proj.weight.float(), tiny.HIDDEN // 4 // 2
         assert torch.equal(values("blk.1.attn_q.weight")[:2], query[[0, half]])
 
+    @pytest.mark.parametrize(("kind", "steps"), [("Q8_0", 127), ("Q4_0", 8)])
+    def test_weights_in_fewer_bits(self, kind, steps, tmp_path: Path, monkeypatch):
+        gguf = pytest.importorskip("gguf")
+        monkeypatch.setattr(gguf_file, "cache_folder", lambda: tmp_path)
+        model = tiny.model()
+        path = gguf_file.gguf_of(model, "tiny", kind)
+        assert path != gguf_file.gguf_of(model, "tiny")
+        tensors = {each.name: each for each in gguf.GGUFReader(str(path)).tensors}
+        found = tensors["blk.1.ffn_down.weight"]
+        assert found.tensor_type.name == kind
+        assert tensors["token_embd.weight"].tensor_type.name == "Q8_0"
+        weight = model.model.layers[1].mlp.down_proj.weight.detach()
+        blocks = weight.reshape(-1, 32)
+        made = torch.tensor(gguf.quants.dequantize(found.data, found.tensor_type)).reshape(-1, 32)
+        # The scale of a block is rounded to fp16, and in 4 bits one end is a step short.
+        step = blocks.abs().amax(dim=1, keepdim=True) / steps
+        assert ((made - blocks).abs() <= 1.05 * step).all()
+
     def test_other_weights_are_another_file(self, tmp_path: Path, monkeypatch):
         pytest.importorskip("gguf")
         monkeypatch.setattr(gguf_file, "cache_folder", lambda: tmp_path)
@@ -256,4 +275,4 @@ def test_llamacpp_says_what_eager_does(batch, tmp_path: Path, monkeypatch):
     ids = random_prompts(tiny.VOCABULARY, batch, 9)
     found = GENERATORS["llamacpp"].build(setting)(ids, 6)
     expected = GENERATORS["eager"].build(setting)(ids, 6)
-    checked("llamacpp", model, ids, expected.tokens, found.tokens)
+    checked("llamacpp", model, ids, expected.tokens, found.tokens, MOST)

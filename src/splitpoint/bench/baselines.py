@@ -51,6 +51,12 @@ class Baseline:
             self.free()
 
 
+def _build_dynamic(model: Any, sizes: Sequence[int]) -> CompiledForward:
+    forward = CompiledForward(model, dynamic=True, fullgraph=True)
+    call_each(forward, sizes)
+    return forward
+
+
 # --- Inductor's max-autotune -----------------------------------------------------------
 
 
@@ -59,6 +65,17 @@ def _build_max_autotune(model: Any, sizes: Sequence[int]) -> CompiledForward:
     with max_autotune():
         call_each(forward, sizes)
     return forward
+
+
+# --- the model in fp32 -----------------------------------------------------------------
+
+
+def _fp32_unavailable(dtype: torch.dtype) -> str | None:
+    return "the model is in fp32 already" if dtype == torch.float32 else None
+
+
+def _in_fp32(model: Any) -> Any:
+    return copy.deepcopy(model).float()
 
 
 # --- OpenVINO --------------------------------------------------------------------------
@@ -218,12 +235,6 @@ def _prepare_vllm(model: Any) -> Any:
     return changed
 
 
-def _build_vllm(model: Any, sizes: Sequence[int]) -> CompiledForward:
-    forward = CompiledForward(model, dynamic=True, fullgraph=True)
-    call_each(forward, sizes)
-    return forward
-
-
 # --- the table -------------------------------------------------------------------------
 
 BASELINES: dict[str, Baseline] = {
@@ -237,6 +248,14 @@ BASELINES: dict[str, Baseline] = {
             _build_max_autotune,
             per_size=True,
             free=forget_constants,
+        ),
+        Baseline(
+            "fp32",
+            "torch.compile(dynamic=True) of the model in fp32, which a CPU without bf16 "
+            "instructions is faster with",
+            _fp32_unavailable,
+            _in_fp32,
+            _build_dynamic,
         ),
         Baseline(
             "openvino",
@@ -253,7 +272,7 @@ BASELINES: dict[str, Baseline] = {
             "torch.compile(dynamic=True) with vLLM's prepacked oneDNN linear layers",
             _vllm_unavailable,
             _prepare_vllm,
-            _build_vllm,
+            _build_dynamic,
         ),
     )
 }

@@ -60,6 +60,8 @@ class Generator:
     """The module that it needs."""
     install: str = ""
     """The argument of pip that brings it."""
+    rounds: bool = False
+    """Whether it rounds weights in a way of its own, so that its tokens may be any."""
 
     @property
     def missing(self) -> str | None:
@@ -144,12 +146,15 @@ def _ours(setting: Setting) -> Generate:
 # --- others ----------------------------------------------------------------------------
 
 
-def _llamacpp(setting: Setting) -> Generate:
-    from .gguf_file import gguf_of
-    from .llamacpp import LlamaCpp
+def _llamacpp(kind: str = "") -> Callable[[Setting], Generate]:
+    def build(setting: Setting) -> Generate:
+        from .gguf_file import gguf_of
+        from .llamacpp import LlamaCpp
 
-    path = gguf_of(setting.model, setting.name)
-    return LlamaCpp(path, setting.model.dtype, setting.threads, setting.clock)
+        path = gguf_of(setting.model, setting.name, kind)
+        return LlamaCpp(path, setting.model.dtype, setting.threads, setting.clock)
+
+    return build
 
 
 def _openvino(setting: Setting) -> Generate:
@@ -159,7 +164,7 @@ def _openvino(setting: Setting) -> Generate:
     if setting.model.dtype != torch.bfloat16:
         raise BaselineFailed("OpenVINO GenAI reads neither fp32 nor bf16 from GGUF")
     # fp16 holds what bf16 does, down to 6e-5.
-    path = gguf_of(setting.model, setting.name, torch.float16)
+    path = gguf_of(setting.model, setting.name, "F16")
     return OpenVino(path, setting.model.dtype, setting.threads, setting.clock)
 
 
@@ -173,9 +178,20 @@ GENERATORS = {
         Generator(
             "llamacpp",
             "llama.cpp, the same weights as GGUF; keys and values in fp16 where others have bf16",
-            _llamacpp,
+            _llamacpp(),
             "llama_cpp",
             "llama-cpp-python",
+        ),
+        *(
+            Generator(
+                f"llamacpp-{kind}",
+                f"llama.cpp, weights in {kind.upper()}" + ", embeddings in Q8_0" * (kind == "q4_0"),
+                _llamacpp(kind.upper()),
+                "llama_cpp",
+                "llama-cpp-python",
+                rounds=True,
+            )
+            for kind in ("q8_0", "q4_0")
         ),
         Generator(
             "openvino",

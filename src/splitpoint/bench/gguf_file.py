@@ -21,10 +21,13 @@ from ..kernels.packed_linear import PackedLinear
 from ..models.catalogue import gguf_source
 from ..paths import cache_folder, make_folder
 
+DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What GGUF calls the dtypes of weights that are not quantised."""
 
-def gguf_of(model: Any, name: str, dtype: torch.dtype | None = None) -> Path:
-    """The file of a model, made where it is not in the cache folder yet; in another dtype than its
-    weights' where one is given.
+
+def gguf_of(model: Any, name: str, kind: str = "") -> Path:
+    """The file of a model, made where it is not in the cache folder yet; in another `kind` than its
+    weights' dtype where one is given: "F16", "Q8_0", or "Q4_0", in which embeddings are in Q8_0.
 
     Raises:
         BaselineFailed: when the model is none of the Llama family, or gguf is not installed.
@@ -38,14 +41,14 @@ def gguf_of(model: Any, name: str, dtype: torch.dtype | None = None) -> Path:
     except ImportError as error:
         raise BaselineFailed("gguf is not installed: pip install gguf") from error
     folder = cache_folder() / "gguf"
-    dtype = dtype or model.dtype
-    path = folder / f"{_digest(model)}-{str(dtype).removeprefix('torch.')}.gguf"
+    kind = kind or DENSE[model.dtype]
+    path = folder / f"{_digest(model)}-{kind}.gguf"
     if not path.exists():
         make_folder(folder)
         file, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", dir=folder)
         os.close(file)
         try:
-            _write(gguf, model, dtype, gguf_source(name), temporary)
+            _write(gguf, model, kind, gguf_source(name), temporary)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -61,7 +64,7 @@ def _digest(model: Any) -> str:
     return found.hexdigest()[:20]
 
 
-def _write(gguf: Any, model: Any, dtype: torch.dtype, source: Path | None, path: str) -> None:
+def _write(gguf: Any, model: Any, kind: str, source: Path | None, path: str) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -77,13 +80,9 @@ def _write(gguf: Any, model: Any, dtype: torch.dtype, source: Path | None, path:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    kinds = {
-        torch.float32: (gguf.LlamaFileType.ALL_F32, gguf.GGMLQuantizationType.F32),
-        torch.float16: (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
-        torch.bfloat16: (gguf.LlamaFileType.MOSTLY_BF16, gguf.GGMLQuantizationType.BF16),
-    }
-    file_type, kind = kinds[dtype]
-    writer.add_file_type(file_type)
+    types = gguf.GGMLQuantizationType
+    prefix = "ALL" if kind == "F32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{prefix}_{kind}"])
     if source is None:
         writer.add_tokenizer_model("no_vocab")
     else:
@@ -105,7 +104,9 @@ def _write(gguf: Any, model: Any, dtype: torch.dtype, source: Path | None, path:
         if known is None:
             raise BaselineFailed(f"{name} has no place in a GGUF file of a Llama")
         if array.ndim > 1:
-            writer.add_tensor(known, gguf.quants.quantize(array, kind), raw_dtype=kind)
+            few = known.startswith(("token_embd", "output")) and kind == "Q4_0"
+            type_ = types["Q8_0" if few else kind]
+            writer.add_tensor(known, gguf.quants.quantize(array, type_), raw_dtype=type_)
         else:
             writer.add_tensor(known, array)
     if config.rope_parameters.get("rope_type") == "llama3":

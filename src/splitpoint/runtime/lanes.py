@@ -13,7 +13,7 @@ from ..capture.dims import Lengths
 from ..capture.module_state import ModuleState
 from ..capture.sources import Argument, Bound, SizeInput
 from ..graph.pieces import CallPiece, Name, Split
-from ..graph.stitch import Body, Stitched
+from ..graph.stitch import Body, CompiledPiece, Stitched
 from ..kernels.devices import CPU, Device, device_row
 from ..passes.attention import AttentionShape
 from ..passes.linear import Prepared
@@ -68,13 +68,17 @@ class Graph:
                 index for index, _ in enumerate(calls[0]) if all(c[index] in names for c in calls)
             )
 
-    def linear_sites(self) -> Iterator[tuple[Site, tuple[torch.Tensor, ...]]]:
-        """The linear layers of all pieces, equal pieces counted each, with their weights."""
-        index_of = {
+    def bound_indices(self) -> dict[str, int]:
+        """Which of `bound` each input of the graph is, by its name, where it is one."""
+        return {
             name: source.index
             for name, source in zip(self.split.inputs, self.inputs, strict=True)
             if isinstance(source, Bound)
         }
+
+    def linear_sites(self) -> Iterator[tuple[Site, tuple[torch.Tensor, ...]]]:
+        """The linear layers of all pieces, equal pieces counted each, with their weights."""
+        index_of = self.bound_indices()
         found = {
             fingerprint: find(piece, self.bound_of[fingerprint])
             for fingerprint, piece in self.split.pieces.items()
@@ -144,6 +148,8 @@ class Lane:
     """What `run` needs of the size, beyond the bounds of the range."""
     prepared: dict[str, tuple[Prepared, list[int]]] = field(default_factory=dict)
     """By piece: it with the kernels chosen, and which of its inputs need no check at a call."""
+    compiled: dict[str, CompiledPiece] = field(default_factory=dict)
+    """By piece: what was made of it."""
     artifacts: dict[str, str | None] = field(default_factory=dict)
     """By piece: the key of its artifact in the store; None where it could not be kept."""
 

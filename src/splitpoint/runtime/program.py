@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from array import array
@@ -39,6 +40,7 @@ from .lanes import Lane
 from .lookup import MOST_PARTS, Lookup
 from .plan_lanes import mend
 from .recorded import recorder_for
+from .second_measure import SecondMeasure
 
 log = logging.getLogger("splitpoint")
 
@@ -79,6 +81,8 @@ class Program:
         self.compiler = PieceCompiler(store, config.passes, config.compile_workers)
         self.counts = Counts()
         self.choice = KernelChoice(config)
+        tuner = self.choice.linear_tuner
+        self.second = SecondMeasure(config, tuner, self._compile_otherwise)
         self.lanes: list[Lane | None] = []
         """None for a lane that was split; lane i has table entry i + 1."""
         self.binding = Binding(config, self.lanes)
@@ -322,31 +326,31 @@ class Program:
     ) -> list[int]:
         """Compile what lanes run, as far as that was not done; the table entries of the lanes that
         have it, several for one that was split."""
-        bodies: dict[int, Body] = {}
+        made: dict[int, Lane] = {}
         with self.compiler.together():
             for index in indices:
-                bodies |= self._prepare(index, check_stop)
-        for index, body in bodies.items():  # only now are its kernels there
-            lane = self.lanes[index - 1]
-            assert lane is not None
-            lane.body = body
-        return list(bodies)
+                made |= self._prepare(index, check_stop)
+        # Only now are its kernels there.
+        todo = {index: lane for index, lane in made.items() if lane.body is None}
+        self.second.decide(list(todo.values()))
+        for lane in todo.values():
+            lane.body = self._body(lane)
+        return list(made)
 
-    def _prepare(self, index: int, check_stop: Callable[[], None]) -> dict[int, Body]:
-        """What a lane is to run, or the parts that it was split into, by table entry."""
+    def _prepare(self, index: int, check_stop: Callable[[], None]) -> dict[int, Lane]:
+        """Compile the pieces of a lane; it, or the parts that it was split into, by table
+        entry."""
         lane = self.lanes[index - 1]
         if lane is None:
             return {}  # split before
         if lane.body is not None:
-            return {index: lane.body}  # another thread was first
-        compiled: dict[str, CompiledPiece] = {}
-        assumptions: list[Assumption] = []
+            return {index: lane}  # another thread was first
+        lane.compiled, lane.assumptions = {}, ()
         try:
             self.choice.choose([lane])
-            for fingerprint, piece in lane.graph.split.pieces.items():
+            for piece in lane.graph.split.pieces.values():
                 check_stop()
-                compiled[fingerprint], assumed = self._compile_piece(piece, lane)
-                assumptions += assumed
+                self._compile_piece(piece, lane)
         except TooWide as narrowed:
             parts = self._parts(lane, narrowed)
             dispatch = self._dispatch_of(lane)
@@ -354,16 +358,31 @@ class Program:
                 self.lanes[index - 1] = None
                 dispatch.lanes.remove(lane)
                 added = [self.add_lane(part, dispatch) for part in parts]
-            parted: dict[int, Body] = {}
+            parted: dict[int, Lane] = {}
             for part in added:
                 parted |= self._prepare(part, check_stop)
             return parted
         lane.planned = replace(lane.planned, collectives=self._collectives(lane))
-        lane.assumptions = tuple(assumptions)
+        return {index: lane}
+
+    def _body(self, lane: Lane) -> Body:
         graph = lane.graph
         split = attention.rewrite(graph.split, lane.attention or {})
-        body = stitch(split, graph.inputs, compiled, graph.argument_count, graph.result)
-        return {index: body}
+        return stitch(split, graph.inputs, lane.compiled, graph.argument_count, graph.result)
+
+    def _compile_otherwise(self, wanted: Sequence[tuple[Lane, Sequence[str]]]) -> None:
+        """Compile pieces of lanes that are like some of the plan's, where they are right for all
+        sizes."""
+        with self.compiler.together():
+            for lane, names in wanted:
+                for name in names:
+                    piece = lane.graph.split.pieces[name]
+                    prepared, trusted = _prepared(piece, lane)
+                    self.compiler.expect(prepared.piece, lane.planned, prepared.options, trusted)
+            for lane, names in wanted:
+                for name in names:
+                    with contextlib.suppress(TooWide):
+                        self._compile_piece(lane.graph.split.pieces[name], lane, counted=False)
 
     def _finish(self, index: int) -> None:
         """Let a lane that was prepared run."""
@@ -391,32 +410,33 @@ class Program:
         lane.run = self.binding.stitch(lane, body, proven, self._dispatch_of(lane).recorder)
         self.runners[index] = lane.recorded or lane.run
 
-    def _compile_piece(
-        self, piece: Piece, lane: Lane
-    ) -> tuple[CompiledPiece, tuple[Assumption, ...]]:
+    def _compile_piece(self, piece: Piece, lane: Lane, counted: bool = True) -> None:
+        """Have the piece in the lane's `compiled`, with what that assumed."""
+        name = piece.fingerprint
         if self.config.backend == "eager":
             from ..compilers import eager
 
-            lane.artifacts[piece.fingerprint] = None
-
+            lane.artifacts[name] = None
             sources = linear.unchanged(piece).sources
-            return CompiledPiece(eager.compile_piece(piece), sources, piece.takes), ()
+            lane.compiled[name] = CompiledPiece(eager.compile_piece(piece), sources, piece.takes)
+            return
         prepared, trusted = _prepared(piece, lane)
         made = self.compiler.compile(prepared.piece, lane.planned, prepared.options, trusted)
         compiled = made.compiled
-        self.counts.compilations += made.origin == "compiled"
-        self.counts.loads += made.origin == "store"
-        self.counts.note(replace(m, piece=piece.fingerprint) for m in compiled.matches)
-        lane.artifacts[piece.fingerprint] = made.key
-        log.info("piece %s for %s: %s", piece.fingerprint, lane.planned.range, made.origin)
+        if counted:
+            self.counts.compilations += made.origin == "compiled"
+            self.counts.loads += made.origin == "store"
+            self.counts.note(replace(m, piece=name) for m in compiled.matches)
+        lane.artifacts[name] = made.key
+        log.info("piece %s for %s: %s", name, lane.planned.range, made.origin)
         right = valid(compiled.assumptions, lane.sizes)
         if len(right) < len(lane.sizes):
             raise TooWide(
                 right, [a for a in compiled.assumptions if not all(map(a.holds, lane.sizes))]
             )
         takes = prepared.piece.takes
-        callable_ = CompiledPiece(compiled.call, prepared.sources, takes, compiled.steps)
-        return callable_, compiled.assumptions
+        lane.compiled[name] = CompiledPiece(compiled.call, prepared.sources, takes, compiled.steps)
+        lane.assumptions += compiled.assumptions
 
     def _collectives(self, lane: Lane) -> tuple[str, ...]:
         """What the passes chose in the lane's pieces, each kind once."""

@@ -152,6 +152,23 @@ def size_at(given: Any, size: int) -> int:
     return int(expression.xreplace(dict.fromkeys(expression.free_symbols, size)))
 
 
+def layout_at(
+    tensor: torch.Tensor, symbols: Symbols, lengths: Mapping[str, int]
+) -> tuple[list[int], list[int]]:
+    """Shape and strides of a captured (fake) tensor where the dynamic dimensions, by name, are so
+    long."""
+    import sympy
+
+    own = {dim_symbol(name): sympy.Integer(length) for name, length in lengths.items()}
+
+    def number(value: int | torch.SymInt) -> int:
+        expr = expression_of(value)
+        assert expr is not None
+        return int(in_terms_of_size(expr, symbols).xreplace(own))
+
+    return [number(each) for each in tensor.shape], [number(each) for each in tensor.stride()]
+
+
 @dataclass(frozen=True)
 class Extent:
     """How long a dynamic dimension may be in a range, both ends included."""

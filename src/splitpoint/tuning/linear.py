@@ -110,6 +110,15 @@ class LinearTuner:
         read = [n for n in read if losses[n] <= worth * losses[first]]
         return min(read or plain or near, key=losses.__getitem__)
 
+    def lead(self, shape: LinearShape, range_: Range, name: str) -> float:
+        """How many times as long Inductor's own layer took as a variant, at that of the measured
+        sizes of a range where it is least; infinite where it was not measured."""
+        rows = shape.rows_in(range_)
+        known = [self._seconds.get((shape.of_any_rows, each), {}) for each in probes(shape, rows)]
+        if not all({INDUCTOR, name} <= each.keys() for each in known):
+            return math.inf
+        return min(each[INDUCTOR] / each[name] for each in known)
+
     def free(self) -> None:
         """Free the copies of weights that measuring took."""
         self._weights = None

@@ -94,6 +94,9 @@ milliseconds of wall time, and writes nothing of the end token: all make as many
             prompts anew, which takes a minute each for a small model
   llamacpp  llama.cpp over the same weights, written as GGUF into the cache folder (models of the
             Llama family); pip install llama-cpp-python
+  llamacpp-q8_0, llamacpp-q4_0
+            the same with weights in its 8 and 4 bits, beside --weights of ours; they have no floor,
+            and their tokens may be any
   openvino  OpenVINO GenAI over the same file, which must have a tokenizer: smollm2 alone;
             pip install openvino-genai
   ours      transformers' generate over the paged cache: splitpoint.integrations.transformers
@@ -147,9 +150,9 @@ examples:
     parser.add_argument(
         "--entrants",
         type=some_of(GENERATORS),
-        default=list(GENERATORS),
+        default=[name for name in GENERATORS if "-q" not in name],
         metavar="NAME,...",
-        help=f"what to compare: {', '.join(GENERATORS)} (default: all)",
+        help=f"what to compare: {', '.join(GENERATORS)} (default: all that round no weights)",
     )
     parser.add_argument(
         "--rounds",
