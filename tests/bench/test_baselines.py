@@ -43,7 +43,8 @@ def test_it_runs_the_model(name: str):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     sizes = [3] if baseline.per_size else [1, 3]
     forward = baseline.build(baseline.prepare(model), sizes)
-    assert 0 < Expected(model, sizes).check(name, forward) < 0.01
+    error = Expected(model, sizes).check(name, forward)
+    assert 0 < error < 0.01 or (name == "fp32" and error == 0)
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     if name == "max-autotune":

@@ -182,6 +182,14 @@ GENERATORS = {
             "llama_cpp",
             "llama-cpp-python",
         ),
+        Generator(
+            "openvino",
+            "OpenVINO GenAI in bf16, the same weights as GGUF in fp16, which it reads",
+            _openvino,
+            "openvino_genai",
+            "openvino-genai",
+        ),
+        Generator(OURS, "splitpoint.integrations.transformers", _ours),
         *(
             Generator(
                 f"llamacpp-{kind}",
@@ -193,14 +201,6 @@ GENERATORS = {
             )
             for kind in ("q8_0", "q4_0")
         ),
-        Generator(
-            "openvino",
-            "OpenVINO GenAI in bf16, the same weights as GGUF in fp16, which it reads",
-            _openvino,
-            "openvino_genai",
-            "openvino-genai",
-        ),
-        Generator(OURS, "splitpoint.integrations.transformers", _ours),
     )
 }
 """All ways, by name."""
