@@ -7,7 +7,7 @@ import torch
 from splitpoint import kernels
 from splitpoint.passes.linear_sites import LinearShape
 from splitpoint.ranges import Range
-from splitpoint.tuning.linear import LinearTuner, Weights
+from splitpoint.tuning.linear import LinearTuner, Weights, last_probe, probes
 
 SHAPE = LinearShape(columns=(512,), k=512, dtype=torch.bfloat16)
 
@@ -82,3 +82,22 @@ def test_a_weight_larger_than_the_cache_is_not_copied_but_put_out_of_it(
         return sum(event.name == "splitpoint::read_memory" for event in profile.events())
 
     assert (reads(large), reads(small)) == (1, 0)
+
+
+def test_variants_near_each_other_are_measured_at_the_end_of_a_range_too() -> None:
+    tuner, rows = LinearTuner(threads=1), Range(64, 4096)
+    end = last_probe(SHAPE, rows)
+    assert end == 4096
+    for probe in probes(SHAPE, rows):
+        tuner._seconds[SHAPE, probe] = {"inductor": 1.1, "packed": 1.0, "onednn": 2.0}
+    tuner._seconds[SHAPE, end] = {"inductor": 1.0, "packed": 1.5}
+    names = ["inductor", "packed", "onednn"]
+    found = tuner._near_at_the_end(SHAPE, rows, names, dict.fromkeys(names, 3.0), ())
+    assert found == ["inductor", "packed"]  # the other was far behind before
+    assert tuner.lead(SHAPE, rows, "packed") == 1 / 1.5
+    assert tuner.budget.spent_s == 0
+
+
+def test_the_end_of_a_range_that_all_are_measured_at_is_not_measured_again() -> None:
+    assert last_probe(SHAPE, Range(1, 64)) is None
+    assert last_probe(SHAPE, Range(1, 10**9)) < 10**6

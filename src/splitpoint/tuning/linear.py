@@ -28,8 +28,15 @@ COLD_BYTES = 48 << 20
 memory and not in a cache, as it does in a model."""
 
 MOST_FLOPS = 5e8
-"""A probe is no larger than this: what wins at it wins above it, where all kernels are bound
-by arithmetic."""
+"""A probe of all variants is no larger than this: what wins by much at it wins above it too, where
+all kernels are bound by arithmetic."""
+
+MOST_FLOPS_OF_FEW = 16 * MOST_FLOPS
+"""The same for the last probe of a range, of those that are near each other."""
+
+NEAR = 1.3
+"""Variants that take no more than so many times as long as the best at the last probe of all are
+measured at the end of the range too."""
 
 INDUCTOR = "inductor"
 
@@ -96,6 +103,7 @@ class LinearTuner:
             best = min(seconds[name] for name in names)
             for name in names:
                 losses[name] += seconds[name] / best
+        names = self._near_at_the_end(shape, rows, names, losses, own)
         if weights or shape.packed:
             names = [n for n in names if losses[n] < math.inf] or [INDUCTOR]
             return min(names, key=losses.__getitem__) if len(names) > 1 else names[0]
@@ -110,14 +118,38 @@ class LinearTuner:
         read = [n for n in read if losses[n] <= worth * losses[first]]
         return min(read or plain or near, key=losses.__getitem__)
 
+    def _near_at_the_end(
+        self,
+        shape: LinearShape,
+        rows: Range,
+        names: list[str],
+        losses: dict[str, float],
+        own: Sequence[Sequence[Tensor]],
+    ) -> list[str]:
+        """The variants that may be chosen, those that were near each other at the last probe
+        measured at the end of the range too, which adds to their losses."""
+        end = last_probe(shape, rows)
+        last = self._seconds[shape.of_any_rows, probes(shape, rows)[-1]]
+        best = min(last[name] for name in names)
+        near = [name for name in names if last[name] <= NEAR * best < math.inf]
+        if end is None or len(near) < 2:
+            return names
+        seconds = self.seconds(shape, end, near, own)
+        if seconds is None:
+            return names
+        best = min(seconds[name] for name in near)
+        for name in near:
+            losses[name] += seconds[name] / best
+        return near
+
     def lead(self, shape: LinearShape, range_: Range, name: str) -> float:
         """How many times as long Inductor's own layer took as a variant, at that of the measured
         sizes of a range where it is least; infinite where it was not measured."""
         rows = shape.rows_in(range_)
-        known = [self._seconds.get((shape.of_any_rows, each), {}) for each in probes(shape, rows)]
-        if not all({INDUCTOR, name} <= each.keys() for each in known):
-            return math.inf
-        return min(each[INDUCTOR] / each[name] for each in known)
+        sizes = [*probes(shape, rows), last_probe(shape, rows)]
+        known = [self._seconds.get((shape.of_any_rows, each), {}) for each in sizes if each]
+        both = [each for each in known if {INDUCTOR, name} <= each.keys()]
+        return min((each[INDUCTOR] / each[name] for each in both), default=math.inf)
 
     def free(self) -> None:
         """Free the copies of weights that measuring took."""
@@ -370,3 +402,11 @@ def probes(shape: LinearShape, rows: Range) -> list[int]:
     end = min(rows.end, max(largest, rows.start))
     middle = round(math.sqrt(rows.start * end))
     return sorted({rows.start, middle, end})
+
+
+def last_probe(shape: LinearShape, rows: Range) -> int | None:
+    """The end of a range, or how far a few variants are measured towards it; None where all of them
+    are measured there."""
+    most = int(MOST_FLOPS_OF_FEW / (2 * sum(shape.columns) * shape.k))
+    end = min(rows.end, most)
+    return end if end > probes(shape, rows)[-1] else None
