@@ -89,12 +89,12 @@ def calls_for(root: torch.Tensor, view: torch.Tensor, integer: Integer) -> list[
     shape, strides, ahead = in_memory_of(root, view, integer)
     wide, own = view.element_size(), root.element_size()
     calls: list[Call] = []
-    is_empty = any(each == 0 for each in shape)  # at every size: it may lie beyond the memory
-    if is_empty:
-        ahead = ahead * 0
+    # Without elements, at every size or at some, it may lie beyond the memory.
+    there = _has_elements(shape)
+    ahead = ahead * there
     if ahead != 0 or view.dtype != root.dtype:
         # Only a tensor's own offset is known, and only at a call: shift a flat view of it.
-        length = ahead if is_empty else ahead + _least_extent(shape, strides)
+        length = ahead + extent(shape, strides) * there
         part = own // wide  # above 1 where an element of the memory holds several
         flat = floor_div(length + part - 1, part) if part > 1 else length * wide / own
         calls.append((aten.as_strided.default, ((flat,), (1,))))
@@ -110,13 +110,19 @@ def calls_for(root: torch.Tensor, view: torch.Tensor, integer: Integer) -> list[
     return calls
 
 
-def _least_extent(shape: Sequence[Any], strides: Sequence[Any]) -> Any:
-    """`extent`, and 0 at the sizes at which there are no elements."""
+def _has_elements(shape: Sequence[Any]) -> Any:
+    """1 at the sizes at which a tensor has elements, and 0 at others."""
     import sympy
 
-    # A dynamic dimension is at least 1, and so is what is that long; a part of it may be empty.
-    parts = [each for each in shape if each.free_symbols and not each.is_Symbol]
-    return extent(shape, strides) * sympy.Min(1, *parts)
+    # Dynamic dimensions are at least 1, and so are products of them; a part of one may be empty.
+    return sympy.Min(1, *(each for each in shape if not _is_product(each)))
+
+
+def _is_product(length: Any) -> bool:
+    import sympy
+
+    factors = sympy.Mul.make_args(length)
+    return all(each.is_Symbol or each.is_positive for each in factors)
 
 
 def views_among(
