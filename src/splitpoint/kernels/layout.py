@@ -41,6 +41,10 @@ def packed_shape(rows: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
     return (blocks, 2 * pairs if dtype == torch.int8 else k, BLOCK)
 
 
+MOST_INT8_DEPTH = (2**31 - 1) // (128 * 127)
+"""The largest k of `quads`: int32 holds the sum of so many products."""
+
+
 def quads_shape(rows: int, k: int) -> tuple[int, ...]:
     """The shape of `quads` of a [rows, k] weight."""
     return (-(-rows // BLOCK), -(-k // 4), BLOCK, 4)

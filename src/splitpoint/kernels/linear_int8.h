@@ -26,17 +26,22 @@ struct IntSums {
   }
   template <class T, int kRows, int kVecs>
   static SPLITPOINT_INLINE void keep(const T& t, const IntVec (&acc)[kRows][kVecs], float* sums) {
+    const float* scales = t.x_scales;
+    const auto each = [&](auto store_one) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
-        float* to = sums + r * kBlock + v * kLanes;
-        if (t.x_scales) {
-          store(to, __builtin_convertvector(acc[r][v], Vec) * t.x_scales[r]);
-        } else {
-          __builtin_memcpy(to, &acc[r][v], sizeof(IntVec));
-        }
+        for (int v = 0; v < kVecs; ++v) store_one(sums + r * kBlock + v * kLanes, acc[r][v], r);
       }
+    };
+    if (scales) {
+      each([&](float* to, IntVec sum, int r) __attribute__((always_inline)) {
+        store(to, __builtin_convertvector(sum, Vec) * scales[r]);
+      });
+    } else {
+      each([](float* to, IntVec sum, int) __attribute__((always_inline)) {
+        __builtin_memcpy(to, &sum, sizeof(sum));
+      });
     }
   }
 };
@@ -116,7 +121,12 @@ struct Quads : IntSums {
     for (int r = 0; r < kRows; ++r) {
       const IntVec value = load_bits<int32_t>(x.at(r, k + 2 * odd)) - IntVec{};
 #pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) acc[r][v] += pairs(weight[v], value);
+      for (int v = 0; v < kVecs; ++v) {
+        acc[r][v] += pairs(weight[v], value);
+#if defined(__SSE2__)
+        __asm__("" : "+x"(acc[r][v]));  // or GCC 12 has more products at once than registers
+#endif
+      }
     }
   }
   template <int kRows, int kVecs>
