@@ -133,5 +133,6 @@ def one_kernel(config: Config, kernel: str) -> Config:
         compile_sizes=(),
         on_guard="split",
         weights=None,
+        activations=None,
         linear={f"1-{config.max_size}": kernel},
     )

@@ -16,7 +16,7 @@ from .. import kernels
 from ..config import Weights
 from ..errors import OutputMismatch
 from ..kernels.layout import packed_shape
-from ..kernels.reference import linear
+from ..kernels.reference import linear, quantised_rows
 from ..passes.linear import LAYOUTS, Layers, layouts_of, nbytes, rounded
 from ..passes.linear import VARIANTS as KERNELS
 from ..passes.linear import Variant as Kernel
@@ -231,6 +231,9 @@ def _verify(name: str, y: Tensor, x: Tensor, weight: Tensor) -> None:
     kernel = KERNELS.get(name)
     if kernel is not None and kernel.weights:
         weight = rounded(weight, kernel.weights)
+    if kernel is not None and kernel.activations:
+        values, scale = quantised_rows(x)
+        x = values.double() * scale.double()[:, None]
     (exact,) = linear(x, [weight])
     magnitude = x.double().abs() @ weight.double().abs().t()
     roundoff = torch.finfo(y.dtype).eps / 2
