@@ -191,6 +191,8 @@ def _variants(weight: Tensor, weights: Weights | None) -> dict[str, Variant]:
         shape = LinearShape((n,), k, weight.dtype)
         for name, each in KERNELS.items():
             if each.weights == weights:
+                if each.activations and not each.fits(shape):
+                    continue  # deeper than int32 sums hold
                 if not each.fits(shape):
                     raise ValueError(f"no group of 4-bit values divides k = {k}")
                 layouts = layouts_of(each, shape)
