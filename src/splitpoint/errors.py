@@ -219,6 +219,10 @@ class PassError(CompileError):
     """A pass raised, returned something unexpected, or left a broken graph."""
 
 
+class NothingToRound(CompileError):
+    """`Config.activations` asks for what no linear layer of the model can have."""
+
+
 class NotBatchInvariant(CompileError):
     """A row's result may have other bits beside other rows, and `batch_invariant` forbids it."""
 

@@ -20,7 +20,7 @@ def test_every_variant_is_timed_at_every_size(dtype: torch.dtype) -> None:
     by_size: dict[int, dict[str, LayerRow]] = {1: {}, 20: {}}
     for row in rows:
         by_size[row.size][row.variant] = row
-    assert {"linear", "gemv", "packed", "int8"} <= set(by_size[1])
+    assert {"linear", "gemv", "packed", "int8", "int8_dynamic"} <= set(by_size[1])
     assert "gemv" not in by_size[20], "out of its depth at 20 tokens"
     for row in rows:
         assert (row.n, row.k, row.threads) == (40, 33, 1)

@@ -43,9 +43,13 @@ def test_a_row_for_each_kind_of_weights(tmp_path: Path) -> None:
     text.write_text("a b b a a b a b b " * 4)
     kinds = (None, "int8")
     report = run(str(folder), text, weights=kinds, dtype="fp32", tokens=20, window=8)
-    assert [row.weights for row in report.rows] == [AS_THEY_ARE, "int8"]
-    plain, int8 = (row.perplexity for row in report.rows)
+    labels = [AS_THEY_ARE, "int8", "int8, activations int8"]
+    assert [row.weights for row in report.rows] == labels
+    plain, int8, both = (row.perplexity for row in report.rows)
     assert plain != int8 == pytest.approx(plain, rel=0.05)
+    assert both == pytest.approx(plain, rel=0.05)
+    assert "activations in int8" in report.rows[2].note
+    assert f"{labels[2]}: " in str(report)
     assert "20 tokens of text.txt in windows of 8" in str(report)
     with pytest.raises(UsageError, match="cannot read the text"):
         run(str(folder), tmp_path / "none.txt")

@@ -181,10 +181,13 @@ int main() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (avx2) tables.push_back(&kAvx2);
+  if (avx2 && __builtin_cpu_supports("avxvnni")) tables.push_back(&kAvx2Vnni);
   if (avx512) tables.push_back(&kAvx512);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&kAvx512Bf16);
-  if (avx512 && __builtin_cpu_supports("avx512bf16") && tiles_permitted()) tables.push_back(&kAmx);
+  if (vnni) tables.push_back(&kAvx512Vnni);
+  if (vnni && __builtin_cpu_supports("avx512bf16")) tables.push_back(&kAvx512Bf16);
+  if (vnni && __builtin_cpu_supports("avx512bf16") && tiles_permitted()) tables.push_back(&kAmx);
 #endif
   std::vector<Shape> shapes{{0, 5, 5},   {3, 0, 5},   {3, 5, 0},   {1, 1, 1},
                             {2, 70, 47}, {30, 33, 64}, {61, 17, 96}, {130, 40, 33},
@@ -221,7 +224,7 @@ int main() {
         }
       }
     }
-    runs += check_attention(*table) + check_cached(*table);
+    runs += check_int8(*table) + check_attention(*table) + check_cached(*table);
     std::printf("%s\n", table->name);
   }
   std::printf("%ld runs\n", runs);

@@ -51,8 +51,9 @@ struct Buffer {
   }
 };
 
-// The kernels of attention, and of that over a paged cache, over many shapes; how many runs that
-// were.
+// The kernels of x rounded to int8, of attention, and of that over a paged cache, over many shapes;
+// how many runs that were.
+long check_int8(const KernelTable& table);
 long check_attention(const KernelTable& table);
 long check_cached(const KernelTable& table);
 

@@ -16,7 +16,7 @@ from tests import sanitizers
 def test_kernels_stay_within_their_buffers(tmp_path: Path) -> None:
     drivers = [
         build.Unit(name, Path(__file__).with_name(f"{name}.cpp"), (f"-I{build.SOURCES}",))
-        for name in ("sanitize", "sanitize_attention", "sanitize_cached")
+        for name in ("sanitize", "sanitize_attention", "sanitize_cached", "sanitize_int8")
     ]
     program = tmp_path / "sanitize"
     sanitizers.build([*build.kernel_units(), *drivers], program)

@@ -26,6 +26,7 @@ CUDA = torch.device("cuda", 0)
 ASKED: dict[str, Config] = {
     "linear": Config(linear={"1-8": "packed"}),
     "attention": Config(attention={"1-8": "rowwise"}),
+    "activations": Config(activations="int8"),
     "batch_invariant": Config(batch_invariant=True),
     "free_original_weights": Config(free_original_weights=True),
     "cudagraph_capture_sizes": Config(cudagraph_capture_sizes=[1, 2]),

@@ -265,6 +265,7 @@ CONFIG_FIELDS: dict[str, Any] = {
     "linear": {"1-4": "packed"},
     "attention": "torch",
     "weights": "int4",
+    "activations": "int8",
     "max_packed_bytes": 1000,
     "free_original_weights": True,
 }

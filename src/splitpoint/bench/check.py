@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Weights
+from ..config import Activations, Weights
 from ..errors import OutputMismatch
 from ..integrations.transformers.rounding import rounding
 from .inputs import Forward, last_logits, random_ids
@@ -32,10 +32,17 @@ class Expected:
     """What a model's logits should be at some sizes, and how far off they may be.
 
     The reference is the model itself in fp32, run eagerly, with weights rounded as `weights` says.
-    In bf16 the limit is what the model itself is off by, at its worst size, times `BF16_FACTOR`.
+    In bf16, and where a compiled model may round activations, the limit is what the model itself
+    is off by (with `activations` in all layers), at its worst size, times `BF16_FACTOR`.
     """
 
-    def __init__(self, model: Any, sizes: Sequence[int], weights: Weights | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        sizes: Sequence[int],
+        weights: Weights | None = None,
+        activations: Activations | None = None,
+    ) -> None:
         """Runs the model, and for a while holds a copy of it in fp32."""
         self._inputs = {
             size: [random_ids(model.config.vocab_size, size, seed) for seed in range(INPUTS)]
@@ -51,9 +58,9 @@ class Expected:
         """The worst error of the model itself over the sizes."""
         self.limit = FP32_LIMIT
         """Largest error allowed."""
-        if model.dtype != torch.float32:
+        if model.dtype != torch.float32 or activations:
             eager = last_logits(model)
-            with rounding(model, weights, keep=True):
+            with rounding(model, weights, keep=True, activations=activations):
                 self.eager_error = max(self._error(eager, size) for size in sizes)
             self.limit = BF16_FACTOR * self.eager_error
 

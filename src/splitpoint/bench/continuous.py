@@ -195,7 +195,8 @@ def run(
     first: dict[str, Served] = {}
     for each, served_by in models.items():
         say(f"{each}: {requests} requests, to compare ...")
-        with rounding(model, config.weights if each == EAGER else None, keep=True):
+        kinds = (config.weights, config.activations) if each == EAGER else (None, None)
+        with rounding(model, kinds[0], keep=True, activations=kinds[1]):
             first[each] = serve(served_by, asked, config.max_size, WALL_TIME)
     found: dict[str, list[Served]] = {each: [] for each in models}
     for turn in range(rounds):

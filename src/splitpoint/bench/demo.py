@@ -70,6 +70,11 @@ def run(
             f"the demo compares outputs with the model's own, and weights={config.weights!r} makes "
             f"it another: leave weights out, or use 'splitpoint bench forward'"
         )
+    if config.activations is not None:
+        raise UsageError(
+            f"the demo compares outputs with the model's own, and activations="
+            f"{config.activations!r} makes others: leave activations out"
+        )
     start = time.perf_counter()
     say(f"loading {SMOLLM2} ({dtype}) ...")
     model, tokenizer = load(SMOLLM2, DTYPES[dtype])

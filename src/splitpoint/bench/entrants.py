@@ -121,7 +121,11 @@ def single_kernels(max_size: int) -> list[str]:
     if not kernels.available():
         return ["inductor"]
     everywhere = Range(1, max_size)
-    own = [name for name, v in VARIANTS.items() if v.promises(everywhere) and not v.weights]
+    own = [
+        name
+        for name, v in VARIANTS.items()
+        if v.promises(everywhere) and not (v.weights or v.activations)
+    ]
     return ["inductor", *own]
 
 
@@ -133,5 +137,6 @@ def one_kernel(config: Config, kernel: str) -> Config:
         compile_sizes=(),
         on_guard="split",
         weights=None,
+        activations=None,
         linear={f"1-{config.max_size}": kernel},
     )

@@ -142,15 +142,22 @@ def compare(
         _, entrants.costs["torch.compile"] = cost_of(lambda: call_each(reference, sizes))
     entrants.forwards["torch.compile"] = entrants.add("torch.compile", reference)
     entrants.costs["splitpoint"] = cost
-    if weights := compiled.config.weights:
-        say(f"running it with weights in {weights} in fp32, to check splitpoint's ...")
-        rounded = Entrants(Expected(model, sizes, weights), {})
+    weights, activations = compiled.config.weights, compiled.config.activations
+    if weights or activations:
+        what = f"weights in {weights}" if weights else "its own weights"
+        say(f"running it with {what} in fp32, to check splitpoint's ...")
+        rounded = Entrants(Expected(model, sizes, weights, activations), {})
         entrants.forwards["splitpoint"] = rounded.add("splitpoint", last_logits(compiled))
         entrants.errors |= rounded.errors
         entrants.notes.append(
-            f"splitpoint has weights in {weights}, the others as they are; its outputs were "
-            f"compared with those of the model with such weights."
+            f"splitpoint has {what}, the others as they are; its outputs were compared with those "
+            f"of the model with such weights."
         )
+        if activations:
+            entrants.notes.append(
+                f"it has activations in {activations} where the plan says so, and may be off by "
+                f"what they make of the model if all layers have them."
+            )
     else:
         entrants.forwards["splitpoint"] = entrants.add("splitpoint", last_logits(compiled))
     if singles:

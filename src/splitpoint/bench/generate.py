@@ -162,9 +162,10 @@ class _Measuring:
             try:
                 found = generate(ids, new_tokens).tokens
                 warm_up[name] = self.clock.read() - start
-                weights = self.setting.config.weights if name == OURS else None
-                with rounding(model, weights, keep=True):
-                    likeliest = eager(ids, new_tokens).tokens if weights else expected
+                own = self.setting.config if name == OURS else Config()
+                with rounding(model, own.weights, keep=True, activations=own.activations):
+                    differs = bool(own.weights or own.activations)
+                    likeliest = eager(ids, new_tokens).tokens if differs else expected
                     most = math.inf if GENERATORS[name].rounds else GAPS[model.dtype]
                     divergences[name] = checked(name, model, ids, likeliest, found, most)
             except (BaselineFailed, OutputMismatch) as error:

@@ -150,7 +150,7 @@ def check(
     for way in ways:
         some = asked[: way.most]
         say(f"{way.name}: {len(some)} prompts ...")
-        with rounding(model, config.weights, keep=True):
+        with rounding(model, config.weights, keep=True, activations=config.activations):
             own = answers(model, some, new_tokens, way)
         rows.append((way.name, compare(own, answers(ours, some, new_tokens, way))))
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[model.dtype]

@@ -16,7 +16,7 @@ from .. import kernels
 from ..config import Weights
 from ..errors import OutputMismatch
 from ..kernels.layout import packed_shape
-from ..kernels.reference import linear
+from ..kernels.reference import linear, quantised_rows
 from ..passes.linear import LAYOUTS, Layers, layouts_of, nbytes, rounded
 from ..passes.linear import VARIANTS as KERNELS
 from ..passes.linear import Variant as Kernel
@@ -191,6 +191,8 @@ def _variants(weight: Tensor, weights: Weights | None) -> dict[str, Variant]:
         shape = LinearShape((n,), k, weight.dtype)
         for name, each in KERNELS.items():
             if each.weights == weights:
+                if each.activations and not each.fits(shape):
+                    continue  # deeper than int32 sums hold
                 if not each.fits(shape):
                     raise ValueError(f"no group of 4-bit values divides k = {k}")
                 layouts = layouts_of(each, shape)
@@ -231,6 +233,9 @@ def _verify(name: str, y: Tensor, x: Tensor, weight: Tensor) -> None:
     kernel = KERNELS.get(name)
     if kernel is not None and kernel.weights:
         weight = rounded(weight, kernel.weights)
+    if kernel is not None and kernel.activations:
+        values, scale = quantised_rows(x)
+        x = values.double() * scale.double()[:, None]
     (exact,) = linear(x, [weight])
     magnitude = x.double().abs() @ weight.double().abs().t()
     roundoff = torch.finfo(y.dtype).eps / 2

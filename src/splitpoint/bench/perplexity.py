@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import Config, compile
-from ..config import Weights
+from ..config import Activations, Weights
 from ..errors import UsageError
 from ..models.catalogue import DTYPES, load
 from ..ranges import align
@@ -27,11 +27,13 @@ class PerplexityRow:
     """What came of one kind of weights."""
 
     weights: str
-    """"int8", "int4", or `AS_THEY_ARE`."""
+    """"int8", "int4", or `AS_THEY_ARE`; and, after a comma, what activations are rounded to."""
     perplexity: float
     """e to the mean of -ln of the probability that the model gives each token."""
     packed_bytes: int
     """Of the copies of weights that the kernels read."""
+    note: str = ""
+    """Which layers round activations, as the plan says."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class PerplexityReport:
                 f"torch {env['torch']} on {env['cpu']} ({env['cpu_capability']})",
                 "",
                 *align(cells, right={1, 2, 3}),
+                *("" for row in self.rows[:1] if any(each.note for each in self.rows)),
+                *(f"{row.weights}: {row.note}" for row in self.rows if row.note),
             ]
         )
 
@@ -70,6 +74,7 @@ def run(
     text: Path,
     *,
     weights: Sequence[Weights | None] = (None, "int8", "int4"),
+    activations: Sequence[Activations] = ("int8",),
     dtype: str = "bf16",
     threads: int = 1,
     tokens: int = 20_000,
@@ -77,7 +82,8 @@ def run(
     layers: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PerplexityReport:
-    """The perplexity of a text's first `tokens` tokens, for each kind of weights.
+    """The perplexity of a text's first `tokens` tokens, for each kind of weights, and for int8
+    weights with each kind of `activations`, in the layers where that is faster at a whole window.
 
     The text is cut into windows that the model sees alone, each token but a window's first
     predicted from those before it. Logits come from the compiled model.
@@ -103,13 +109,20 @@ def run(
         raise UsageError(f"{text} has {len(ids)} tokens: two are the least")
     torch.set_num_threads(threads)
     rows = []
-    for kind in weights:
-        label = kind or AS_THEY_ARE
+    kinds: list[tuple[Weights | None, Activations | None]] = [(kind, None) for kind in weights]
+    if "int8" in weights:
+        at = list(weights).index("int8") + 1
+        kinds[at:at] = [("int8", each) for each in activations]
+    for kind, rounded in kinds:
+        label = (kind or AS_THEY_ARE) + (f", activations {rounded}" if rounded else "")
         say(f"weights {label}: compiling, and reading the text ...")
-        config = Config(max_size=window, weights=kind)
+        config = Config(max_size=window, weights=kind, activations=rounded)
+        if rounded:  # measured at a whole window alone, with time for all layers
+            config = replace(config, compile_sizes=[window], linear_budget_s=60.0)
         compiled = compile(model, config, dynamic_dims={"input_ids": 1})
         found = perplexity(lambda part, call=compiled: call(part, use_cache=False), ids, window)
-        rows.append(PerplexityRow(label, found, compiled.stats().packed_bytes))
+        note = compiled.plan.entry_for(window).note if rounded else ""
+        rows.append(PerplexityRow(label, found, compiled.stats().packed_bytes, note))
         compiled.reset()
     facts = {"model": name, "dtype": dtype, "threads": threads, "text": text.name}
     facts |= {"tokens": len(ids), "window": window}

@@ -23,7 +23,7 @@ def config_of(args: argparse.Namespace) -> Config:
     Raises:
         UsageError, InvalidJSON, ConfigError: as `read_config`.
     """
-    names = ("max_size", "split_points", "compile_sizes", "backend", "weights")
+    names = ("max_size", "split_points", "compile_sizes", "backend", "weights", "activations")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.config:
         config, left_out = read_config(args.config, given)

@@ -16,6 +16,7 @@ def bench_perplexity(args: argparse.Namespace) -> None:
         args.model,
         args.text,
         weights=[None if kind == "none" else kind for kind in args.weights],
+        activations=[kind for kind in args.activations if kind != "none"],
         dtype=args.dtype,
         threads=args.threads,
         tokens=args.tokens,

@@ -189,8 +189,11 @@ def bench_linear(args: argparse.Namespace) -> None:
     from ..bench.linear_report import run, save_picture
     from ..bench.picture import check_outputs
     from ..models.catalogue import DTYPES
+    from .isa import as_if_avx2
 
     check_outputs(png=args.png, json=args.json)
+    if args.isa == "avx2":
+        as_if_avx2()
     report = run(
         args.n,
         args.k,

@@ -8,19 +8,22 @@
 namespace splitpoint::SPLITPOINT_ISA::tiles {
 
 inline constexpr bool kDots = true;
+inline constexpr bool kInt8Dots = true;
 
 inline void run_packed(const LinearArgs& a, const Part& part) {
   const int64_t rows = part.t1 - part.t0;
   const int64_t fewest = a.w_type == DType::i4 ? kInt4Rows + 1 : kFewestRows;
   // Tiles add products in another order than the dot products of few rows.
-  if (a.x_type == DType::f32 || a.k == 0 || rows < fewest || a.batch_invariant) {
+  if (a.x_type == DType::f32 || a.k == 0 || rows < fewest || a.batch_invariant ||
+      a.w_type == DType::quads) {
     return kAvx512Bf16.packed(a, part);
   }
   switch (a.w_type) {
     case DType::bf16: return amx_part<Bf16Source>(a, part);
     case DType::i8: return amx_part<Int8Source>(a, part);
     case DType::i4: return amx_part<Int4Source>(a, part);
-    case DType::f32: return;  // goes with an x of fp32
+    case DType::f32:
+    case DType::quads: return;  // served above
   }
 }
 
@@ -38,6 +41,9 @@ inline int64_t multiply(DType type, int64_t steps, float* sum) {
     _tile_dpbf16ps(3, 5, 7);
   }
   return steps * 4 * 2 * kTileRows * kTileRows * kTileDepth;
+}
+inline void quantise(const QuantiseArgs& a, int64_t t0, int64_t t1) {
+  kAvx512Vnni.quantise(a, t0, t1);
 }
 inline void run_pack(const PackArgs& a, int64_t block0, int64_t block1) {
   kAvx512Bf16.pack(a, block0, block1);

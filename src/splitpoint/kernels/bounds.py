@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import ACTIVATIONS, finish, linear
+from .reference import ACTIVATIONS, finish, linear, quantised_rows
 
 U32 = 2.0**-24
 """Unit roundoff of float32: half a unit in the last of 24 places."""
@@ -64,16 +64,23 @@ def _bounds(
     activation: str,
     gated: bool,
     off: Sequence[Tensor],
+    dtype: torch.dtype,
+    exact_sums: bool,
 ) -> list[Tensor]:
     """`bounds`, for results that are `exact` and, `before` the activation, these."""
     errors = []
     for index, weight in enumerate(weights):
-        magnitude = x.double().abs() @ weight.double().abs().t()
+        if exact_sums:
+            magnitude = (x.double() @ weight.double().t()).abs()
+        else:
+            magnitude = x.double().abs() @ weight.double().abs().t()
         if scales:
             magnitude = magnitude * scales[index].double()
         if biases:
             magnitude = magnitude + biases[index].double().abs()
-        errors.append((x.shape[-1] + 4) * U32 * magnitude + TINY)
+        # An exact sum is rounded to float32, and once more as it meets each scale and the bias.
+        roundings = 4 if exact_sums else x.shape[-1] + 4
+        errors.append(roundings * U32 * magnitude + TINY)
         if off:
             moved = x.double().abs() @ off[index].double().t()
             errors[-1] += moved * scales[index].double() if scales else moved
@@ -90,7 +97,7 @@ def _bounds(
         if residual is not None:
             error = error + U32 * value.abs()
         # Rounding to the output dtype, of a value that is itself off by `error`.
-        result.append(error + ROUNDOFF[x.dtype] * (value.abs() + error))
+        result.append(error + ROUNDOFF[dtype] * (value.abs() + error))
     return result
 
 
@@ -127,14 +134,32 @@ class Expected:
         activation: str = "none",
         gated: bool = False,
         off: Sequence[Tensor] = (),
+        rounds_x: bool = False,
     ) -> Expected:
-        """For inputs and weights as for `linear`, and `off` as for `bounds`."""
+        """For inputs and weights as for `linear`, and `off` as for `bounds`. With `rounds_x` of an
+        x rounded to int8 (`quantised_rows`), whose products with int8 weights are summed exactly.
+        """
+        dtype = x.dtype
+        if rounds_x:
+            values, row_scales = quantised_rows(x)
+            x = values.double() * row_scales.double()[..., None]
         befores = linear(x, weights, scales, biases)
         exact = finish(befores, residual, activation, gated)
         allowed = _bounds(
-            exact, befores, x, weights, scales, biases, residual, activation, gated, off
+            exact,
+            befores,
+            x,
+            weights,
+            scales,
+            biases,
+            residual,
+            activation,
+            gated,
+            off,
+            dtype,
+            rounds_x,
         )
-        return Expected(exact, allowed, x.dtype)
+        return Expected(exact, allowed, dtype)
 
     def exceeded(self, ys: Sequence[Tensor]) -> float:
         """The worst error of outputs as a multiple of its bound; infinite where one is no

@@ -65,7 +65,9 @@ class InstructionSet:
 INSTRUCTION_SETS = (
     InstructionSet("portable", "kPortable", (), None),
     InstructionSet("avx2", "kAvx2", ("-mavx2", "-mfma"), ("x86_64",)),
+    InstructionSet("avx2_vnni", "kAvx2Vnni", ("-mavx2", "-mfma", "-mavxvnni"), ("x86_64",)),
     InstructionSet("avx512", "kAvx512", AVX512_FLAGS, ("x86_64",)),
+    InstructionSet("avx512_vnni", "kAvx512Vnni", (*AVX512_FLAGS, "-mavx512vnni"), ("x86_64",)),
     InstructionSet("avx512_bf16", "kAvx512Bf16", AVX512_BF16_FLAGS, ("x86_64",)),
     InstructionSet("amx", "kAmx", (*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), ("x86_64",)),
 )

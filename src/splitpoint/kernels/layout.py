@@ -10,6 +10,8 @@ that one pass over memory feeds all columns of a block:
 | bfloat16 | [blocks, ceil(k / 2), 32, 2] | weight[32 b + c, 2 i + j] |
 | int8 | [blocks, 2 ceil(k / 2), 32] | weight[32 b + c, i] |
 
+| int8, x rounded to int8 too | [blocks, ceil(k / 4), 32, 4] | weight[32 b + c, 4 i + j] |
+
 Zeros stand where the weight has no row or no k. Scales and biases are never packed: they keep the
 order of the weight's rows.
 """
@@ -37,6 +39,34 @@ def packed_shape(rows: int, k: int, dtype: torch.dtype) -> tuple[int, ...]:
     if dtype == torch.bfloat16:
         return (blocks, pairs, BLOCK, 2)
     return (blocks, 2 * pairs if dtype == torch.int8 else k, BLOCK)
+
+
+MOST_INT8_DEPTH = (2**31 - 1) // (128 * 127)
+"""The largest k of `quads`: int32 holds the sum of so many products."""
+
+
+def quads_shape(rows: int, k: int) -> tuple[int, ...]:
+    """The shape of `quads` of a [rows, k] weight."""
+    return (-(-rows // BLOCK), -(-k // 4), BLOCK, 4)
+
+
+def quads(weight: torch.Tensor) -> torch.Tensor:
+    """An int8 [rows, k] weight in groups of four k's, which `linear_packed` multiplies by an x that
+    it rounds to int8, each row with a scale of its own (`reference.quantised_rows`)."""
+    rows, k = weight.shape
+    blocks, groups, *_ = shape = quads_shape(rows, k)
+    full = weight.new_zeros(blocks * BLOCK, groups * 4)
+    full[:rows, :k] = weight
+    return full.view(blocks, BLOCK, groups, 4).transpose(1, 2).contiguous().view(shape)
+
+
+def quads_of_packed(packed: torch.Tensor) -> torch.Tensor:
+    """`quads` of the weight that `pack_weight` made an int8 [blocks, k, 32] of."""
+    blocks, k, _ = packed.shape
+    groups = -(-k // 4)
+    full = packed.new_zeros(blocks, groups * 4, BLOCK)
+    full[:, :k] = packed
+    return full.view(blocks, groups, 4, BLOCK).transpose(2, 3).contiguous()
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -143,6 +143,30 @@ struct Rows {
   }
 };
 
+// Rows of x rounded to int8.
+struct Rounded {
+  Tensor held;
+  QuantiseArgs args;
+
+  Rounded(const KernelTable& table, const Rows& x, const LinearArgs& of, int64_t t) {
+    const int64_t item = table.dots_int8 ? 1 : 2;
+    int64_t stride = ceil_div(of.k, kLineBytes) * kLineBytes;
+    if (stride * item % (kAliasBytes / 4) == 0) stride += kLineBytes;
+    const int64_t values = t * stride * item;
+    held = at::empty({values + t * 8}, x.held->options().dtype(at::kByte));
+    auto* to = static_cast<char*>(held.mutable_data_ptr());
+    auto* scales = reinterpret_cast<float*>(to + values);
+    args = {x.data, x.stride, of.x_type, of.k, to, stride,
+            scales, reinterpret_cast<int32_t*>(scales + t)};
+    parallel(t, std::max<int64_t>(1, kValuesWorthAThread / std::max<int64_t>(of.k, 1)),
+             [&](int64_t begin, int64_t end) { table.quantise(args, begin, end); });
+  }
+  void give(LinearArgs& a) const {
+    a.x = args.to, a.x_stride = args.to_stride, a.x_type = DType::i8;
+    a.x_scales = args.scales, a.x_starts = args.starts;
+  }
+};
+
 // One of the lists that hold a tensor for each weight, or none at all.
 const Tensor* each_of(at::TensorList list, size_t i, size_t count, const char* name) {
   TORCH_CHECK_VALUE(list.empty() || list.size() == count, "there must be as many ", name,
@@ -163,7 +187,13 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
                     "n must hold the columns of each weight");
   const DType type = dtype_of(scalar_type, "x");
   const bool int4 = made.packed && given.weights[0].scalar_type() == at::kByte;
-  const DType w_type = int4 ? DType::i4 : dtype_of(given.weights[0].scalar_type(), "weight");
+  const bool quads = made.packed && given.weights[0].scalar_type() == at::kChar &&
+                     given.weights[0].dim() == 4;
+  const DType w_type = int4    ? DType::i4
+                       : quads ? DType::quads
+                               : dtype_of(given.weights[0].scalar_type(), "weight");
+  TORCH_CHECK_VALUE(!quads || k <= kMostInt8Depth, "int32 sums of int8 products hold a k of ",
+                    kMostInt8Depth, " at most, got ", k);
   LinearArgs common{};
   common.k = k;
   common.x_type = type, common.y_type = type, common.w_type = w_type;
@@ -175,7 +205,8 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
                     "needs others");
   for (size_t i = 0; i < count; ++i) {
     const Tensor& weight = given.weights[i];
-    TORCH_CHECK_TYPE(type != DType::i8 && (int4 || w_type == DType::i8 || w_type == type) &&
+    TORCH_CHECK_TYPE(type != DType::i8 &&
+                         (int4 || quads || w_type == DType::i8 || w_type == type) &&
                          weight.scalar_type() == given.weights[0].scalar_type(),
                      "x must be float32 or bfloat16 and the weights of its dtype or int8, got ",
                      scalar_type, " and ", weight.scalar_type());
@@ -197,6 +228,10 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
       }
       const bool fits =
           int4 ? GroupLayout(weight).fits(weight, blocks, k)
+          : quads
+              ? weight.dim() == 4 && weight.size(0) == blocks &&
+                    weight.size(1) == ceil_div(k, 4) && weight.size(2) == kBlock &&
+                    weight.size(3) == 4
           : w_type == DType::bf16
               ? weight.dim() == 4 && weight.size(0) == blocks && weight.size(1) == even &&
                     weight.size(2) == kBlock && weight.size(3) == 2
@@ -211,7 +246,7 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
     }
     Product product{weight.const_data_ptr(), nullptr, nullptr};
     made.weight_bytes += static_cast<int64_t>(weight.nbytes());
-    TORCH_CHECK_VALUE(given.scales.empty() == (w_type != DType::i8),
+    TORCH_CHECK_VALUE(given.scales.empty() == (w_type != DType::i8 && !quads),
                       "an int8 weight needs its scale, and no other weight has one");
     if (const Tensor* scale = each_of(given.scales, i, count, "scales")) {
       TORCH_CHECK_VALUE(
@@ -263,6 +298,18 @@ void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* r
   const Rows x(x_given);
   const void* x_data = x.data;
   int64_t x_stride = x.stride;
+  if (first.w_type == DType::quads) {
+    const Rounded rounded(*table, x, first, t);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      LinearArgs& a = layers[i];
+      a.t = t;
+      a.k = ceil_div(k, 4) * 4;
+      a.y = y[i].mutable_data_ptr();
+      rounded.give(a);
+    }
+    run_parallel(layers, table->packed, made.weight_bytes);
+    return;
+  }
 
   // x is copied where the kernels cannot use it as it is: bf16 without bf16 instructions, and
   // rows so far apart that they would all compete for the same few cache lines.
@@ -372,6 +419,8 @@ Tensor unpack_weight(const Tensor& packed, const std::optional<Tensor>& scale, i
                    "packed must be int8, or uint8 for 4 bits, got ", packed.scalar_type());
   TORCH_CHECK_VALUE(k >= 0, "k must not be negative, got ", k);
   const LinearLayers made = linear_layers(dtype, k, {weights, columns, scales, {}, "none", false});
+  TORCH_CHECK_VALUE(made.layers[0].w_type != DType::quads,
+                    "packed must lie as pack_weight() makes it, got int8 ", packed.sizes());
   LinearArgs a = made.layers[0];
   Tensor result = at::empty({k, n}, packed.options().dtype(dtype));
   a.y = result.mutable_data_ptr();

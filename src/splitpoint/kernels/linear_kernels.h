@@ -8,6 +8,9 @@
 #include "linear_gemv.h"
 #include "linear_int4.h"
 #include "linear_packed.h"
+#if !defined(__AVX512BF16__)
+#include "linear_int8.h"
+#endif
 
 namespace splitpoint::SPLITPOINT_ISA {
 
@@ -15,8 +18,11 @@ namespace splitpoint::SPLITPOINT_ISA {
 
 // Only what has bf16 on both sides is compiled again for this instruction set.
 inline constexpr bool kDots = true;
+inline constexpr bool kInt8Dots = true;
+
 
 inline void run_packed(const LinearArgs& a, const Part& part) {
+  if (a.w_type == DType::quads) return kAvx512Vnni.packed(a, part);
   if (a.x_type == DType::f32) return kAvx512.packed(a, part);
   if (a.w_type == DType::bf16) return packed_part<Dot<Bf16Pairs>, Bf16>(a, part);
   if (a.w_type == DType::i4) return int4_part<Int4Dots, Bf16>(a, part);
@@ -26,6 +32,10 @@ inline void run_packed(const LinearArgs& a, const Part& part) {
 inline void run_gemv(const LinearArgs& a, const Part& part) {
   if (a.x_type == DType::f32) return kAvx512.gemv(a, part);
   return gemv_part<DotRow, Bf16>(a, part);
+}
+
+inline void quantise(const QuantiseArgs& a, int64_t t0, int64_t t1) {
+  kAvx512Vnni.quantise(a, t0, t1);
 }
 
 #else
@@ -42,6 +52,9 @@ inline void run_packed(const LinearArgs& a, const Part& part) {
     case DType::i4:
       if (a.y_type == DType::bf16) return int4_part<Int4Wide, Bf16>(a, part);
       return int4_part<Int4Wide, float>(a, part);
+    case DType::quads:
+      if (a.y_type == DType::bf16) return packed_part<Quads, Bf16>(a, part);
+      return packed_part<Quads, float>(a, part);
   }
 }
 
@@ -52,7 +65,8 @@ inline void run_gemv(const LinearArgs& a, const Part& part) {
     case DType::i8:
       if (a.y_type == DType::bf16) return gemv_part<WideRow<int8_t>, Bf16>(a, part);
       return gemv_part<WideRow<int8_t>, float>(a, part);
-    case DType::i4: return;  // has no plain layout
+    case DType::i4:
+    case DType::quads: return;  // have no plain layout
   }
 }
 
@@ -139,7 +153,8 @@ inline void run_pack(const PackArgs& a, int64_t block0, int64_t block1) {
     case DType::f32: return pack_blocks<float, 1, 1>(a, block0, block1);
     case DType::bf16: return pack_blocks<Bf16, 2, 2>(a, block0, block1);
     case DType::i8: return pack_blocks<int8_t, 1, 2>(a, block0, block1);
-    case DType::i4: return;  // packed as it is quantised
+    case DType::i4:
+    case DType::quads: return;  // laid out where they are quantised
   }
 }
 

@@ -13,7 +13,14 @@ inline constexpr int64_t kBlock = 32;
 // sums of x.
 inline constexpr int64_t kMostFewRows = 12;
 
-enum class DType { f32, bf16, i8, i4 };
+// `quads` is int8 in groups of four k's (see layout.py), which multiplies an x rounded to int8.
+enum class DType { f32, bf16, i8, i4, quads };
+
+// int32 holds the sum of so many products of an int8 and a value from -127 to 127.
+inline constexpr int64_t kMostInt8Depth = 0x7fffffff / (128 * 127);
+
+// The least scale of a row of x, 2^-120: values far below it round to zero.
+inline constexpr float kLeastScale = 0x1p-120f;
 
 enum class Activation { none, silu, gelu_tanh, gelu_erf };
 
@@ -24,7 +31,7 @@ struct Bf16 {
 // x[t, k] @ values^T * scale + bias, of n columns.
 struct Product {
   const void* values;     // packed (see pack_blocks) or plain [n, k]
-  const float* scale;     // [n] or null; only for i8 weights
+  const float* scale;     // [n] or null; only for int8 weights
   const void* bias;       // [n] of y_type, or null
 };
 
@@ -44,7 +51,8 @@ struct LinearArgs {
   int64_t t;
   int64_t n;
   int64_t k;
-  DType x_type;           // of x as it lies in memory: f32 also when bf16 was widened first
+  DType x_type;           // of x as it lies in memory: f32 also when bf16 was widened first, and
+                          // i8 where it was rounded for quads, whose k is padded to whole ones
   DType y_type;
   DType w_type;
   Activation activation;
@@ -52,6 +60,8 @@ struct LinearArgs {
   bool zero_points;       // whether i4 weights have them
   bool wide_scales;       // whether their scales are fp32, not bf16
   const float* x_sums;    // [t, k / group] sums of x over each group, if there are zero points
+  const float* x_scales;  // [t] of an x rounded to int8, or null
+  const int32_t* x_starts;  // [t], what the int32 sums of its rows begin at, or null
 };
 
 // A part of the work that one thread does: rows [t0, t1) by column blocks [block0, block1).
@@ -68,6 +78,17 @@ struct PackArgs {
   DType type;
 };
 
+struct QuantiseArgs {
+  const void* x;          // [t, k]
+  int64_t x_stride;
+  DType x_type;
+  int64_t k;
+  void* to;               // [t, to_stride], int8 or int16 as the kernels multiply them
+  int64_t to_stride;      // of values, a multiple of 64 and no less than k
+  float* scales;          // [t]
+  int32_t* starts;        // [t]
+};
+
 struct AttentionArgs;
 struct AttentionPart;
 struct CachedArgs;
@@ -77,6 +98,7 @@ struct CachedSequence;
 struct KernelTable {
   const char* name;
   bool dots_bf16;         // multiplies bf16 pairs itself; otherwise x must be widened to f32
+  bool dots_int8;         // multiplies int8 itself; otherwise `quantise` makes int16 of x
   void (*packed)(const LinearArgs&, const Part&);
   void (*gemv)(const LinearArgs&, const Part&);
   void (*attend)(const AttentionArgs&, const AttentionPart&);
@@ -86,6 +108,7 @@ struct KernelTable {
   void (*unpack)(const LinearArgs&, int64_t block0, int64_t block1);
   uint32_t (*read)(const char* from, int64_t bytes);
   int64_t (*multiply)(DType type, int64_t steps, float* sum);
+  void (*quantise)(const QuantiseArgs&, int64_t t0, int64_t t1);
   void (*attend_cached)(const CachedArgs&, const CachedSequence&, int64_t item, char* scratch);
   void (*merge_cached)(const CachedArgs&, const CachedSequence&, int64_t kv_head);
 };
@@ -93,7 +116,9 @@ struct KernelTable {
 extern const KernelTable kPortable;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2;
+extern const KernelTable kAvx2Vnni;
 extern const KernelTable kAvx512;
+extern const KernelTable kAvx512Vnni;
 extern const KernelTable kAvx512Bf16;
 extern const KernelTable kAmx;
 #endif

@@ -5,7 +5,7 @@
 
 #include "linear_types.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -27,6 +27,7 @@ inline constexpr int kAccumulators = 12;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+typedef int16_t ShortVec __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));
 typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
 

@@ -31,10 +31,14 @@ const std::vector<Candidate>& candidates() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
-    const bool dots = avx512 && __builtin_cpu_supports("avx512bf16");
+    // Every CPU with dot products of bf16 has those of int8 too.
+    const bool dots = avx512 && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("avx512vnni");
     found.push_back({&kAmx, dots && tiles_permitted()});
     found.push_back({&kAvx512Bf16, dots});
+    found.push_back({&kAvx512Vnni, avx512 && __builtin_cpu_supports("avx512vnni")});
     found.push_back({&kAvx512, avx512});
+    found.push_back({&kAvx2Vnni, avx2 && __builtin_cpu_supports("avxvnni")});
     found.push_back({&kAvx2, avx2});
 #endif
     found.push_back({&kPortable, true});

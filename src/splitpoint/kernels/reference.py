@@ -19,6 +19,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What may follow the product; "gelu" is the exact one by erf."""
 
 
+LEAST_SCALE = 2.0**-120
+"""The least scale of a row of x that is rounded to int8."""
+
+
 def linear(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -40,6 +44,22 @@ def linear(
     if biases:
         products = [y + bias.double() for y, bias in zip(products, biases, strict=True)]
     return finish(products, residual, activation, gated)
+
+
+def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the kernels over quads make of an x [..., k]: int8 values and a float32 scale [...] a
+    row, with values * scale within scale / 2 of x.
+
+    Every step is rounded to float32, as the kernels' are, so that values are the same. A row with
+    a value that is not finite gets zeros, and NaN for its scale.
+    """
+    rows = x.float()
+    largest = rows.abs().amax(-1) if x.shape[-1] else rows.new_zeros(x.shape[:-1])
+    scale = (largest / 127).clamp_min(LEAST_SCALE)
+    values = (rows * (1 / scale)[..., None]).round_()
+    finite = largest.isfinite()
+    values = torch.where(finite[..., None], values, 0.0).to(torch.int8)
+    return values, torch.where(finite, scale, torch.nan)
 
 
 def finish(

@@ -28,7 +28,14 @@ from ..kernels.int4 import (
     pack_int4,
     quantize_int4,
 )
-from ..kernels.layout import packed_shape, quantize
+from ..kernels.layout import (
+    MOST_INT8_DEPTH,
+    packed_shape,
+    quads,
+    quads_of_packed,
+    quads_shape,
+    quantize,
+)
 from ..ranges import Range
 from ..torch_internals.onednn import onednn_linear_available, onednn_linear_op, onednn_pack
 from .linear_sites import LinearShape, Site, find
@@ -53,8 +60,8 @@ class Variant:
     name: str
     layout: str
     """Key of `LAYOUTS`, but for transposed weights "..._t"; "plain" takes the module's own, as do
-    all where it holds packed ones. For weights of 4 bits, what comes before "_64" and the like,
-    which is their group."""
+    all but `activations` where it holds packed ones. For weights of 4 bits, what comes before "_64"
+    and the like, which is their group."""
     fits: Callable[[LinearShape], bool]
     """Whether it can run a layer at all."""
     promises: Callable[[Range], bool]
@@ -73,6 +80,10 @@ class Variant:
     batch_invariant: bool = False
     """Whether a row's result has the same bits however many rows there are. Chosen where
     `Config.batch_invariant` asks for it, and only there."""
+    activations: str = ""
+    """What it rounds x to, a scale a row: "int8" (`kernels.reference.quantised_rows`), or "" where
+    it takes x as it is. Chosen only where `Config.activations` asks for it. Sums are exact then, so
+    that it is batch-invariant as well."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,10 @@ _QUANTISED = {
         lambda w: torch.ops.splitpoint.pack_weight(quantize(w)[0]),
         torch.int8,
     ),
+    "int8_quads": Layout(
+        lambda n, k, dtype: quads_shape(n, k), lambda w: quads(quantize(w)[0]), torch.int8
+    ),
+    "quads": Layout(lambda n, k, dtype: quads_shape(n, k), quads, torch.int8),
     "int8_scales": Layout(lambda n, k, dtype: (n,), lambda w: quantize(w)[1], torch.float32),
     **{str(made): _int4(made) for made in INT4_FORMATS},
 }
@@ -185,6 +200,7 @@ LAYOUTS: dict[str, Layout] = {
     # Not of a weight but of the factors of an int8 one, [n].
     "float32": Layout(lambda n, k, dtype: (n,), lambda scale: scale.float(), torch.float32),
     **_QUANTISED,
+    "quads_of_packed": Layout(lambda n, k, dtype: quads_shape(n, k), quads_of_packed, torch.int8),
     **{f"{name}_t": _of_transposed(layout) for name, layout in _QUANTISED.items()},
 }
 
@@ -250,6 +266,25 @@ VARIANTS: dict[str, Variant] = {
             "int8",
             batch_invariant=True,
         ),
+        Variant(
+            "int8_dynamic",
+            "int8_quads",
+            lambda s: _can_round(s) and s.k <= MOST_INT8_DEPTH,
+            lambda r: True,
+            True,
+            _packed,
+            "int8",
+            activations="int8",
+        ),
+        Variant(
+            "dynamic",
+            "quads",
+            lambda s: s.int8 and s.k <= MOST_INT8_DEPTH,
+            lambda r: True,
+            True,
+            _packed,
+            activations="int8",
+        ),
         Variant("int4", "int4", _takes_int4, lambda r: True, True, _packed, "int4", rounds=True),
         Variant(
             "int4_unpacked",
@@ -278,12 +313,28 @@ def rounded(weight: Tensor, weights: str) -> Tensor:
 
 def layout_of(variant: Variant, shape: LinearShape) -> str:
     """The key of `LAYOUTS` of a layer's weights for a variant."""
-    if shape.packed:
-        return "plain"  # the module holds no other
+    if shape.packed:  # the module holds no other
+        return f"{variant.layout}_of_packed" if variant.activations else "plain"
     name = variant.layout
     if variant.weights == "int4":
         name = f"{name}_{int4_group(shape.k)}"
     return f"{name}_t" if shape.transposed else name
+
+
+def admitted(
+    shape: LinearShape, weights: str, activations: str, batch_invariant: bool = False
+) -> list[Variant]:
+    """The variants that can run a layer, and make of its weights and of x what is asked for:
+    `weights` in any case, `activations` where they gain by it. With `batch_invariant` those alone
+    whose rows do not depend on each other."""
+    return [
+        v
+        for v in VARIANTS.values()
+        if v.weights == weights
+        and v.activations in ("", activations)
+        and v.fits(shape)
+        and (not batch_invariant or v.batch_invariant or v.activations)
+    ]
 
 
 def scales_layout_of(variant: Variant, shape: LinearShape) -> str | None:

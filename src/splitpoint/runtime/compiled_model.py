@@ -45,6 +45,7 @@ from .device_fields import device_of, graph_device, notes_on, refuse_on
 from .dispatch import Dispatch
 from .entry import write_entry
 from .freed_weights import check_whole
+from .kernel_choice import refuse_nothing_to_round
 from .lanes import Graph
 from .parts import Parts
 from .plan_lanes import lanes_of, lanes_of_lengths
@@ -358,6 +359,7 @@ class CompiledModel:
         ):
             log.warning("splitting_ops names %s, which the model does not call", name)
         graphs = [_graph(captured, signature, config) for captured in regions.captures]
+        refuse_nothing_to_round(config, graphs)
         if dims.is_size_alone:
             lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
         else:

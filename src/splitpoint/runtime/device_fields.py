@@ -75,6 +75,12 @@ NEEDS: Mapping[str, Needs] = {
         "kernels for attention",
         "'auto' or 'torch'",
     ),
+    "activations": Needs(
+        lambda config: config.activations is not None,
+        lambda device: device.own_kernels,
+        "kernels that round activations",
+        "None",
+    ),
     "batch_invariant": Needs(
         lambda config: config.batch_invariant,
         lambda device: device.own_kernels,

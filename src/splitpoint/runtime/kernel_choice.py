@@ -10,7 +10,7 @@ import torch
 
 from .. import kernels
 from ..config import Config
-from ..errors import KernelBuildError
+from ..errors import KernelBuildError, NothingToRound
 from ..kernels.int4 import PREFERRED_GROUPS
 from ..passes import attention, linear
 from ..passes.batch_invariance import refuse_attention, refuse_layer
@@ -19,9 +19,32 @@ from ..ranges import Range
 from ..tuning.attention import AttentionTuner
 from ..tuning.linear import LinearTuner
 from ..tuning.measure import Budget
-from .lanes import Lane
+from .lanes import Graph, Lane
 
 log = logging.getLogger("splitpoint")
+
+
+def refuse_nothing_to_round(config: Config, graphs: Sequence[Graph]) -> None:
+    """Refuse `Config.activations` for a model without a layer that could have them.
+
+    Raises:
+        NothingToRound: where that is so.
+    """
+    if config.activations is None or any(
+        _can_round(config, site.shape) for graph in graphs for site, _ in graph.linear_sites()
+    ):
+        return
+    raise NothingToRound(
+        f"activations={config.activations!r} is for linear layers on CPU in float32 or bfloat16 "
+        f"whose weights are int8 with one factor a column, and the model has none\n"
+        f"expected {'None' if config.weights else 'weights=' + repr('int8') + ' beside it'}"
+    )
+
+
+def _can_round(config: Config, shape: LinearShape) -> bool:
+    weights = "" if shape.is_quantised else config.weights or ""
+    found = linear.admitted(shape, weights, config.activations or "")
+    return any(variant.activations for variant in found)
 
 
 class KernelChoice:
@@ -128,10 +151,27 @@ class KernelChoice:
             if lane.kernels and set(lane.kernels.values()) != {"inductor"}:
                 summary = {str(shape): name for shape, name in lane.kernels.items()}
                 lane.planned = replace(lane.planned, linear=summary)
+            notes = [each for each in (lane.planned.note,) if each]
             if index in stays:
-                notes = [each for each in (lane.planned.note,) if each]
                 notes.append(f"not in {self._config.weights}: {', '.join(stays[index])}")
-                lane.planned = replace(lane.planned, note="; ".join(notes))
+            if self._config.activations and lane.kernels:
+                notes.append(self._rounded_in(lane))
+            lane.planned = replace(lane.planned, note="; ".join(notes))
+
+    def _rounded_in(self, lane: Lane) -> str:
+        """What a plan says of the layers whose activations are rounded in a lane."""
+        activations = self._config.activations
+        found = [
+            str(shape)
+            for shape, name in (lane.kernels or {}).items()
+            if name in linear.VARIANTS and linear.VARIANTS[name].activations
+        ]
+        if not found:
+            can = any(_can_round(self._config, shape) for shape in lane.kernels or {})
+            why = "it is not faster" if can else "no layer has int8 weights"
+            return f"no activations in {activations}: {why}"
+        off = "within 1/254 of a row's largest value"
+        return f"activations in {activations} ({off}): {', '.join(found)}"
 
     def _weights_of(self, shape: LinearShape, is_last: bool) -> str:
         """What the weights of layers are to be made: a key of `Variant.weights`."""
@@ -159,17 +199,24 @@ class KernelChoice:
     ) -> str:
         """The variant for the layers of one shape, whose weights, by their ids, are these."""
         name = self._config.linear_for(range_)
-        fitting = [v for v in linear.VARIANTS.values() if v.weights == weights and v.fits(shape)]
-        if self._config.batch_invariant:
-            name = next((v.name for v in fitting if v.batch_invariant), "")
-            if not name:
-                refuse_layer(str(shape))
-        elif name == "auto" and fitting:
+        activations = self._config.activations or ""
+        invariant = self._config.batch_invariant
+        fitting = linear.admitted(shape, weights, activations, invariant)
+        if invariant and not any(v.batch_invariant for v in fitting):
+            refuse_layer(str(shape))
+        if name == "auto" and fitting:
             ids = {each for site in held for each in site}
             layouts = {layout for each, layout in self._reserved if each in ids}
             only_copies = self._config.free_original_weights
             name = self.linear_tuner.choose(
-                shape, range_, layouts, only_copies, [*held.values()], weights
+                shape,
+                range_,
+                layouts,
+                only_copies,
+                [*held.values()],
+                weights,
+                activations,
+                invariant,
             )
         variant = linear.VARIANTS.get(name)
         if variant is None or not variant.fits(shape):
@@ -192,7 +239,8 @@ class KernelChoice:
         try:
             kernels.load()
         except KernelBuildError as error:
-            if self._config.weights or self._config.batch_invariant:
+            config = self._config
+            if config.weights or config.batch_invariant or config.activations:
                 raise  # nothing else computes so
             if not self._warned:
                 log.warning("linear layers stay with Inductor, attention with torch: %s", error)

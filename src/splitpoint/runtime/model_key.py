@@ -48,6 +48,7 @@ def model_fields(
             "linear": _by_range(config.linear),
             "attention": _by_range(config.attention),
             "weights": str(config.weights),
+            "activations": str(config.activations),
             "batch_invariant": str(config.batch_invariant),
             "max_packed_bytes": str(config.max_packed_bytes),
             "free_original_weights": str(config.free_original_weights),

@@ -16,7 +16,7 @@ from ..kernels.bounds import ROUNDOFF, Expected
 from ..kernels.int4 import dequantize_int4, int4_group, quantize_int4, unpack_int4
 from ..kernels.layout import quantize
 from ..kernels.memory import Streamed
-from ..passes.linear import LAYOUTS, VARIANTS, Layers, layout_of, rounds
+from ..passes.linear import LAYOUTS, VARIANTS, Layers, admitted, layout_of, rounds
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
 from .measure import Budget, clock_for, interleave
@@ -53,6 +53,11 @@ pages, so what runs in between finds its own addresses translated. SmolLM2 at on
 slower with plain weights, which its layers, measured alone, were up to 10 % faster with."""
 
 
+WORTH_ROUNDING = 1.1
+"""What a kernel that rounds activations must win by: their error, and one more copy of the
+weights."""
+
+
 @dataclass
 class LinearTuner:
     """Measures variants for the shapes it is asked about, and remembers.
@@ -75,6 +80,8 @@ class LinearTuner:
         only_copies: bool = False,
         own: Sequence[Sequence[Tensor]] = (),
         weights: str = "",
+        activations: str = "",
+        batch_invariant: bool = False,
     ) -> str:
         """The fastest variant for a layer in a range: the least mean, over the range's first,
         middle and last size, of the time relative to the best variant there. Of variants
@@ -83,15 +90,15 @@ class LinearTuner:
         `only_copies` one that reads it is chosen only where no other is right. `own` are the
         weights of the layers in question: variants that read them are timed on them. With
         `weights` ("int8", "int4") it is one of the variants that make that of them, of which there
-        must be one that fits."""
+        must be one that fits. With `activations` ("int8") one that rounds x to that where it is
+        faster by 10 %. With `batch_invariant` it is one whose rows do not depend on each other, of
+        which there must be one."""
         rows = shape.rows_in(range_)
-        admitted = [
-            n
-            for n, v in VARIANTS.items()
-            if v.weights == weights and v.fits(shape) and v.promises(rows)
-        ]
+        fitting = admitted(shape, weights, activations, batch_invariant)
+        names = [v.name for v in fitting if batch_invariant or v.promises(rows)]
         # What Inductor leaves of a layer over packed weights is a call of the same kernel.
-        names = admitted if weights or shape.packed else [INDUCTOR, *admitted]
+        if not weights and not shape.packed and not batch_invariant:
+            names = [INDUCTOR, *names]
         if len(names) == 1 or sum(shape.columns) * shape.k < SMALLEST:
             return names[0]
         losses = dict.fromkeys(names, 0.0)
@@ -104,6 +111,14 @@ class LinearTuner:
             for name in names:
                 losses[name] += seconds[name] / best
         names = self._near_at_the_end(shape, rows, names, losses, own)
+        rounding = [n for n in names if n != INDUCTOR and VARIANTS[n].activations]
+        if rounding:
+            names = [n for n in names if n not in rounding]
+            (rounds_x,), exact = rounding, min((losses[n] for n in names), default=math.inf)
+            if losses[rounds_x] < math.inf and WORTH_ROUNDING * losses[rounds_x] <= exact:
+                return rounds_x
+        if batch_invariant:
+            return names[0]
         if weights or shape.packed:
             names = [n for n in names if losses[n] < math.inf] or [INDUCTOR]
             return min(names, key=losses.__getitem__) if len(names) > 1 else names[0]
@@ -257,7 +272,7 @@ class Weights:
         residual = None
         if self.shape.residual:
             residual = torch.randn(rows, self.shape.columns[0]).to(self.shape.dtype)
-        checks: dict[tuple[bool, str, bool], _Check] = {}
+        checks: dict[tuple[bool, str, bool, str], _Check] = {}
         return {
             name: self._cycling(name, x, residual)
             for name in names
@@ -274,7 +289,8 @@ class Weights:
 
     def _layers(self, name: str, weights: list[Tensor], residual: Tensor | None) -> Layers:
         scales = self.quantised(name).scales
-        return Layers(self.shape, weights, scales, self.biases, residual)
+        invariant = name != INDUCTOR and VARIANTS[name].batch_invariant
+        return Layers(self.shape, weights, scales, self.biases, residual, invariant)
 
     def _cycling(self, name: str, x: Tensor, residual: Tensor | None) -> Callable[[], object]:
         run = _inductor if name == INDUCTOR else VARIANTS[name].run
@@ -294,19 +310,22 @@ class Weights:
         name: str,
         x: Tensor,
         residual: Tensor | None,
-        checks: dict[tuple[bool, str, bool], _Check],
+        checks: dict[tuple[bool, str, bool, str], _Check],
     ) -> bool:
-        """Compare a variant with float64: sums in fp32 in any order, then the dtype's own
-        rounding. One that is wrong is never chosen, however fast. What is to come out is kept in
-        `checks` for the next variant of these inputs."""
+        """Compare a variant with float64: sums in fp32 in any order, or exact ones of an x that it
+        rounds to int8, then the dtype's own rounding. One that is wrong is never chosen, however
+        fast. What is to come out is kept in `checks` for the next variant of these inputs."""
         shape = self.shape
         fuses = VARIANTS[name].fuses
         if not fuses:  # the rest is plain torch
             shape, residual = _only_products(shape), None
         layers = replace(self._layers(name, self.first(name), residual), shape=shape)
-        kind = (fuses, VARIANTS[name].weights, rounds(VARIANTS[name], shape))
+        variant = VARIANTS[name]
+        kind = (fuses, variant.weights, rounds(variant, shape), variant.activations)
         if kind not in checks:
-            checks[kind] = self._check(shape, x, residual, self.quantised(name), kind[2])
+            checks[kind] = self._check(
+                shape, x, residual, self.quantised(name), kind[2], bool(variant.activations)
+            )
         check = checks[kind]
         made = VARIANTS[name].run(x, layers)
         columns = zip(made, check.columns, strict=False)
@@ -322,6 +341,7 @@ class Weights:
         residual: Tensor | None,
         made: _Quantised,
         rounds: bool,
+        rounds_x: bool,
     ) -> _Check:
         # Columns at random and the last ones, where a block may be cut: all of them in
         # float64 would take longer than everything else here.
@@ -340,6 +360,7 @@ class Weights:
             activation=shape.activation,
             gated=shape.gated,
             off=[ROUNDOFF[shape.dtype] * m.float().abs() for m in matrices] if rounds else [],
+            rounds_x=rounds_x,
         )
         return _Check(picked, expected)
 

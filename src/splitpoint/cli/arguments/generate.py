@@ -22,6 +22,7 @@ from .shared import (
 )
 
 WEIGHTS = ("none", "int8", "int4")
+ACTIVATIONS = ("none", "int8")
 
 
 def add_generate(verbs: Any, run: Verb) -> None:
@@ -224,6 +225,14 @@ examples:
         default=list(WEIGHTS),
         metavar="KIND,...",
         help=f"what to compare: {', '.join(WEIGHTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--activations",
+        type=some_of(ACTIVATIONS),
+        default=list(ACTIVATIONS),
+        metavar="KIND,...",
+        help=f"beside int8 weights, what activations are compared in: {', '.join(ACTIVATIONS)} "
+        f"(default: all)",
     )
     parser.add_argument(
         "--tokens",

@@ -234,7 +234,11 @@ examples:
     parser.add_argument(
         "--weights",
         choices=("int8", "int4"),
-        help="time the kernels over a weight rounded to 8 or 4 bits too",
+        help="time the kernels over a weight rounded to 8 or 4 bits too, of 8 bits with what the "
+        "layer is given rounded as well",
+    )
+    parser.add_argument(
+        "--isa", choices=("avx2",), help="measure as if the CPU had AVX2 alone, all of them"
     )
     run_arguments(parser)
 

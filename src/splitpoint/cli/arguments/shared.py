@@ -115,13 +115,19 @@ says is as splitpoint.Config has it.""",
         help="what compiles the pieces; eager leaves them uncompiled, as a reference",
     )
     if not weights:
-        parser.set_defaults(weights=None)
+        parser.set_defaults(weights=None, activations=None)
         return
     group.add_argument(
         "--weights",
         choices=("int8", "int4"),
         help="round the weights of linear layers: int8, one factor a column; int4, in groups of "
         "64, the last layer in int8 (default: as they are)",
+    )
+    group.add_argument(
+        "--activations",
+        choices=("int8",),
+        help="round what linear layers with int8 weights are given, a scale a row, in ranges where "
+        "that is faster (default: as it is)",
     )
 
 

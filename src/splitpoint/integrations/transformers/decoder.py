@@ -63,7 +63,7 @@ class Decoder:
         head._modules[model.base_model_prefix] = Given()
         of_head = replace(config, weights=HEAD) if config.weights else config
         self.head = api.compile(Head(head), of_head, dynamic_dims={"hidden": 0})
-        self.weights = config.weights
+        self.weights, self.activations = config.weights, config.activations
         self.max_size = config.max_size
         heads = text.num_attention_heads
         self.cache = PagedCache(
@@ -318,7 +318,7 @@ class Decoder:
         chance = torch.Generator().manual_seed(0)
         ids = torch.randint(0, text.vocab_size, (1, count), generator=chance)
         with torch.no_grad():
-            with rounding(self.model, self.weights):
+            with rounding(self.model, self.weights, activations=self.activations):
                 expected = self.stock(input_ids=ids, use_cache=False).logits[0].double()
             layer = PagedLayer(self.cache, 1)
             parts = (ids[:, :-1], ids[:, -1:])
@@ -329,7 +329,8 @@ class Decoder:
         # another expert.
         errors = (torch.cat(found).double() - expected).norm(dim=-1) / spread
         error = float(errors[-8:].median())
-        most = CHECKED_WITHIN[self.model.dtype]
+        coarse = torch.bfloat16 if self.activations else self.model.dtype
+        most = CHECKED_WITHIN[coarse]
         if not error <= most:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} gives other logits over the paged cache (off by "
@@ -346,7 +347,8 @@ class Decoder:
 
 CHECKED_WITHIN = {torch.float32: 0.01, torch.bfloat16: 0.25}
 """How far a token's logits may be off, as a share of their spread, in the median of a few tokens.
-Rounding gives some 1e-6 and 0.03, and attention that sees other keys 0.5 and more."""
+Rounding gives some 1e-6 and 0.03, and attention that sees other keys 0.5 and more. Activations in
+int8, in whichever layers, are as coarse as bfloat16."""
 
 _FORWARD = (
     "input_ids",
