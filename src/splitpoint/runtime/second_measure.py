@@ -119,7 +119,7 @@ class SecondMeasure:
             }
             for shape, name in (lane.kernels or {}).items():
                 variant = VARIANTS.get(name)
-                if variant is None or variant.weights or shape.packed:
+                if variant is None or variant.weights or variant.activations or shape.packed:
                     continue  # Inductor's own would compute something else, or be the same
                 lead = self._tuner.lead(shape, lane.planned.range, name)
                 within = [name for name, shapes in kinds.items() if shape in shapes]
