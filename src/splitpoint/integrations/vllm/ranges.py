@@ -121,6 +121,8 @@ class Kept(serializable_callable()):  # type: ignore[misc]
         """
         if compiled_fn.left is not None:
             raise NotKept(compiled_fn.left)
+        if compiled_fn.about["kernels"] is None:
+            raise NotKept("layers whose kernels the keys of vLLM's store do not tell")
         return save_part(compiled_fn.part, compiled_fn.about)
 
     @classmethod
