@@ -76,6 +76,18 @@ def test_a_ratio_over_one_is_better_in_every_column():
     assert [ratio(base, made, name) for name in COLUMNS] == [2, 0.5, 2, 0.5, 1.5]
 
 
+def test_there_is_no_ratio_of_what_is_printed_as_zero():
+    own, ours = (Served(100, 90, 20, tpot, 2.0) for tpot in (8.0, 0.01))
+    served = [(own, own), (ours, ours)]
+    starts = [
+        Start(way, 1, 0, 10.0, ((1,),), LOADS, each, ())
+        for way, each in zip(("vLLM", "ours"), served, strict=True)
+    ]
+    text = str(report(*starts))
+    assert cells(text, "1")[1][5] == "0.0"
+    assert cells(text, "")[0][2:] == ["1.00x", "1.00x", "1.00x", "", "1.00x"]
+
+
 def test_starts_are_cold_first_then_warm():
     text = str(TWO_ROUNDS)
     assert cells(text, "vLLM") == [["vLLM", "1", "20.0", "9.0", ""]]

@@ -158,7 +158,7 @@ class ServeReport:
                 *self._table(group),
             ]
         lines += ["", *self._starts()]
-        said = dict.fromkeys(line for start in self.starts for line in start.said)
+        said = dict.fromkeys(f"{s.way}: {line}" for s in self.starts for line in s.said)
         return "\n".join([*lines, *(f"\n{line}" for line in said)])
 
     def _table(self, group: Group) -> list[str]:
@@ -170,8 +170,7 @@ class ServeReport:
                 cells = [f"{getattr(made, name):.{_digits(name)}f}" for name in COLUMNS]
                 rows.append(_row(f"{qps:g}", way, *cells))
                 if way != self.ways[0]:
-                    ratios = (f"{ratio(base, made, name):.2f}x" for name in COLUMNS)
-                    rows.append(_row("", "ratio", *ratios))
+                    rows.append(_row("", "ratio", *(_ratio(base, made, name) for name in COLUMNS)))
         return rows
 
     def _starts(self) -> list[str]:
@@ -202,6 +201,15 @@ def ratio(base: Served, made: Served, name: str) -> float:
     """How much better a figure is than another server's: over 1 for shorter times."""
     own, other = getattr(base, name), getattr(made, name)
     return float(other / own if name == "throughput" else own / other)
+
+
+def _ratio(base: Served, made: Served, name: str) -> str:
+    """In words; none of a figure that is printed as 0, as times between tokens are where a server
+    sends several in one piece."""
+    least = 0.5 * 10 ** -_digits(name)
+    if min(getattr(base, name), getattr(made, name)) < least:
+        return ""
+    return f"{ratio(base, made, name):.2f}x"
 
 
 def save_picture(report: ServeReport, path: Path) -> None:
