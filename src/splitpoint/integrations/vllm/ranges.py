@@ -58,6 +58,7 @@ def __getattr__(name: str) -> Any:
         if ranks is not None:
             reduces = tensor_parallel.replace(graph.graph, ranks)
             graph.recompile()
+        left = tensor_parallel.left(graph.graph)
         start = time.perf_counter()
         part = part_of(graph, asked)
         counts = part.program.counts
@@ -71,7 +72,7 @@ def __getattr__(name: str) -> Any:
         if ranks is not None:
             matched = stats_of([part.program], 0).matched(AllReduceRMSNorm.__name__)
             log.info("Splitpoint: %s", tensor_parallel.said(matched, reduces))
-        return Kept(part, about(config), tensor_parallel.left(graph.graph))
+        return Kept(part, about(config), left)
 
     return backend
 
@@ -86,10 +87,11 @@ def config_of(given: Mapping[str, Any], fuses: bool) -> Config:
 
 def about(vllm_config: Any) -> dict[str, Any]:
     """All that what is compiled for a model depends on, beside its code, as JSON."""
-    given = options(vllm_config)
+    given, group = options(vllm_config), tensor_parallel.attached_group()
     return {
         "options": {**given, "splitting_ops": list(given["splitting_ops"])},
-        "group": tensor_parallel.attached_group(),
+        "group": group,
+        "passes": [each.uuid() for each in config_of(given, group is not None).passes],
         "kernels": chosen(vllm_config),
         "vllm": vllm_version(),
     }
