@@ -23,7 +23,7 @@ def test_pairs_are_those_that_ran_one_after_the_other() -> None:
         start("with splitpoint", 0.2, 0.2),
     )
     lines = str(
-        EngineReport({**about, "cpu": "y", "vectors": "z", "isa": None}, starts)
+        EngineReport({**about, "cpu": "y", "vectors": "z", "isa": None, "weights": None}, starts)
     ).splitlines()
     cells = [line.split() for line in lines if line[:2] in ("a ", "b ")]
     assert cells[0] == ["a", "400.0", "150.0", "2.67x", "2.00", "to", "3.00"]

@@ -26,13 +26,15 @@ ABOUT = {
     "cores": 2,
     "requests": 8,
     "client": "own",
+    "weights": None,
 }
 LOADS = (Load(1.0, 128, 32, 8), Load(math.inf, 128, 32, 8))
 
 
-def start(way, turn, factor, *, ranks=1, answers=((1, 2, 3), (4, 5, 6)), seconds=10.0):
+def start(way, turn, factor, *, ranks=1, answers=((1, 2, 3), (4, 5, 6)), seconds=10.0, ranges=None):
     served = tuple(Served(*(factor * x for x in (100, 90, 20, 10)), 1 / factor) for _ in LOADS)
-    return Start(way, ranks, turn, seconds, answers, LOADS, served, ("chosen",) * (way != "vLLM"))
+    said = ("chosen",) * (way != "vLLM")
+    return Start(way, ranks, turn, seconds, answers, LOADS, served, said, ranges)
 
 
 def report(*starts):
@@ -72,6 +74,18 @@ def test_the_table_has_the_median_of_the_rounds_and_ratios():
 def test_a_ratio_over_one_is_better_in_every_column():
     base, made = Served(100, 100, 10, 10, 2.0), Served(50, 200, 5, 20, 3.0)
     assert [ratio(base, made, name) for name in COLUMNS] == [2, 0.5, 2, 0.5, 1.5]
+
+
+def test_there_is_no_ratio_of_what_is_printed_as_zero():
+    own, ours = (Served(100, 90, 20, tpot, 2.0) for tpot in (8.0, 0.01))
+    served = [(own, own), (ours, ours)]
+    starts = [
+        Start(way, 1, 0, 10.0, ((1,),), LOADS, each, ())
+        for way, each in zip(("vLLM", "ours"), served, strict=True)
+    ]
+    text = str(report(*starts))
+    assert cells(text, "1")[1][5] == "0.0"
+    assert cells(text, "")[0][2:] == ["1.00x", "1.00x", "1.00x", "", "1.00x"]
 
 
 def test_starts_are_cold_first_then_warm():
@@ -114,13 +128,51 @@ def test_a_picture_for_each_table(tmp_path):
 
 
 def test_only_the_switch_tells_the_first_two_servers_apart():
-    own, ours = ways("eager", None)
+    own, ours = ways("eager")
     assert own.arguments == ours.arguments == ("--enforce-eager",)
     assert (own.env, ours.env) == ({"SPLITPOINT_VLLM": "0"}, {"SPLITPOINT_VLLM": "1"})
-    own, ours, ranges = ways("compiled", [8, 64])
+    own, ours, one, three = ways("compiled", [[], [8, 64]])
     assert own.arguments == ours.arguments == ()
-    config = json.loads(ranges.arguments[1])
-    assert config["compile_ranges_endpoints"] == [8, 64]
+    for way, name, points in ((one, "with 1 range", []), (three, "with 3 ranges", [8, 64])):
+        assert (way.name, way.ranges) == (name, len(points) + 1)
+        assert json.loads(way.arguments[1])["compile_ranges_endpoints"] == points
+
+
+def test_weights_are_asked_for_where_splitpoint_is():
+    own, ours, ranges = ways("eager", [[8]], "int4")
+    assert own.arguments == ("--enforce-eager",)
+    for way in (ours, ranges):
+        assert way.arguments[-2] == "--additional-config"
+        assert json.loads(way.arguments[-1]) == {"splitpoint": {"weights": "int4"}}
+    text = str(ServeReport({**ABOUT, "weights": "int4"}, TWO_ROUNDS.starts))
+    assert "x with weights in int4, 1 threads a rank" in text
+
+
+def test_what_each_further_range_adds_to_a_start():
+    rounds = [
+        start(way, turn, 1, seconds=seconds, ranges=ranges)
+        for turn, times in enumerate([(20.0, 30.0, 35.0, 50.0), (8.0, 9.0, 9.5, 11.0)])
+        for way, ranges, seconds in zip(
+            ("vLLM", "with 1 range", "with 2 ranges", "with 5 ranges"),
+            (None, 1, 2, 5),
+            times,
+            strict=True,
+        )
+    ]
+    whole = report(*rounds)
+    assert whole.further_range(1) == pytest.approx((5.0, 0.5))
+    assert cells(str(whole), "each further range") == [
+        ["each further range", "1", "+5.00", "+0.50", ""]
+    ]
+    assert report(*rounds[:4]).further_range(1) == pytest.approx((5.0, None))
+    assert report(*rounds[:2]).further_range(1) is None
+    assert "each further range" not in str(TWO_ROUNDS)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+def test_as_many_ranges_twice_are_refused():
+    with pytest.raises(UsageError, match="--ranges was given twice"):
+        run("smollm2", split_points=[[8], [16]])
 
 
 @pytest.mark.parametrize("error", [None, ServerFailed, KeyboardInterrupt])

@@ -64,6 +64,7 @@ class EngineReport:
                 f"{env['clock']}, medians of {len(self.starts) // 2} processes each, in turn",
                 f"vLLM {env['vllm']}, torch {env['torch']} on {env['cpu']}, {env['vectors']}",
                 *(["as if the CPU had AVX2 alone"] if env["isa"] == "avx2" else []),
+                *([f"with splitpoint, weights are in {env['weights']}"] if env["weights"] else []),
                 "",
                 *align(rows, right=range(1, len(rows[0]))),
                 "",
@@ -83,6 +84,7 @@ def run(
     starts: int = 2,
     eager: bool = True,
     isa: str | None = None,
+    weights: str | None = None,
     say: Say = lambda line: None,
 ) -> EngineReport:
     """Start engines in turn, one way and the other, and time each.
@@ -99,6 +101,7 @@ def run(
         isa: "avx2" to have vLLM, torch, oneDNN and this package go without AVX-512 and AMX, in so
             far as they ask torch or the environment; code that the compiler made for this CPU
             stays.
+        weights: what this package rounds weights to, where it is there.
         say: is told what goes on.
 
     Raises:
@@ -108,6 +111,7 @@ def run(
     task = {
         **_task(model, dtype, threads, eager),
         "isa": isa,
+        "weights": weights,
         "batches": list(batches),
         "prompt": prompt,
         "tokens": tokens,
@@ -118,7 +122,12 @@ def run(
             say(f"{way}, process {turn + 1} of {starts} ...")
             found.append({"way": way, **_start(task, switch)})
     clock = "CPU time" if threads == 1 else "wall time"
-    about = {**_about(found, model, dtype, threads, eager), "clock": clock, "isa": isa}
+    about = {
+        **_about(found, model, dtype, threads, eager),
+        "clock": clock,
+        "isa": isa,
+        "weights": weights,
+    }
     return EngineReport(about, tuple(found))
 
 
@@ -176,6 +185,7 @@ def _task(model: str, dtype: str, threads: int, eager: bool) -> dict[str, Any]:
         "eager": eager,
         "check": 0,
         "isa": None,
+        "weights": None,
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..integrations.vllm import KEY
 from ..kernels import loaded_library, use_instruction_set
 from ..torch_internals.instruction_sets import answer_as_avx2
 from .differences import random_prompts
@@ -27,6 +28,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
             use_instruction_set("avx2")
     from vllm import LLM, SamplingParams, __version__
 
+    asked = {KEY: {"weights": task["weights"]}} if task["ours"] and task["weights"] else {}
     most = task["prompt"] + task["tokens"] + 1
     llm = LLM(
         task["folder"],
@@ -37,6 +39,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=max(task["batches"]),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        additional_config=asked,
     )
     clock: Callable[[], float] = time.process_time if task["threads"] == 1 else time.perf_counter
     numbers = random.Random(0)

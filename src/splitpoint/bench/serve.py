@@ -19,7 +19,7 @@ from typing import Any
 
 from ..collectives import shm
 from ..errors import ServerFailed, UsageError
-from ..integrations.vllm import SWITCH
+from ..integrations.vllm import KEY, SWITCH
 from ..kernels import build
 from ..report.environment import environment
 from . import load as generator
@@ -58,6 +58,8 @@ class Way:
     name: str
     env: Mapping[str, str]
     arguments: tuple[str, ...] = ()
+    ranges: int | None = None
+    """How many ranges its model is compiled for, where this package does that."""
 
 
 @dataclass(frozen=True)
@@ -78,27 +80,36 @@ class Setting:
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
 
-def ways(mode: str, split_points: Sequence[int] | None) -> list[Way]:
+def ways(
+    mode: str, split_points: Sequence[Sequence[int]] = (), weights: str | None = None
+) -> list[Way]:
     """The servers to compare.
 
     Args:
         mode: "eager": vLLM compiles nothing; "compiled": it does, as by its default.
-        split_points: with them there is one more, compiled for the ranges that they make.
+        split_points: for each there is one more, compiled for the ranges that they make.
+        weights: what this package rounds weights to, where it is there.
     """
     eager = ("--enforce-eager",) if mode == "eager" else ()
+    asked: tuple[str, ...] = ()
+    if weights is not None:
+        asked = ("--additional-config", json.dumps({KEY: {"weights": weights}}))
     found = [
         Way("vLLM", {SWITCH: "0"}, eager),
-        Way("with splitpoint", {SWITCH: "1"}, eager),
+        Way("with splitpoint", {SWITCH: "1"}, (*eager, *asked)),
     ]
-    if split_points is not None:
+    for points in split_points:
         config = {
             "mode": 2,
             "backend": "splitpoint",
             "custom_ops": ["none"],
-            "compile_ranges_endpoints": list(split_points),
+            "compile_ranges_endpoints": list(points),
         }
         env = {SWITCH: "1", "VLLM_USE_LAYERNAME": "0"}
-        found.append(Way("with ranges", env, ("--compilation-config", json.dumps(config))))
+        arguments = ("--compilation-config", json.dumps(config), *asked)
+        count = len(set(points)) + 1
+        name = f"with {count} range{'s' if count > 1 else ''}"
+        found.append(Way(name, env, arguments, count))
     return found
 
 
@@ -114,7 +125,8 @@ def run(
     ranks: Sequence[int] = (1,),
     rounds: int = 2,
     mode: str = "eager",
-    split_points: Sequence[int] | None = None,
+    split_points: Sequence[Sequence[int]] = (),
+    weights: str | None = None,
     client: str | None = None,
     say: Say = lambda line: None,
 ) -> ServeReport:
@@ -135,13 +147,15 @@ def run(
         rounds: starts of each server.
         mode: as `ways`.
         split_points: as `ways`.
+        weights: as `ways`.
         client: "vllm" for `vllm bench serve`, "own" for `bench.load`; None for the first that is
             installed.
         say: is told what goes on.
 
     Raises:
         UsageError: when vLLM is not installed, the model has no folder, or its heads cannot be
-            split over ranks; when there are fewer cores than ranks have threads.
+            split over ranks; when there are fewer cores than ranks have threads; when two of
+            `split_points` make as many ranges.
         ServerFailed: when a server does not start, ends, or does not answer.
         ModelNotFound: as `find`.
     """
@@ -154,6 +168,10 @@ def run(
         raise UsageError(f"{model} has no folder with weights that vLLM could load")
     for size in ranks:
         check_ranks(model, config, size, threads)
+    servers = ways(mode, split_points, weights)
+    names = [way.name for way in servers]
+    if len(set(names)) < len(names):
+        raise UsageError("--ranges was given twice with as many ranges: each needs another number")
     if client == "vllm" and (missing := vllm_client.unavailable()):
         raise UsageError(missing)
     loads = tuple(
@@ -177,7 +195,7 @@ def run(
             loads,
             work,
         )
-        for turn, size, way in itertools.product(range(rounds), ranks, ways(mode, split_points)):
+        for turn, size, way in itertools.product(range(rounds), ranks, servers):
             parallel = f", {size} ranks" if size > 1 else ""
             say(f"{way.name}{parallel}, round {turn + 1} of {rounds} ...")
             found.append(start(setting, way, size, turn, say))
@@ -190,6 +208,7 @@ def run(
         "mode": mode,
         "client": setting.client,
         "requests": requests,
+        "weights": weights,
     }
     return ServeReport(about, tuple(found))
 
@@ -247,7 +266,17 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
         said = [
             line.partition("Splitpoint: ")[2] for line in server.lines() if "Splitpoint: " in line
         ]
-    return Start(way.name, size, turn, seconds, answers, setting.loads, tuple(served), tuple(said))
+    return Start(
+        way.name,
+        size,
+        turn,
+        seconds,
+        answers,
+        setting.loads,
+        tuple(served),
+        tuple(said),
+        way.ranges,
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Start:
     """How each of `loads` was served."""
     said: tuple[str, ...]
     """This package's lines in its log."""
+    ranges: int | None = None
+    """How many ranges this package compiled its model for, where it did."""
 
 
 Group = tuple[int, int, int]
@@ -86,6 +89,20 @@ class ServeReport:
         warm = [start.seconds for start in found if start.turn > 0]
         return cold, statistics.median(warm) if warm else None
 
+    def further_range(self, ranks: int) -> tuple[float, float | None] | None:
+        """Seconds that each range beyond the fewest adds to the first start, and to the others:
+        least squares over the servers with ranges; None where there are fewer than two."""
+        counts = {s.way: s.ranges for s in self.starts if s.ranges is not None}
+        if len(counts) < 2:
+            return None
+        cold, warm = [], []
+        for way, count in counts.items():
+            first, others = self.startup(way, ranks)
+            cold.append((count, first))
+            if others is not None:
+                warm.append((count, others))
+        return _slope(cold), _slope(warm) if warm else None
+
     def agreement(self, way: str, ranks: int) -> str:
         """Where the first start's greedy answers leave those of the first way."""
         own, other = (
@@ -122,9 +139,11 @@ class ServeReport:
 
     def __str__(self) -> str:
         env = self.environment
+        weights = f" with weights in {env['weights']}" if env["weights"] else ""
         rounds = 1 + max(start.turn for start in self.starts)
         lines = [
-            f"{env['model']}, {env['dtype']}, {env['threads']} threads a rank, {env['mode']}; "
+            f"{env['model']}, {env['dtype']}{weights}, {env['threads']} threads a rank, "
+            f"{env['mode']}; "
             f"{env['requests']} requests a row, medians of {rounds} rounds, sent by "
             f"{'vllm bench serve' if env['client'] == 'vllm' else 'splitpoint'}",
             f"vLLM {env['vllm']}, torch {env['torch']} on {env['cpu']}, {env['cores']} cores",
@@ -139,7 +158,7 @@ class ServeReport:
                 *self._table(group),
             ]
         lines += ["", *self._starts()]
-        said = dict.fromkeys(line for start in self.starts for line in start.said)
+        said = dict.fromkeys(f"{s.way}: {line}" for s in self.starts for line in s.said)
         return "\n".join([*lines, *(f"\n{line}" for line in said)])
 
     def _table(self, group: Group) -> list[str]:
@@ -151,8 +170,7 @@ class ServeReport:
                 cells = [f"{getattr(made, name):.{_digits(name)}f}" for name in COLUMNS]
                 rows.append(_row(f"{qps:g}", way, *cells))
                 if way != self.ways[0]:
-                    ratios = (f"{ratio(base, made, name):.2f}x" for name in COLUMNS)
-                    rows.append(_row("", "ratio", *ratios))
+                    rows.append(_row("", "ratio", *(_ratio(base, made, name) for name in COLUMNS)))
         return rows
 
     def _starts(self) -> list[str]:
@@ -173,6 +191,9 @@ class ServeReport:
                         "" if first else self.agreement(way, ranks),
                     )
                 )
+            if (each := self.further_range(ranks)) is not None:
+                cells = [f"{seconds:+.2f}" if seconds is not None else "" for seconds in each]
+                rows.append(_row("each further range", str(ranks), *cells, ""))
         return rows
 
 
@@ -180,6 +201,15 @@ def ratio(base: Served, made: Served, name: str) -> float:
     """How much better a figure is than another server's: over 1 for shorter times."""
     own, other = getattr(base, name), getattr(made, name)
     return float(other / own if name == "throughput" else own / other)
+
+
+def _ratio(base: Served, made: Served, name: str) -> str:
+    """In words; none of a figure that is printed as 0, as times between tokens are where a server
+    sends several in one piece."""
+    least = 0.5 * 10 ** -_digits(name)
+    if min(getattr(base, name), getattr(made, name)) < least:
+        return ""
+    return f"{ratio(base, made, name):.2f}x"
 
 
 def save_picture(report: ServeReport, path: Path) -> None:
@@ -214,6 +244,12 @@ def save_picture(report: ServeReport, path: Path) -> None:
             title=f"vLLM's server: {env['model']}, {env['dtype']}, {group[1]} tokens in, "
             f"{group[2]} out, tensor parallel {group[0]}",
         )
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the line with the least squares."""
+    x = statistics.mean(x for x, _ in points)
+    return sum((a - x) * b for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
 def _digits(name: str) -> int:

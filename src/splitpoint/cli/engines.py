@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import UsageError
 from .output import say, show
 
 
@@ -14,6 +15,8 @@ def bench_vllm(args: argparse.Namespace) -> None:
 
     check_outputs(json=args.json)
     if args.check:
+        if args.weights:
+            raise UsageError("--check compares equal weights: leave --weights out")
         checked = check(
             args.model,
             dtype=args.dtype,
@@ -34,6 +37,7 @@ def bench_vllm(args: argparse.Namespace) -> None:
         starts=args.starts,
         eager=not args.compiled,
         isa=args.isa,
+        weights=args.weights,
         say=say,
     )
     show(report, args.json)
@@ -58,6 +62,7 @@ def bench_serve(args: argparse.Namespace) -> None:
         rounds=args.rounds,
         mode="compiled" if args.compiled else "eager",
         split_points=args.ranges,
+        weights=args.weights,
         client=args.client,
         say=say,
     )

@@ -102,6 +102,13 @@ class Workspace:
         self.detach()
 
 
+def is_attached(group: str) -> bool:
+    """Whether calls of a group, by its name, are served by a workspace of this process."""
+    return hasattr(torch.ops.splitpoint, "shm_attached") and bool(
+        torch.ops.splitpoint.shm_attached(group)
+    )
+
+
 _TERMS = ("kernels", "max_bytes", "timeout_s")
 
 

@@ -16,7 +16,8 @@ from ..errors import ConfigError, InvalidDynamicDims, SizeOutOfPlan
 from ..graph.pieces import split
 from ..ranges import NOT_SERVED
 from ..store import open_store
-from ..torch_internals.sizes import size_finder, size_symbol, symbols_in
+from ..torch_internals.sizes import Place, size_finder, size_place, size_symbol, symbols_in
+from .dispatch import Dispatch
 from .lanes import Graph
 from .plan_lanes import lanes_of
 from .program import Program
@@ -68,6 +69,18 @@ class Part:
     run: Callable[..., Any]
     """What Dynamo calls."""
     program: Program
+    place: Place | None
+    """Where a call's arguments hold the size; None for a graph of one size."""
+
+    @staticmethod
+    def of(
+        program: Program,
+        dispatch: Dispatch,
+        place: Place | None,
+        eager: Callable[..., Any] | None = None,
+    ) -> Part:
+        """What a program serves; `eager` runs the graph itself, where there is one."""
+        return Part(_runner(program, dispatch, size_finder(place), eager), program, place)
 
 
 def part_of(graph_module: fx.GraphModule, config: Config) -> Part:
@@ -94,32 +107,37 @@ def part_of(graph_module: fx.GraphModule, config: Config) -> Part:
     parts = split(graph_module, config.splitting_ops, symbols)
     graph = Graph(parts, inputs, len(values), argument_names=parts.inputs)
     try:
-        find = size_finder(values, symbols)
+        place = size_place(values, symbols)
     except LookupError:
         raise InvalidDynamicDims(
             "no input of the graph is the dynamic size or has it as a dimension of its own: mark "
             "the dimension itself with torch._dynamo.mark_dynamic, before what follows from it"
         ) from None
-    if find is None:
+    if place is None:
         config = replace(config, max_size=1, split_points=(), compile_sizes=())
     owner = array("H", [0]) + array("H", [1]) * config.max_size
     program = Program(config, open_store(config))
     dispatch = program.add(lanes_of(config, owner, [graph], {}))
     if not config.lazy:
         program.compile_all()
-    table, runners, calls, max_size = (
-        dispatch.table,
-        program.runners,
-        program.calls,
-        config.max_size,
-    )
-    eager = graph_module.forward
+    return Part.of(program, dispatch, place, graph_module.forward)
+
+
+def _runner(
+    program: Program,
+    dispatch: Dispatch,
+    find: Callable[[Sequence[Any]], int],
+    eager: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    table, runners, calls = dispatch.table, program.runners, program.calls
+    max_size = program.config.max_size
+    may_be_eager = program.config.on_out_of_plan == "eager"
 
     def run(*args: Any) -> Any:
-        size = 1 if find is None else find(args)
+        size = find(args)
         index = table[size] if size <= max_size else NOT_SERVED
         if index == NOT_SERVED:
-            if size == 0 or config.on_out_of_plan == "eager":
+            if eager is not None and (size == 0 or may_be_eager):
                 return eager(*args)
             raise SizeOutOfPlan(
                 f"size {size} is outside the plan's [1,{max_size}]: raise max_size, or set "
@@ -129,7 +147,7 @@ def part_of(graph_module: fx.GraphModule, config: Config) -> Part:
         with torch.no_grad():
             return runners[index](size, *args)
 
-    return Part(run, program)
+    return run
 
 
 def check_options(config: Config) -> None:

@@ -12,41 +12,32 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .. import kernels
-from ..capture.assumptions import Assumption, runs
 from ..capture.facts import Checker, Describer, Facts, Roots, Unprovable, collect
 from ..capture.module_state import ModuleState
 from ..capture.reads import Reads
 from ..capture.regions import Regions
 from ..capture.signature import Signature
 from ..capture.watch import CheckRest
-from ..compilers.artifact import Libraries, Missing, objects_of
-from ..compilers.wrapper import Wrapper
+from ..compilers.artifact import Missing
 from ..config import Config
-from ..errors import KernelBuildError, StateChanged
-from ..graph.overlap import Updates
+from ..errors import StateChanged
 from ..graph.pieces import Split
-from ..graph.stitch import Body, PieceSteps
 from ..kernels.devices import Device, common_device, device_row
-from ..passes.manager import MatchCount
-from ..ranges import Plan
-from ..store.constants import NotKept, decode, encode
+from ..store.constants import NotKept
 from ..store.key import digest
 from ..store.store import Store
-from ..torch_internals.generated_code import kernel_place
 from ..torch_internals.guard_expressions import NotPortable
-from ..torch_internals.onednn import onednn_linear_op
 from ..torch_internals.state import quick_state
 from .dispatch import Dispatch
 from .garbage import no_collection, rare_collection
-from .lanes import Graph, Lane
+from .kept_lanes import LanesLoader, lanes_entry
+from .lanes import Graph
 from .model_key import model_fields, tensor_kind
 from .program import Program
 
@@ -103,45 +94,6 @@ def _entry(store: Store, dispatch: Dispatch, config: Config, roots: Roots) -> di
     methods = dict.fromkeys(each for captured in regions.captures for each in captured.methods)
     facts.methods = tuple(methods)
     paths = _paths(roots.owner)
-    pieces: dict[str, Any] = {}
-    rows = []
-    for lane in lanes:
-        body = lane.body
-        if body is None:
-            raise NotKept(f"{lane.planned.range}, which is not compiled yet")
-        names: dict[str, Any] = {}
-        for name, value in body.names.items():
-            if name.startswith("__") or name == "stitched":
-                continue
-            if not name.startswith("p_"):
-                names[name] = encode(value)
-                continue
-            piece = lane.artifacts.get(name[2:])
-            kept = store.read("pieces", piece) if piece else None
-            if piece is None or kept is None:
-                raise NotKept(f"a piece that is not kept ({name[2:]} of {lane.planned.range})")
-            pieces[piece] = {
-                field: kept[field]
-                for field in ("source", "operators", "kernels", "matches", "steps")
-            }
-            names[name] = ["piece", piece]
-        rows.append(
-            {
-                "graph": graphs.index(lane.graph),
-                "sizes": [list(run) for run in runs(lane.sizes)],
-                "parameters": list(body.parameters),
-                "lines": list(body.lines),
-                "steps": list(body.steps),
-                "names": names,
-                "packed": [list(each) for each in body.packed],
-                "kernels": {str(s): name for s, name in (lane.kernels or {}).items()},
-                "assumptions": [[a.code, a.origin] for a in lane.assumptions],
-                "updates": body.updates and body.updates.to_json(),
-            }
-        )
-    libraries = objects_of(at for piece in pieces.values() for at in piece["kernels"].values())
-    path = kernels.loaded_library()
-    library = store.write_object(path.read_bytes()) if path is not None else None
     return {
         "facts": facts.to_json(),
         "graphs": [
@@ -155,14 +107,10 @@ def _entry(store: Store, dispatch: Dispatch, config: Config, roots: Roots) -> di
             }
             for graph in graphs
         ],
-        "plan": Plan(config.max_size, tuple(lane.planned for lane in lanes)).to_json(),
-        "lanes": rows,
-        "pieces": pieces,
         "notes": list(dispatch.notes),
         "refusals": list(regions.refusals),
         "captures": len(regions.captures),
-        "library": library,
-        "objects": sorted(libraries | ({library} if library else set())),
+        **lanes_entry(store, lanes, graphs, config.max_size),
     }
 
 
@@ -229,100 +177,19 @@ def _load(
 
 
 @dataclass
-class _Loader:
-    store: Store
-    entry: Mapping[str, Any]
-    program: Program
+class _Loader(LanesLoader):
     signature: Signature
     roots: Roots
     checker: Checker
-    libraries: Libraries = field(default_factory=Libraries)
 
     def run(self) -> Dispatch:
         entry = self.entry
-        calls = self.pieces()
         device = common_device((leaf.path, leaf.device) for leaf in self.signature.tensors)
         shared = _checks_of(self.checker, device_row(device))
         graphs = [self.graph(each, *shared, device) for each in entry["graphs"]]
-        plan = Plan.from_json(entry["plan"])
-        lanes = []
-        bodies = []
-        for planned, row in zip(plan.entries, entry["lanes"], strict=True):
-            sizes = [s for first, last in row["sizes"] for s in range(first, last + 1)]
-            lane = Lane(planned, graphs[row["graph"]], sizes, kernels={})
-            lane.assumptions = self.assumptions(row["assumptions"])
-            lanes.append(lane)
-            names = {
-                name: calls[value[1]] if value[0] == "piece" else decode(value)
-                for name, value in row["names"].items()
-            }
-            packed = tuple((index, layout) for index, layout in row["packed"])
-            text = tuple(row["parameters"]), tuple(row["lines"])
-            updates = Updates.from_json(row["updates"]) if row["updates"] else None
-            bodies.append(Body(*text, names, packed, tuple(row["steps"]), self.steps(row), updates))
         nothing: Any = None
         regions = Regions((nothing,) * entry["captures"], array("H"), {}, tuple(entry["refusals"]))
-        dispatch = self.program.add(lanes, entry["notes"], self.signature, regions)
-        try:
-            self.program.start(dispatch, bodies)
-        except BaseException:
-            self.program.drop(dispatch)
-            raise
-        self.count(plan)
-        return dispatch
-
-    def count(self, plan: Plan) -> None:
-        counts = self.program.counts
-        for planned, row in zip(plan.entries, self.entry["lanes"], strict=True):
-            for name, value in row["names"].items():
-                if value[0] == "piece":
-                    counts.loads += 1
-                    counts.note(
-                        MatchCount.from_kept(kept, name[2:], planned.range)
-                        for kept in self.entry["pieces"][value[1]]["matches"]
-                    )
-
-    def pieces(self) -> dict[str, Callable[..., Any]]:
-        """The compiled pieces by key."""
-        pieces = self.entry["pieces"]
-        operators = {op for piece in pieces.values() for op in piece["operators"].values()}
-        if (own := self.entry["library"]) is not None:
-            try:
-                kernels.load_from(self.library(own))
-            except KernelBuildError as error:
-                raise Missing(str(error)) from error
-        if any(op.startswith("splitpoint_onednn::") for op in operators):
-            _onednn()
-        found = {}
-        for key, piece in pieces.items():
-            wrapper = Wrapper(piece["source"], tuple(piece["kernels"]), piece["operators"])
-            # Pieces on other devices than CPU have no steps.
-            native = self.program.config.runner == "native" and piece["steps"]
-            bind = wrapper.bind_when_called if native else wrapper.bind
-            found[key] = bind({name: self.kernel(at) for name, at in piece["kernels"].items()})
-        return found
-
-    def steps(self, row: Mapping[str, Any]) -> dict[str, PieceSteps]:
-        """What the pieces of a lane do, by name, where the runner can do it."""
-        found = {}
-        for name, value in row["names"].items():
-            if value[0] == "piece" and (steps := self.entry["pieces"][value[1]]["steps"]):
-                kernels_ = self.entry["pieces"][value[1]]["kernels"]
-                found[name] = self.piece_steps(steps, kernels_)
-        return found
-
-    def piece_steps(self, steps: Mapping[str, Any], at: Mapping[str, Sequence[Any]]) -> PieceSteps:
-        called = [self.kernel(at[name]) for name in steps["kernels"]]
-        return PieceSteps(steps, lambda: [kernel_place(each) for each in called])
-
-    def kernel(self, at: Sequence[Any]) -> Callable[..., Any]:
-        return self.libraries.kernel(self.store, *at)
-
-    def library(self, digest_: str) -> Path:
-        path = self.store.library(digest_)
-        if path is None:
-            raise Missing(f"the library {digest_} is not there")
-        return path
+        return self.start(graphs, entry["notes"], self.signature, regions)
 
     def graph(
         self,
@@ -356,16 +223,12 @@ class _Loader:
             None,
             ModuleState(owner, fetch, check, check_rest, checker.explain, check_facts),
             data["pieces"],
-            conditions=self.assumptions(data["conditions"]),
+            conditions=self.assumptions(data["conditions"], self.signature),
             unique=tuple(data["unique"]),
             argument_names=[leaf.path for leaf in self.signature.tensors],
             device=device,
             is_loaded=True,
         )
-
-    def assumptions(self, kept: Sequence[Sequence[str]]) -> tuple[Assumption, ...]:
-        names = self.signature.dims.names
-        return tuple(Assumption(code, origin, names) for code, origin in kept)
 
 
 def _checks_of(checker: Checker, device: Device) -> tuple[Callable[[], bool], CheckRest]:
@@ -386,11 +249,6 @@ def _checks_of(checker: Checker, device: Device) -> tuple[Callable[[], bool], Ch
         return lambda: now() == state and rest()
 
     return check_facts, check_rest
-
-
-def _onednn() -> None:
-
-    onednn_linear_op()
 
 
 def _tensor(owner: torch.nn.Module | None, path: str, holder: str, name: str) -> Any:

@@ -454,6 +454,13 @@ USES = (
         ("torch._inductor.config:cpp.cxx",),
     ),
     Use(
+        "kept captures",
+        "speed",
+        "give who keeps what Dynamo captured, as vLLM does, a function that can be kept with it",
+        "Dynamo runs at every start of vLLM; only pieces come from the store",
+        ("torch._dynamo.aot_compile:SerializableCallable",),
+    ),
+    Use(
         "notes of passes",
         "words",
         "tell what a pass matched in a graph that came from Inductor's caches",

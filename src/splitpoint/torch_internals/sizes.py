@@ -93,8 +93,12 @@ def symbols_in(values: Sequence[Any]) -> frozenset[sympy.Symbol]:
     return frozenset(found)
 
 
-def size_finder(values: Sequence[Any], symbols: Symbols) -> Callable[[Sequence[Any]], int] | None:
-    """A function that reads the size off a graph's inputs; None when it has no symbol.
+Place = tuple[int, int | None]
+"""Where a size is read: the index of an argument and, of a tensor, the dimension."""
+
+
+def size_place(values: Sequence[Any], symbols: Symbols) -> Place | None:
+    """Where a graph's inputs hold the size; None when it has no symbol.
 
     Raises:
         LookupError: when no input is the size itself or has it as a dimension.
@@ -103,13 +107,23 @@ def size_finder(values: Sequence[Any], symbols: Symbols) -> Callable[[Sequence[A
         return None
     for index, value in enumerate(values):
         if isinstance(value, torch.SymInt) and value.node.expr in symbols:
-            return lambda args: int(args[index])
+            return index, None
     for index, value in enumerate(values):
         if isinstance(value, torch.Tensor):
             for dim, length in enumerate(value.shape):
                 if isinstance(length, torch.SymInt) and length.node.expr in symbols:
-                    return lambda args: int(args[index].shape[dim])
+                    return index, dim
     raise LookupError(str(symbols))
+
+
+def size_finder(place: Place | None) -> Callable[[Sequence[Any]], int]:
+    """A function that reads the size off a graph's inputs; 1 where there is no place."""
+    if place is None:
+        return lambda args: 1
+    index, dim = place
+    if dim is None:
+        return lambda args: int(args[index])
+    return lambda args: int(args[index].shape[dim])
 
 
 def floor_div(expr: sympy.Expr, by: int) -> sympy.Expr:

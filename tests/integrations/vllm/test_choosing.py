@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from splitpoint import kernels
 from splitpoint.integrations.vllm import memory, store
 from splitpoint.integrations.vllm.choice import OURS, THEIRS, Choice, choose
+from splitpoint.integrations.vllm.chosen import chosen, note
 from splitpoint.integrations.vllm.shapes import Shape
 from splitpoint.tuning.measure import Budget
 
@@ -96,6 +98,32 @@ def test_times_that_are_none_are_measured_anew(kept: store.Kept, seconds: object
 def test_other_threads_have_other_times(kept: store.Kept) -> None:
     torch.set_num_threads(2)
     assert store.Kept().path != kept.path
+
+
+# --- what vLLM's own stores are told ---------------------------------------------------
+
+
+def test_other_kernels_are_other_keys() -> None:
+    def noted(*models: list[str]) -> list[str] | None:
+        config = SimpleNamespace(additional_config={"other": 1})
+        for kernels_ in models:
+            note(config, kernels_)
+        assert config.additional_config["other"] == 1
+        return chosen(config)
+
+    assert noted() == []
+    first = noted(["64x32 fp32 None", "64x64 fp32 16"])
+    assert first == noted(["64x32 fp32 None", "64x64 fp32 16"])
+    others = [["64x64 fp32 16", "64x32 fp32 None"], ["64x32 fp32 None", "64x64 fp32 8"], []]
+    assert all(noted(other) != first for other in others)
+    assert noted(["a"], ["b"]) != noted(["b"], ["a"])
+
+
+def test_a_configuration_of_another_kind_is_told_nothing() -> None:
+    config = SimpleNamespace(additional_config=object())
+    note(config, ["a"])
+    note(None, ["a"])
+    assert chosen(config) is None
 
 
 # --- measuring -------------------------------------------------------------------------

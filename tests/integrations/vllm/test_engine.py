@@ -90,6 +90,44 @@ def test_the_ranges_as_a_backend_say_the_same(
     assert "splitpoint.runtime.program" in answer.imported
 
 
+RANGES = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 2,
+        "backend": "splitpoint",
+        "custom_ops": ["none"],
+        "compile_ranges_endpoints": [2, 16],
+    },
+}
+LOADED = "as they were kept: nothing is compiled"
+
+
+def test_a_second_start_compiles_nothing(model: Path, cache: Path, own: Answer) -> None:
+    def again() -> Answer:
+        answer = start(model, cache, llm=RANGES, env={"VLLM_USE_LAYERNAME": "0"})
+        assert answer.tokens == own.tokens
+        return answer
+
+    first = again()
+    assert "pieces compiled, 0 from the store" in first.said
+    assert LOADED not in first.said
+    second = again()
+    assert LOADED in second.said
+    assert "pieces compiled" not in second.said
+
+    # What was captured depends on which kernels layers were given.
+    decide(only_file(cache), {"1": (2.0, 1.0)})
+    other = again()
+    assert LOADED not in other.said
+    assert LOADED in again().said
+
+    # Without the store vLLM is told that it has to compile.
+    shutil.rmtree(cache / "store")
+    anew = again()
+    assert LOADED not in anew.said
+    assert "pieces compiled, 0 from the store" in anew.said
+
+
 def test_without_a_compiler_vllm_goes_on_with_its_own(
     model: Path, tmp_path: Path, own: Answer
 ) -> None:

@@ -67,3 +67,7 @@ def test_two_ranks_fuse_two_norms_a_layer_and_say_the_same(
     line = f"5 all-reduces over its shared memory; fused with a norm: {ranges}"
     assert answer.said.count(line) == 2, answer.said
     assert vllm_files() == before
+
+    second = start(model, shared_cache, llm={**TWO, **RANGES}, env=env)
+    assert second.tokens == own.tokens
+    assert second.said.count("as they were kept: nothing is compiled") == 2, second.said

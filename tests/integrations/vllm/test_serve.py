@@ -14,7 +14,12 @@ from .starting import NEEDS_VLLM
 pytestmark = NEEDS_VLLM
 
 
-def test_servers_answer_the_same_and_end(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_servers_answer_the_same_and_end(
+    model: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    if (os.cpu_count() or 1) < size:
+        pytest.skip("two ranks want two cores")
     before = sorted(os.listdir("/dev/shm"))
     report = run(
         str(model),
@@ -23,14 +28,20 @@ def test_servers_answer_the_same_and_end(model: Path, monkeypatch: pytest.Monkey
         inputs=(16,),
         outputs=(8,),
         requests=4,
-        rounds=1,
+        ranks=(size,),
+        rounds=2,
         client="own",
+        split_points=[[8]],
     )
-    assert [start.way for start in report.starts] == ["vLLM", "with splitpoint"]
-    own, ours = report.starts
-    assert own.answers == ours.answers
+    assert [start.way for start in report.starts] == report.ways * 2
+    assert report.ways == ["vLLM", "with splitpoint", "with 2 ranges"]
+    own, ours, ranges, _, _, again = report.starts
+    assert own.answers == ours.answers == ranges.answers == again.answers
     assert {len(answer) for answer in own.answers} == {32}
     assert own.said == ()
     assert "packed kernels for linear layers" in ours.said[0]
+    fused = [line for line in ranges.said if "fused with a norm: 5 in" in line]
+    assert len(fused) == (size if size > 1 else 0)
+    assert sum("nothing is compiled" in line for line in again.said) == size
     assert all(each.throughput > 0 for start in report.starts for each in start.served)
     assert sorted(os.listdir("/dev/shm")) == before

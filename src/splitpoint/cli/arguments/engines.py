@@ -57,6 +57,7 @@ examples:
         choices=("avx2",),
         help="measure as if the CPU had AVX2 alone, both ways",
     )
+    _weights(parser)
     parser.add_argument(
         "--check",
         type=positive,
@@ -67,6 +68,14 @@ examples:
         "--json", type=Path, metavar="FILE", help="write environment and times as JSON"
     )
     run_arguments(parser)
+
+
+def _weights(parser: Any) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "int4"),
+        help="what this package rounds weights of linear layers to, where it is there",
+    )
 
 
 def add_bench_serve(verbs: Any, run: Verb) -> None:
@@ -87,6 +96,7 @@ examples:
   splitpoint bench serve smollm2
   splitpoint bench serve smollm2 --rates 1,4,inf --inputs 32,512 --outputs 64 --png serve.png
   splitpoint bench serve smollm2 --compiled --ranges 8,64 --json serve.json
+  splitpoint bench serve smollm2 --ranges '' --ranges 8,64 --ranges 8,32,64,128 --rates inf
   splitpoint bench serve FOLDER --tp 1,2""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -134,10 +144,13 @@ examples:
     parser.add_argument(
         "--ranges",
         type=integers,
+        action="append",
+        default=[],
         metavar="N,N,...",
-        help="a third server, compiled by this package for ranges that end at these sizes; '' for "
-        "one range",
+        help="one more server, compiled by this package for ranges that end at these sizes; '' for "
+        "one range; given several times, what each further range adds to a start is said too",
     )
+    _weights(parser)
     parser.add_argument(
         "--client",
         choices=("vllm", "own"),

@@ -12,6 +12,8 @@ import os
 SWITCH = "SPLITPOINT_VLLM"
 """The environment variable that turns the plug-in off with "0"."""
 
+KEY = "splitpoint"
+"""The object of vLLM's `--additional-config` with the plug-in's settings."""
 
 LOADER = "vllm.model_executor.model_loader.base_loader"
 """The module of vLLM that is imported where a model is to be loaded, and not long before."""

@@ -15,7 +15,8 @@ Measured = Mapping[int, tuple[float, float]]
 
 @dataclass(frozen=True)
 class Choice:
-    """This package's kernel for up to `most` rows, vLLM's own for more."""
+    """This package's kernel for up to `most` rows; for more vLLM's own or, of a rounded weight, its
+    product with what was unpacked."""
 
     most: int | None
     """None: for any rows; 0: for none."""
@@ -25,10 +26,13 @@ class Choice:
         """Whether a layer needs its weight in both layouts."""
         return self.most is not None and self.most > 0
 
-    def __str__(self) -> str:
+    def said(self, rounds: bool = False) -> str:
+        """In words, of a layer whose weight is rounded or not."""
         if self.keeps_both:
-            return f"up to {self.most} rows"
-        return "any rows" if self.most is None else "left to vLLM"
+            return f"up to {self.most} rows" + (", unpacked for more" if rounds else "")
+        if self.most is None:
+            return "any rows"
+        return "unpacked at each call" if rounds else "left to vLLM"
 
 
 OURS, THEIRS = Choice(None), Choice(0)

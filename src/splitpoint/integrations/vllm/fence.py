@@ -10,9 +10,11 @@ from contextlib import contextmanager
 log = logging.getLogger("vllm.splitpoint")
 """Below vLLM's own logger, so that its lines appear among vLLM's."""
 
+OWN = "vLLM's own linear layers are used"
+
 
 @contextmanager
-def fence(instead: str = "vLLM's own linear layers are used") -> Iterator[None]:
+def fence(instead: str = OWN) -> Iterator[None]:
     """Turn what is raised inside into one line that says what happens instead, and why."""
     try:
         yield

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import Weights
 from ...kernels.memory import Streamed
 from .choice import THEIRS, Choice
-
-CpuLinear = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""What vLLM calls as `layer.cpu_linear(x, weight, bias)`."""
+from .measuring import CpuLinear
+from .rounded import Rounded, by_rows
 
 _linear_packed = torch.ops.splitpoint.linear_packed
 
@@ -40,17 +40,20 @@ class Packed:
 
 class Late:
     """As `Packed`, of a weight that stays as it is; packed when first called, as the weight of an
-    embedding may never be."""
+    embedding may never be.
 
-    def __init__(self, weight: Tensor, memory: Streamed) -> None:
-        self._weight = weight
-        self._memory = memory
-        self._packed: Packed | None = None
+    Args:
+        pack: makes what is called.
+    """
+
+    def __init__(self, pack: Callable[[], CpuLinear]) -> None:
+        self._pack = pack
+        self._packed: CpuLinear | None = None
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """As `Packed`."""
         if self._packed is None:
-            self._packed = Packed(self._weight, self._memory)
+            self._packed = self._pack()
         return self._packed(x, weight, bias)
 
 
@@ -67,25 +70,31 @@ class Setter:
         self._memory = memory
         self._late: dict[int, Late] = {}
 
-    def set(self, module: Any, may_free: bool, choice: Choice) -> None:
+    def set(self, module: Any, may_free: bool, choice: Choice, weights: Weights | None) -> None:
         """Set a layer's `cpu_linear`, and free its weight if that may be."""
-        if choice == THEIRS:
+        if weights is None and choice == THEIRS:
             self._theirs(module, may_free)
         elif not may_free:
             # Layers may share it, as an LM head and an embedding do.
             key = module.weight.data_ptr()
             if key not in self._late:
-                self._late[key] = Late(module.weight.data, self._memory)
+                weight = module.weight.data
+                self._late[key] = Late(lambda: self._packed(weight, choice, weights))
             module.cpu_linear = self._late[key]
-        else:
+        elif weights is None and choice.most is not None:
             ours = Packed(module.weight.data, self._memory)
-            if choice.most is None:
-                empty = torch.empty(0, dtype=module.weight.dtype)
-                module.cpu_linear = ours
-                module.weight = nn.Parameter(empty, requires_grad=False)
-            else:
-                self._theirs(module, True)
-                module.cpu_linear = either(ours, module.cpu_linear, choice.most)
+            self._theirs(module, True)
+            module.cpu_linear = either(ours, module.cpu_linear, choice.most)
+        else:
+            module.cpu_linear = self._packed(module.weight.data, choice, weights)
+            empty = torch.empty(0, dtype=module.weight.dtype)
+            module.weight = nn.Parameter(empty, requires_grad=False)
+
+    def _packed(self, weight: Tensor, choice: Choice, weights: Weights | None) -> CpuLinear:
+        """What needs the weight in no other form."""
+        if weights is None:
+            return Packed(weight, self._memory)
+        return by_rows(Rounded(weight, weights, self._memory), choice)
 
 
 def either(ours: Packed, theirs: CpuLinear, most: int) -> CpuLinear:

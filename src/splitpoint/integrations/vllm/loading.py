@@ -13,17 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import kernels
+from ...config import Weights
 from ...kernels import build
 from ...kernels.memory import Streamed
 from ...tuning.measure import Budget
-from .choice import Choice, Measured, choose
+from . import names
+from .choice import OURS, Choice, Measured, choose
+from .chosen import note
 from .fence import log
 from .measuring import Prepare, measure
 from .memory import spare_bytes
-from .shapes import TYPES, Shape
+from .shapes import HEAD, INT4_NEEDS, TYPES, Shape, kind_for
 from .store import Kept
 from .threads import check_threads
 
@@ -39,6 +42,8 @@ class Layer:
     """A torch module of vLLM's, with `weight` and what is to be set, `cpu_linear`."""
     may_free: bool
     """Whether nobody reads the module's weight as it is."""
+    weights: Weights | None
+    """What its weight is rounded to."""
 
     @property
     def weight(self) -> Tensor:
@@ -50,24 +55,33 @@ class Layer:
     def shape(self) -> Shape:
         """What its choice depends on."""
         columns, k = self.weight.shape
-        return Shape(columns, k, self.weight.dtype, stays=not self.may_free)
+        return Shape(columns, k, self.weight.dtype, not self.may_free, self.weights)
 
 
 class Loading:
     """The layers of one model.
+
+    Args:
+        theirs: vLLM's function that gives a layer its `cpu_linear`.
+        weights: what they are to be rounded to, as `Config.weights`.
 
     Raises:
         KernelBuildError: when there are no kernels here.
         SharedCores: when threads have no core of their own.
     """
 
-    def __init__(self, theirs: Prepare) -> None:
+    def __init__(self, theirs: Prepare, weights: Weights | None = None) -> None:
         check_threads()
         if not build.place().exists():
             log.info("Splitpoint: building its kernels, once a machine: a minute of CPU time")
         kernels.load()
         self._theirs = theirs
+        self.weights = weights
         self._waiting: list[Layer] = []
+        self._done: list[str] = []
+        """What layers have got, in order."""
+        self._seen: set[int] = set()
+        """Modules that were put off, by id."""
 
     def puts_off(self, module: Any, may_free: bool) -> bool:
         """Note a layer, if there is a kernel for it."""
@@ -79,27 +93,51 @@ class Loading:
             and weight.numel() > 0
         )
         if takes:
-            self._waiting.append(Layer(module, may_free))
+            kind = kind_for(self.weights, weight.shape[1], is_head=not may_free)
+            self._waiting.append(Layer(module, may_free, kind))
+            self._seen.add(id(module))
             module.cpu_linear = F.linear  # until then
         return takes
 
-    def take_over(self) -> None:
-        """Give layers their kernels, one after the other; those that are done wait no more."""
-        if not self._waiting:
-            return
-        counts = Counter(layer.shape for layer in self._waiting)
-        measured, how = self._measured()
-        chosen = choices(measured, counts, spare_bytes())
-        from .kernel import Setter
+    def take_over(self, model: nn.Module) -> None:
+        """Give layers their kernels, one after the other; those that are done wait no more.
 
-        setter = Setter(self._theirs, Streamed())
-        while self._waiting:
-            layer = self._waiting[0]
-            setter.set(layer.module, layer.may_free, chosen[layer.shape])
-            del self._waiting[0]
-        log.info(
-            "Splitpoint: packed kernels for linear layers: %s (%s)", summary(chosen, counts), how
+        Raises:
+            OutputMismatch: when no kernel for rounded weights is right here.
+        """
+        counts = Counter(layer.shape for layer in self._waiting)
+        if counts:
+            measured, how = self._measured()
+            chosen = choices(measured, counts, spare_bytes())
+            from .kernel import Setter
+
+            setter = Setter(self._theirs, Streamed())
+            while self._waiting:
+                layer = self._waiting[0]
+                shape = layer.shape  # that of its weight, which may be freed
+                choice = chosen[shape]
+                setter.set(layer.module, layer.may_free, choice, layer.weights)
+                self._done.append(f"{shape} {choice.most}")
+                del self._waiting[0]
+            log.info(
+                "Splitpoint: packed kernels for linear layers: %s (%s)", said(chosen, counts), how
+            )
+        if self.weights is not None:
+            others = self._others(model)
+            log.info("Splitpoint: %s", said_of_weights(self.weights, counts, others))
+
+    def _others(self, model: nn.Module) -> Counter[str]:
+        """Modules of other kinds that have weights: how many of which class."""
+        return Counter(
+            type(module).__name__
+            for module in model.modules()
+            if getattr(module, "quant_method", None) is not None and id(module) not in self._seen
         )
+
+    def note(self) -> None:
+        """Tell vLLM's stores which layers have which kernels."""
+        left = [f"{layer.shape} left" for layer in self._waiting]
+        note(names.CONFIG.value(), [*self._done, *left])
 
     def leave_the_rest(self) -> None:
         """Leave the layers that still wait to vLLM."""
@@ -138,12 +176,38 @@ def choices(
     chosen: dict[Shape, Choice] = {}
     for shape in sorted(counts, key=lambda shape: shape.nbytes * counts[shape]):
         size = shape.nbytes * counts[shape]
-        chosen[shape] = choose(measured.get(shape, {}), size <= spare and not shape.stays)
+        times = measured.get(shape, {})
+        if shape.weights is not None:  # in one form, which both ways read
+            chosen[shape] = choose(times, True) if times else OURS
+            continue
+        chosen[shape] = choose(times, size <= spare and not shape.stays)
         if chosen[shape].keeps_both:
             spare -= size
     return chosen
 
 
-def summary(chosen: Mapping[Shape, Choice], counts: Mapping[Shape, int]) -> str:
+def said(chosen: Mapping[Shape, Choice], counts: Mapping[Shape, int]) -> str:
     """Which layers got what, in one line."""
-    return ", ".join(f"{counts[shape]} of {shape} {choice}" for shape, choice in chosen.items())
+    return ", ".join(
+        f"{counts[shape]} of {shape} {choice.said(rounds=shape.weights is not None)}"
+        for shape, choice in chosen.items()
+    )
+
+
+def said_of_weights(
+    weights: Weights, counts: Mapping[Shape, int], others: Mapping[str, int]
+) -> str:
+    """How many layers are rounded, and which are not, in one line."""
+    rounded: Counter[str] = Counter()
+    for shape, count in counts.items():
+        if shape.weights is not None:
+            rounded[shape.weights] += count
+    left = [
+        f"{count} of {shape} ({INT4_NEEDS})"
+        for shape, count in counts.items()
+        if shape.weights is None
+    ]
+    left += [f"{count} {name} (no matrix in bf16 or fp32)" for name, count in others.items()]
+    what = ", ".join(f"{count} layers in {kind}" for kind, count in sorted(rounded.items()))
+    head = f"; heads are in {HEAD}" if rounded[HEAD] and weights != HEAD else ""
+    return f"weights rounded: {what or 'none'}{head}; left as they are: {', '.join(left) or 'none'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import Weights
+from ...errors import OutputMismatch
 from ...kernels.bounds import exceeded
 from ...kernels.memory import Streamed
 from ...tuning.measure import Budget, clock_for, interleave
@@ -28,6 +31,9 @@ MOST_COPIES = 256
 CHECKED_COLUMNS = 32
 PROBE_S = 0.02
 
+CpuLinear = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""What vLLM calls as `layer.cpu_linear(x, weight, bias)`."""
+
 Prepare = Callable[[Any, bool], None]
 """vLLM's function that gives a layer its `cpu_linear`, and may be told to free its weight."""
 
@@ -35,12 +41,16 @@ Prepare = Callable[[Any, bool], None]
 def measure(
     weights: Mapping[Shape, Sequence[Tensor]], theirs: Prepare, budget: Budget
 ) -> dict[Shape, Measured]:
-    """Times of each shape by rows, few rows first, until the budget is spent.
+    """Times of each shape by rows, few rows first, until the budget is spent: of this package's
+    kernel and vLLM's own or, of rounded weights, what `Rounded.unpacked` takes.
 
     Args:
         weights: of some layers of each shape.
         theirs: vLLM's function that gives a layer its `cpu_linear`.
         budget: for all shapes.
+
+    Raises:
+        OutputMismatch: when no kernel for rounded weights is right.
     """
     measured: dict[Shape, dict[int, tuple[float, float]]] = {shape: {} for shape in weights}
     for index, shape in enumerate(weights):
@@ -55,7 +65,7 @@ def measure(
             with budget.spending(), share.spending():
                 times = slices.times(rows)
             measured[shape][rows] = times
-            if math.isinf(times[0]):
+            if math.isinf(sum(times)):
                 break
     return dict(measured)
 
@@ -64,38 +74,56 @@ class _Slices:
     """Slices of the weights of a shape as both kernels have them."""
 
     def __init__(self, shape: Shape, weights: Sequence[Tensor], theirs: Prepare) -> None:
-        self.k, self.dtype = shape.k, shape.dtype
+        self.shape, self.kind = shape, shape.weights
         columns = min(shape.columns, max(CHECKED_COLUMNS, MOST_ELEMENTS // max(1, shape.k)))
         parts = [part for weight in weights for part in torch.split(weight, columns)]
         whole = [part for part in parts if part.shape[0] == columns]
+        self.first = whole[0]
+        self.ours: list[CpuLinear] = []
+        self.theirs: list[CpuLinear] = []
+        """vLLM's own or, of rounded weights, the product with what is unpacked at each call."""
+        if self.kind is not None:
+            self._round(self.kind)
+            return
         count = min(MOST_COPIES, math.ceil(COLD_BYTES / whole[0].nbytes))
         from .kernel import Packed
 
         memory = Streamed()
-        self.first = whole[0]
-        self.ours: list[Packed] = []
-        self.theirs: list[Any] = []
         for part in itertools.islice(itertools.cycle(whole), count):
             self.ours.append(Packed(part, memory))
             layer: Any = nn.Module()
             layer.weight = nn.Parameter(part, requires_grad=False)
             theirs(layer, False)
-            self.theirs.append(layer)
+            self.theirs.append(functools.partial(_call, layer))
+
+    def _round(self, kind: Weights) -> None:
+        """Both kernels read one form of a rounded weight; what is in it changes no time."""
+        from .rounded import Rounded
+
+        memory = Streamed()
+        first = Rounded(self.first, kind, memory)
+        count = min(MOST_COPIES, math.ceil(COLD_BYTES / first.weights[0].nbytes))
+        for each in [first, *(first.copy(memory) for _ in range(count - 1))]:
+            self.ours.append(each)
+            self.theirs.append(each.unpacked)
 
     def times(self, rows: int) -> tuple[float, float]:
-        """Median seconds a call; infinite for the kernel of this package where it is wrong."""
+        """Median seconds a call; infinite for a kernel of this package where it is wrong.
+
+        Raises:
+            OutputMismatch: as `measure`.
+        """
         generator = torch.Generator().manual_seed(0)  # vLLM's own stays as it was
-        x = torch.randn(rows, self.k, generator=generator, dtype=torch.float32).to(self.dtype)
-        ours, theirs = itertools.cycle(self.ours), itertools.cycle(self.theirs)
-
-        def call_theirs() -> Tensor:
-            layer = next(theirs)
-            made: Tensor = layer.cpu_linear(x, layer.weight, None)
-            return made
-
-        calls: dict[str, Callable[[], object]] = {"theirs": call_theirs}
-        if self._is_right(x):
-            calls["ours"] = lambda: next(ours)(x, None, None)
+        x = torch.randn(rows, self.shape.k, generator=generator).to(self.shape.dtype)
+        calls: dict[str, Callable[[], object]] = {}
+        if self._ours_are_right(x):
+            ours_in_turn = itertools.cycle(self.ours)
+            calls["ours"] = lambda: next(ours_in_turn)(x, None, None)
+        if self._theirs_are_right(x):
+            theirs_in_turn = itertools.cycle(self.theirs)
+            calls["theirs"] = lambda: next(theirs_in_turn)(x, None, None)
+        if not calls:
+            raise OutputMismatch(f"no kernel for {self.shape} is right on this machine")
         timings = interleave(
             calls,
             clock=clock_for(torch.get_num_threads()),
@@ -103,12 +131,38 @@ class _Slices:
             repeats=5,
             warm_up=1,
         )
-        mine = timings["ours"].median_s if "ours" in timings else math.inf
-        return mine, timings["theirs"].median_s
+        ours, theirs = (
+            timings[name].median_s if name in timings else math.inf for name in ("ours", "theirs")
+        )
+        return ours, theirs
 
-    def _is_right(self, x: Tensor) -> bool:
+    def _ours_are_right(self, x: Tensor) -> bool:
         """Whether sums in fp32, in any order, can make the first and last columns what they are."""
         y = self.ours[0](x, None, None)
-        picked = [*range(CHECKED_COLUMNS), *range(-CHECKED_COLUMNS, 0)]
-        picked = [each for each in picked if -y.shape[1] <= each < y.shape[1]]
+        if self.kind is not None:
+            return self._is_rounded_product(y, x, is_unpacked=False)
+        picked = self._picked()
         return exceeded([y[:, picked]], x, [self.first[picked]]) <= 1
+
+    def _theirs_are_right(self, x: Tensor) -> bool:
+        """As `_ours_are_right`; vLLM's own is not this package's to judge."""
+        if self.kind is None:
+            return True
+        return self._is_rounded_product(self.theirs[0](x, None, None), x, is_unpacked=True)
+
+    def _is_rounded_product(self, y: Tensor, x: Tensor, is_unpacked: bool) -> bool:
+        from .rounded import Reference
+
+        assert self.kind is not None
+        return Reference(self.first, self.kind, self._picked()).agrees(y, x, is_unpacked)
+
+    def _picked(self) -> list[int]:
+        """The first and last columns."""
+        n = self.first.shape[0]
+        return sorted({*range(min(n, CHECKED_COLUMNS)), *range(max(0, n - CHECKED_COLUMNS), n)})
+
+
+def _call(layer: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """vLLM's own, which may read the layer's weight."""
+    made: Tensor = layer.cpu_linear(x, layer.weight, bias)
+    return made

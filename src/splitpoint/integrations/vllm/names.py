@@ -80,7 +80,7 @@ CONFIG = Name(
     "vllm.config",
     "get_current_vllm_config_or_none",
     (),
-    "read for cache_config.kv_cache_memory_bytes, which is not to be taken",
+    "read for cache_config.kv_cache_memory_bytes, which is not to be taken, and additional_config",
 )
 TP_GROUP = Name(
     "vllm.distributed.parallel_state",

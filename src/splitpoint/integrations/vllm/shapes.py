@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ...config import Weights
+from ...kernels.int4 import int4_group
+
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Dtypes that kernels here take, x and weight alike, by the name they have in text."""
 
@@ -19,12 +22,28 @@ class Shape:
     dtype: torch.dtype
     stays: bool = False
     """Whether the weight stays as it is, being an embedding's too."""
+    weights: Weights | None = None
+    """What kernels round it to; None where they take it as it is."""
 
     def __str__(self) -> str:
+        kind = f" in {self.weights}" if self.weights else ""
         suffix = " of an embedding" if self.stays else ""
-        return f"{self.columns}x{self.k} {TYPES[self.dtype]}{suffix}"
+        return f"{self.columns}x{self.k} {TYPES[self.dtype]}{kind}{suffix}"
 
     @property
     def nbytes(self) -> int:
         """Bytes of a weight."""
         return self.columns * self.k * self.dtype.itemsize
+
+
+HEAD: Weights = "int8"
+"""What the weight of an LM head is rounded to whatever is asked for: its errors go into each
+token's choice, and most of what 4 bits lose is lost there."""
+
+INT4_NEEDS = "int4 needs inputs in multiples of 32"
+
+
+def kind_for(weights: Weights | None, k: int, is_head: bool) -> Weights | None:
+    """What a [n, k] weight is rounded to where `weights` is asked for; None where it stays."""
+    kind = HEAD if weights is not None and is_head else weights
+    return None if kind == "int4" and int4_group(k) is None else kind

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import names
-from .fence import fence
+from .fence import OWN, fence
 
 if TYPE_CHECKING:
     from .loading import Loading
@@ -58,18 +58,33 @@ class StandIn:
         self, model: Any, model_config: Any, target_device: Any
     ) -> None:
         """vLLM's own, and kernels for the layers that were put off meanwhile."""
-        with fence():
-            from .loading import Loading  # with torch and the kernels, which take their time
-
-            self._loading = Loading(self._dispatch)
+        self._loading = self._start()
         try:
             self._process(model, model_config, target_device)
         finally:
             loading, self._loading = self._loading, None
         if loading is not None:
-            with fence():
-                loading.take_over()
+            weights = loading.weights
+            with fence(f"not all weights are rounded to {weights}: {OWN}" if weights else OWN):
+                loading.take_over(model)
+            with fence("what vLLM keeps of compiled models may not fit the next start"):
+                loading.note()
             loading.leave_the_rest()
+
+    def _start(self) -> Loading | None:
+        """What takes the layers; None where vLLM keeps all, which was said then."""
+        given = None
+        with fence():
+            from .settings import settings
+
+            given = settings()
+        if given is None:
+            return None
+        with fence(f"weights are not rounded to {given.weights}: {OWN}" if given.weights else OWN):
+            from .loading import Loading  # with torch and the kernels, which take their time
+
+            return Loading(self._dispatch, given.weights)
+        return None
 
     def dispatch_cpu_unquantized_gemm(self, layer: Any, remove_weight: bool) -> None:
         """vLLM's own, put off for layers that there are kernels for. At another time than after

@@ -83,8 +83,3 @@ class Kept:
         with os.fdopen(handle, "w") as file:
             file.write(text)
         os.replace(name, self.path)
-
-
-def _rounded(seconds: float) -> float:
-    """With the digits that mean something."""
-    return float(f"{seconds:.4g}")

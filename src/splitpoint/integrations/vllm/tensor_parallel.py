@@ -53,6 +53,26 @@ def attach() -> Ranks | None:
     return Ranks(made.group, handle)
 
 
+def attached_group() -> str | None:
+    """The name of the tensor-parallel group, if its ranks share memory by `attach`."""
+    group = names.TP_GROUP.value()
+    if group.world_size == 1:
+        return None
+    name = group_name(group.device_group)
+    return name if workspace.is_attached(name) else None
+
+
+def left(graph: fx.Graph) -> str | None:
+    """What a graph has of vLLM's all-reduces, if anything: their handle is a number of this
+    process."""
+    left_ = [node for node in graph.nodes if _is_vllms(node)]
+    return f"{len(left_)} all-reduces of vLLM's own" if left_ else None
+
+
+def _is_vllms(node: fx.Node) -> bool:
+    return str(node.target).removesuffix(".default") == names.ALL_REDUCE
+
+
 def replace(graph: fx.Graph, ranks: Ranks) -> int:
     """Put this package's all-reduce in the place of vLLM's; how many there were.
 
@@ -62,7 +82,7 @@ def replace(graph: fx.Graph, ranks: Ranks) -> int:
     ops.register()
     replaced = 0
     for node in list(graph.nodes):
-        if str(node.target).removesuffix(".default") != names.ALL_REDUCE:
+        if not _is_vllms(node):
             continue
         handle, summed = node.args
         assert isinstance(summed, fx.Node)
