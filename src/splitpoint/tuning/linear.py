@@ -329,7 +329,7 @@ class Weights:
         check = checks[kind]
         made = VARIANTS[name].run(x, layers)
         columns = zip(made, check.columns, strict=False)
-        worst = check.expected.exceeded([y[:, picked] for y, picked in columns])
+        worst = check.expected.exceeded([y[check.rows][:, picked] for y, picked in columns])
         if worst > 1:
             log.warning("linear variant %r is wrong for %s and is not used", name, self.shape)
         return worst <= 1
@@ -343,26 +343,25 @@ class Weights:
         rounds: bool,
         rounds_x: bool,
     ) -> _Check:
-        # Columns at random and the last ones, where a block may be cut: all of them in
-        # float64 would take longer than everything else here.
-        picked = [
-            torch.cat([torch.randint(n, (512,)), torch.arange(n)[-64:]]) for n in shape.columns
-        ]
+        # Some at random and the last ones, where a block may be cut: all of them in float64 would
+        # take longer than everything else here.
+        picked = [_some(n, 512) for n in shape.columns]
+        rows = _some(len(x), 64)
         if shape.gated:
             picked[1] = picked[0]
         matrices = [m[columns] for m, columns in zip(made.matrices, picked, strict=True)]
         expected = Expected.of(
-            x,
+            x[rows],
             matrices,
             scales=[s[columns] for s, columns in zip(made.scales, picked, strict=False)],
             biases=[b[columns] for b, columns in zip(self.biases, picked, strict=False)],
-            residual=None if residual is None else residual[:, picked[0]],
+            residual=None if residual is None else residual[rows][:, picked[0]],
             activation=shape.activation,
             gated=shape.gated,
             off=[ROUNDOFF[shape.dtype] * m.float().abs() for m in matrices] if rounds else [],
             rounds_x=rounds_x,
         )
-        return _Check(picked, expected)
+        return _Check(rows, picked, expected)
 
 
 @dataclass(frozen=True)
@@ -376,10 +375,18 @@ class _Quantised:
 
 @dataclass(frozen=True)
 class _Check:
-    """What some columns of each output are to be."""
+    """What some rows and columns of each output are to be."""
 
+    rows: Tensor
     columns: list[Tensor]
     expected: Expected
+
+
+def _some(count: int, most: int) -> Tensor:
+    """Indices below a number: all of few, or some at random and the last."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.cat([torch.randint(count, (most,)), torch.arange(count)[-64:]])
 
 
 def _layout(name: str, shape: LinearShape) -> str:
