@@ -7,7 +7,7 @@ from torch import fx
 
 from ..torch_internals.operators import op_name
 
-REPAIRS = "1"
+REPAIRS = "2"
 """Another one for each change of what `repair` does: keys of what is compiled hold it."""
 
 
