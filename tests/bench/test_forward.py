@@ -156,7 +156,9 @@ def test_sizes_outside_the_plan_are_refused_before_any_work(sizes: tuple[int, ..
 
 
 def test_a_baseline_that_there_is_not_is_refused_before_any_work():
-    with pytest.raises(UsageError, match="no baseline 'x': choose from max-autotune, fp32, openvino"):
+    with pytest.raises(
+        UsageError, match="no baseline 'x': choose from max-autotune, fp32, openvino"
+    ):
         forward.run(None, "none", Config(max_size=16), sizes=[1], baselines=["vllm", "x"])
 
 
