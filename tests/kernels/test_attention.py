@@ -215,6 +215,23 @@ def test_matches_float64_at_shapes_of_models(
         assert case.exceeded(case.run(outside=True)) <= 1
 
 
+@thorough
+@given(case=cases(), data=st.data())
+def test_comparing_some_queries_sees_these_and_no_others(case: Case, data: st.DataObject) -> None:
+    y = case.run()
+    queries = case.query.shape[2]
+    if queries < 2 or not y.numel():
+        return
+    wrong = data.draw(st.integers(0, queries - 1))
+    y = y.clone()
+    y[:, :, wrong] += 1 + y[:, :, wrong].abs().nan_to_num()
+    others = torch.tensor([each for each in range(queries) if each != wrong])
+    given = y, case.query, case.key, case.value, case.mask, case.causal
+    assert exceeded(*given, scale=case.scale, only=others) <= 1
+    assert exceeded(*given, scale=case.scale, only=torch.tensor([wrong])) > 1
+    assert exceeded(*given, scale=case.scale) > 1
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_expanded_heads_are_read_as_they_lie(mask: str) -> None:
     case = make_case(2, 1, 6, 5, 7, 64, 64, torch.bfloat16, mask=mask)

@@ -47,12 +47,25 @@ def bounds(
     factors within e^d, so that the output is off by at most e^(2 d) - 1, and what summing rounds,
     of the weighted sum of |value|.
     """
-    scores, magnitude = _scores(query, key, attn_mask, is_causal, scale)
+    return _exact_and_bounds(query, key, value, attn_mask, is_causal, scale, None)[1]
+
+
+def _exact_and_bounds(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    only: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The reference and its bounds, of the queries `only`."""
+    scores, magnitude = _scores(query, key, mask, is_causal, scale, only)
     weights, values = _weights(scores), _shared(value, query)
     exact = weights @ values
     keys = key.shape[2]
     if keys == 0:
-        return torch.full_like(exact, TINY)
+        return exact, torch.full_like(exact, TINY)
     seen = ~scores.isneginf()
     finite = scores.masked_fill(~seen, 0.0).abs()
     wrong = (query.shape[3] + 4) * U32 * magnitude + 2 * U32 * finite
@@ -61,7 +74,7 @@ def bounds(
     most = most + U32 * 2 * finite.amax(-1, keepdim=True)
     share = torch.expm1(2 * most) + (2 * keys + 16) * U32
     error = share * (weights @ values.abs()) + keys * TINY * (1 + values.abs().amax(-2, True))
-    return error + ROUNDOFF[query.dtype] * (exact.abs() + error)
+    return exact, error + ROUNDOFF[query.dtype] * (exact.abs() + error)
 
 
 def exceeded(
@@ -73,12 +86,17 @@ def exceeded(
     is_causal: bool = False,
     *,
     scale: float | None = None,
+    only: Tensor | None = None,
 ) -> float:
-    """The worst error of an output as a multiple of its bound; infinite where it is no number."""
-    exact = reference(query, key, value, attn_mask, is_causal, scale=scale)
-    most = bounds(query, key, value, attn_mask, is_causal, scale=scale)
-    assert y.shape == exact.shape, f"{tuple(y.shape)} is not {tuple(exact.shape)}"
+    """The worst error of an output as a multiple of its bound; infinite where it is no number.
+
+    `only` are the numbers of the queries to compare (int64), None for all of them.
+    """
+    shape = (*query.shape[:3], value.shape[3])
+    assert y.shape == shape, f"{tuple(y.shape)} is not {shape}"
     assert y.dtype == query.dtype, f"{y.dtype} is not {query.dtype}"
+    exact, most = _exact_and_bounds(query, key, value, attn_mask, is_causal, scale, only)
+    y = y if only is None else y[:, :, only]
     share = ((y.double() - exact).abs() / most).nan_to_num(nan=torch.inf)
     return float(share.amax()) if share.numel() else 0.0
 
@@ -91,10 +109,19 @@ def _shared(tensor: Tensor, query: Tensor) -> Tensor:
 
 
 def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    only: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores after the mask, and the sums of the magnitudes of what is summed and scaled."""
     factor = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    numbers = torch.arange(query.shape[2]) if only is None else only
+    if only is not None:
+        query = query[:, :, only]
+        mask = mask if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., only, :]
     keys = _shared(key, query).transpose(-1, -2)
     scores = query.double() @ keys * factor
     magnitude = query.double().abs() @ keys.abs() * abs(factor)
@@ -104,7 +131,7 @@ def _scores(
         magnitude = magnitude + mask.double().abs().nan_to_num(posinf=0.0)
         scores = scores + mask.double()
     if is_causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        later = torch.arange(scores.shape[-1]) > numbers[:, None]
         scores = scores.masked_fill(later, -torch.inf)
     return scores, magnitude
 
