@@ -1,4 +1,4 @@
-"""The README's examples run, and say what they say they do."""
+"""The README's examples run, its commands exist, and links of the documentation lead somewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 
 from splitpoint.cli.verbs import main
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -30,9 +32,16 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]):
 
 
 def test_every_command_it_names_exists():
-    commands = re.findall(r"`splitpoint ([a-z ]+?)(?: MODEL)?`", README.read_text())
+    text = "".join(page.read_text() for page in PAGES)
+    commands = set(re.findall(r"`splitpoint ([a-z ]+?)(?: MODEL)?`", text))
     assert len(commands) >= 3
     for command in commands:
         with pytest.raises(SystemExit) as end:
             main([*command.split(), "--help"])
         assert end.value.code == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link

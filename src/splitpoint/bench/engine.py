@@ -172,7 +172,7 @@ def check(
 def _task(model: str, dtype: str, threads: int, eager: bool) -> dict[str, Any]:
     """What a process is told in any case."""
     if importlib.util.find_spec("vllm") is None:
-        raise UsageError("vLLM is not installed: README, In vLLM, says how")
+        raise UsageError("vLLM is not installed: docs/vllm.md says how")
     from ..models.catalogue import find
 
     folder = find(model)[2]

@@ -160,7 +160,7 @@ def run(
         ModelNotFound: as `find`.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UsageError("vLLM is not installed: README, In vLLM, says how")
+        raise UsageError("vLLM is not installed: docs/vllm.md says how")
     from ..models.catalogue import find
 
     config, _, folder = find(model)

@@ -20,7 +20,7 @@ NEEDS_VLLM = [
     pytest.mark.processes,
     pytest.mark.skipif(
         importlib.util.find_spec("vllm") is None,
-        reason="vLLM is not installed here: README, In vLLM, says how",
+        reason="vLLM is not installed here: docs/vllm.md says how",
     ),
 ]
 
