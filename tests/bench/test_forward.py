@@ -102,7 +102,8 @@ class TestReport:
 def test_baselines_are_timed_where_they_are_right_and_noted_where_not(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from splitpoint.bench.baselines import BASELINES, Baseline
+    from splitpoint.bench.baseline import Baseline
+    from splitpoint.bench.baselines import BASELINES
     from splitpoint.bench.inputs import CompiledForward
     from splitpoint.errors import BaselineFailed
 
@@ -123,7 +124,7 @@ def test_baselines_are_timed_where_they_are_right_and_noted_where_not(
         ("partly", fails_at_3, True, None),
         ("absent", plain, False, "it is not installed: install it"),
     ):
-        entry = Baseline(name, name, lambda _, r=reason: r, lambda m: m, build, per_size)
+        entry = Baseline(name, name, lambda _, r=reason: r, lambda s: s.model, build, per_size)
         monkeypatch.setitem(BASELINES, name, entry)
     report = forward.run(
         tiny.OneLinear(torch.float32),

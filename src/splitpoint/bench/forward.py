@@ -16,6 +16,7 @@ from ..errors import KernelBuildError, UsageError
 from ..report.environment import environment
 from ..torch_internals.inductor import fresh_inductor_cache
 from ..tuning.measure import Clock, Timing, clock_for, interleave
+from .baseline import Setting
 from .baselines import BASELINES
 from .check import Expected
 from .cost import Cost, cost_of
@@ -150,8 +151,8 @@ def compare(
         entrants.forwards["splitpoint"] = rounded.add("splitpoint", last_logits(compiled))
         entrants.errors |= rounded.errors
         entrants.notes.append(
-            f"splitpoint has {what}, the others as they are; its outputs were compared with those "
-            f"of the model with such weights."
+            f"splitpoint has {what}, the others as they are unless it is said of them; its outputs "
+            f"were compared with those of the model with such weights."
         )
         if activations:
             entrants.notes.append(
@@ -162,7 +163,8 @@ def compare(
         entrants.forwards["splitpoint"] = entrants.add("splitpoint", last_logits(compiled))
     if singles:
         entrants.add_singles(model, compiled.config, sizes, say)
-    entrants.add_baselines(model, baselines, sizes, say)
+    setting = Setting(model, name, weights, activations, threads)
+    entrants.add_baselines(setting, baselines, sizes, say)
 
     probes = _probes(model, entrants)
     clock = clock_for(threads)
