@@ -38,8 +38,16 @@ class Entrants:
     """The worst error of the logits, by name."""
     notes: list[str] = field(default_factory=list)
 
+    asked: list[tuple[Baseline, Setting]] = field(default_factory=list)
+    """The baselines that were asked for."""
     rounded: dict[Rounding, Expected] = field(default_factory=dict)
     """What those are compared with that round in ways of their own."""
+
+    @property
+    def whole(self) -> list[str]:
+        """Those that read no fewer bytes of weights than splitpoint, by name."""
+        own = {baseline.name for baseline, setting in self.asked if baseline.rounds(setting)}
+        return [name for name in self.errors if name not in own]
 
     def add(
         self,
@@ -125,6 +133,7 @@ class Entrants:
         self, setting: Setting, names: Sequence[str], sizes: Sequence[int], say: Say
     ) -> None:
         """The baselines of these names, as far as they are installed."""
+        self.asked += [(BASELINES[name], setting) for name in names]
         for baseline in (BASELINES[name] for name in names):
             if reason := baseline.unavailable(setting):
                 self.notes.append(f"{baseline.name} was left out: {reason}.")
