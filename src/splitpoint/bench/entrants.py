@@ -12,10 +12,11 @@ from ..errors import BaselineFailed, OutputMismatch
 from ..passes.linear import VARIANTS
 from ..ranges import Range
 from ..torch_internals.inductor import fresh_inductor_cache
-from .baselines import BASELINES, Baseline
+from .baseline import Baseline, Built, Rounding, Setting
+from .baselines import BASELINES
 from .check import Expected
 from .cost import Cost, cost_of
-from .inputs import CompiledForward, Forward, call_each, last_logits
+from .inputs import Forward, call_each, last_logits
 
 Say = Callable[[str], None]
 
@@ -30,29 +31,48 @@ class Entrants:
     expected: Expected
     forwards: dict[str, Forward] = field(default_factory=dict)
     """What serves all sizes, by name, checked."""
-    per_size: list[tuple[Baseline, Any]] = field(default_factory=list)
+    per_size: list[tuple[Baseline, Setting, Any]] = field(default_factory=list)
     """What is built for one size after the other, with the model as it wants it."""
     costs: dict[str, Cost] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     """The worst error of the logits, by name."""
     notes: list[str] = field(default_factory=list)
 
-    def add(self, name: str, forward: Forward, sizes: Sequence[int] | None = None) -> Forward:
+    asked: list[tuple[Baseline, Setting]] = field(default_factory=list)
+    """The baselines that were asked for."""
+    rounded: dict[Rounding, Expected] = field(default_factory=dict)
+    """What those are compared with that round in ways of their own."""
+
+    @property
+    def whole(self) -> list[str]:
+        """Those that read no fewer bytes of weights than splitpoint, by name."""
+        own = {baseline.name for baseline, setting in self.asked if baseline.rounds(setting)}
+        return [name for name in self.errors if name not in own]
+
+    def add(
+        self,
+        name: str,
+        forward: Forward,
+        sizes: Sequence[int] | None = None,
+        expected: Expected | None = None,
+    ) -> Forward:
         """Check the outputs of a forward, at all sizes or some; raises `OutputMismatch`."""
-        error = self.expected.check(name, forward, sizes)
+        error = (expected or self.expected).check(name, forward, sizes)
         self.errors[name] = max(error, self.errors.get(name, 0.0))
         return forward
 
-    def built(self, baseline: Baseline, model: Any, sizes: Sequence[int]) -> CompiledForward | None:
+    def built(
+        self, baseline: Baseline, setting: Setting, prepared: Any, sizes: Sequence[int]
+    ) -> Built | None:
         """A baseline compiled for some sizes and checked; None where it failed, with a note."""
         try:
             with fresh_inductor_cache():
-                forward, cost = cost_of(lambda: baseline.build(model, sizes))
+                forward, cost = cost_of(lambda: baseline.build(prepared, sizes))
         except BaselineFailed as error:
             self.notes.append(str(error))
             return None
         try:
-            self.add(baseline.name, forward, sizes)
+            self.add(baseline.name, forward, sizes, self._expected_of(baseline, setting))
         except OutputMismatch as error:
             self.notes.append(f"{error}.")
             baseline.release(forward)
@@ -61,17 +81,36 @@ class Entrants:
         self.costs[baseline.name] = Cost(before.cpu_s + cost.cpu_s, before.wall_s + cost.wall_s)
         return forward
 
-    def built_for(self, size: int, say: Say) -> dict[str, CompiledForward]:
+    def _expected_of(self, baseline: Baseline, setting: Setting) -> Expected | None:
+        own = baseline.rounds(setting)
+        if own is None:
+            return None
+        if own not in self.rounded:
+            self.rounded[own] = Expected(
+                setting.model,
+                self.expected.sizes,
+                own.weights,
+                own.activations,
+                own_rounding=True,
+            )
+        self.notes.append(
+            f"{baseline.name} rounds in a way of its own ({own}): it was compared with the model "
+            f"as it is, and may be off by {self.rounded[own].limit:.2g} of the logits' norm, twice "
+            f"what splitpoint's rounding makes of them."
+        )
+        return self.rounded[own]
+
+    def built_for(self, size: int, say: Say) -> dict[str, Built]:
         """What is built for one size, by name, without those that failed; to be released before
         the next size, as each may hold a copy of the weights."""
         found = {}
-        for baseline, model in self.per_size:
+        for baseline, setting, prepared in self.per_size:
             say(f"{baseline.name}: compiling for size {size} ...")
-            if (forward := self.built(baseline, model, [size])) is not None:
+            if (forward := self.built(baseline, setting, prepared, [size])) is not None:
                 found[baseline.name] = forward
         return found
 
-    def release(self, built: Mapping[str, CompiledForward]) -> None:
+    def release(self, built: Mapping[str, Built]) -> None:
         """Free what `built_for` returned."""
         for name, forward in built.items():
             BASELINES[name].release(forward)
@@ -91,20 +130,25 @@ class Entrants:
             self.forwards[name] = self.add(name, last_logits(compiled))
 
     def add_baselines(
-        self, model: Any, names: Sequence[str], sizes: Sequence[int], say: Say
+        self, setting: Setting, names: Sequence[str], sizes: Sequence[int], say: Say
     ) -> None:
         """The baselines of these names, as far as they are installed."""
+        self.asked += [(BASELINES[name], setting) for name in names]
         for baseline in (BASELINES[name] for name in names):
-            if reason := baseline.unavailable(model.dtype):
+            if reason := baseline.unavailable(setting):
                 self.notes.append(f"{baseline.name} was left out: {reason}.")
                 continue
             say(f"{baseline.name}: preparing ...")
-            prepared = baseline.prepare(model)
+            try:
+                prepared = baseline.prepare(setting)
+            except BaselineFailed as error:
+                self.notes.append(f"{baseline.name} was left out: {error}.")
+                continue
             if baseline.per_size:
-                self.per_size.append((baseline, prepared))
+                self.per_size.append((baseline, setting, prepared))
                 continue
             say(f"{baseline.name}: compiling ...")
-            if (forward := self.built(baseline, prepared, sizes)) is not None:
+            if (forward := self.built(baseline, setting, prepared, sizes)) is not None:
                 self.forwards[baseline.name] = forward
 
 

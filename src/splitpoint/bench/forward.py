@@ -4,7 +4,7 @@ by side."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from .. import CompiledModel, Config, kernels
+from ..config import Activations
 from ..errors import KernelBuildError, UsageError
 from ..report.environment import environment
 from ..torch_internals.inductor import fresh_inductor_cache
 from ..tuning.measure import Clock, Timing, clock_for, interleave
+from .baseline import Setting
 from .baselines import BASELINES
 from .check import Expected
 from .cost import Cost, cost_of
 from .entrants import ONLY, Entrants, Say, compile_cold
-from .floor import Probes, work_of
+from .floor import Probes, Rates, Work, work_of
 from .forward_report import Floor, ForwardReport, Measured, Row, variant_of
 from .inputs import Forward, call_each, last_logits, random_ids
 
@@ -132,7 +134,8 @@ def compare(
     expected = Expected(model, sizes)
     entrants = Entrants(expected, {"eager": last_logits(model)})
     entrants.errors["eager"] = expected.eager_error
-    work = {size: work_of(model, size) for size in sizes}
+    weights, activations = compiled.config.weights, compiled.config.activations
+    work = {size: work_of(model, size, weights) for size in sizes}
 
     say("torch.compile(dynamic=True): compiling ...")
     # fullgraph, so that a recompilation limit is an error here and not a quiet fall back to
@@ -142,7 +145,6 @@ def compare(
         _, entrants.costs["torch.compile"] = cost_of(lambda: call_each(reference, sizes))
     entrants.forwards["torch.compile"] = entrants.add("torch.compile", reference)
     entrants.costs["splitpoint"] = cost
-    weights, activations = compiled.config.weights, compiled.config.activations
     if weights or activations:
         what = f"weights in {weights}" if weights else "its own weights"
         say(f"running it with {what} in fp32, to check splitpoint's ...")
@@ -150,8 +152,8 @@ def compare(
         entrants.forwards["splitpoint"] = rounded.add("splitpoint", last_logits(compiled))
         entrants.errors |= rounded.errors
         entrants.notes.append(
-            f"splitpoint has {what}, the others as they are; its outputs were compared with those "
-            f"of the model with such weights."
+            f"splitpoint has {what}, the others as they are unless it is said of them; its outputs "
+            f"were compared with those of the model with such weights."
         )
         if activations:
             entrants.notes.append(
@@ -162,23 +164,33 @@ def compare(
         entrants.forwards["splitpoint"] = entrants.add("splitpoint", last_logits(compiled))
     if singles:
         entrants.add_singles(model, compiled.config, sizes, say)
-    entrants.add_baselines(model, baselines, sizes, say)
+    setting = Setting(model, name, weights, activations, threads)
+    entrants.add_baselines(setting, baselines, sizes, say)
 
-    probes = _probes(model, entrants)
+    most = max(each.weight_bytes for each in work.values())
+    probes = _probes(model, most, activations, entrants)
     clock = clock_for(threads)
     dtype = _dtype_name(model)
-    rows = []
+    timings: dict[int, dict[str, Timing]] = {}
     for size in sizes:
         built = entrants.built_for(size, say)
         say(f"timing size {size} ...")
-        timings = _time({**entrants.forwards, **built}, probes, model, size, clock, budget_s)
-        floor = None
-        if probes is not None:
-            rates = probes.rates(timings)
-            floor = Floor(work[size].floor_s(rates) * 1e3, rates.bytes_s / 1e9, rates.flops_s / 1e9)
-        variant = variant_of(compiled.plan.entry_for(size))
-        rows.append(_row(size, dtype, threads, variant, floor, timings, baselines))
+        forwards: dict[str, Forward] = {**entrants.forwards, **built}
+        timings[size] = _time(forwards, probes, model, size, clock, budget_s)
         entrants.release(built)
+    rates = None
+    if probes is not None:
+        # What rounds its weights otherwise may have less to read.
+        whole = {name for size in sizes for name in timings[size]} & {*entrants.whole}
+        rates = _rates(probes, work, timings, whole)
+    rows = []
+    for size in sizes:
+        floor = None
+        if rates is not None:
+            ms = work[size].floor_s(rates) * 1e3
+            floor = Floor(ms, rates.bytes_s / 1e9, rates.flops_s / 1e9)
+        variant = variant_of(compiled.plan.entry_for(size))
+        rows.append(_row(size, dtype, threads, variant, floor, timings[size], baselines))
     return ForwardReport(
         environment=environment()
         | {
@@ -197,9 +209,27 @@ def compare(
     )
 
 
-def _probes(model: Any, entrants: Entrants) -> Probes | None:
+def _rates(
+    probes: Probes,
+    work: Mapping[int, Work],
+    timings: Mapping[int, Mapping[str, Timing]],
+    passes: Collection[str],
+) -> Rates:
+    """The best rates that were seen at any size, by probes and by `passes`."""
+    rates = Rates(0.0, 0.0)
+    for found in timings.values():
+        rates = rates.best_of(probes.rates(found))
+    for size, found in timings.items():
+        fastest = min(found[name].best_s for name in passes if name in found)
+        rates = rates.raised_by(work[size], fastest)
+    return rates
+
+
+def _probes(
+    model: Any, read_bytes: int, activations: Activations | None, entrants: Entrants
+) -> Probes | None:
     try:
-        return Probes(model.dtype)
+        return Probes(model.dtype, read_bytes, activations)
     except KernelBuildError as error:
         entrants.notes.append(f"There is no floor, as memory cannot be read: {error}.")
         return None

@@ -31,7 +31,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a size can take, at the rates measured in turn with it."""
+    """The least that a size can take, at the best rates that were seen in the run."""
 
     ms: float
     read_gb_s: float
@@ -275,9 +275,9 @@ class ForwardReport:
             peak = statistics.median(floor.peak_gflop_s for floor in floors)
             lines.append(
                 f"floor: for each linear layer the longer of reading its weight once "
-                f"({read:.1f} GB/s) and its arithmetic ({peak:.0f} GFLOP/s, the most that was "
-                f"seen), both measured in turn with the rest; nothing for attention. of floor: "
-                f"floor / splitpoint."
+                f"({read:.1f} GB/s) and its arithmetic ({peak:.0f} GFLOP/s), the most that was "
+                f"seen in this run, by probes in turn with the rest or by a pass itself; nothing "
+                f"for attention. of floor: floor / splitpoint."
             )
         return lines
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from .. import kernels
 from ..config import Weights
 from ..errors import OutputMismatch
 from ..kernels.layout import packed_shape
+from ..kernels.memory import Streamed
 from ..kernels.reference import linear, quantised_rows
 from ..passes.linear import LAYOUTS, Layers, layouts_of, nbytes, rounded
 from ..passes.linear import VARIANTS as KERNELS
@@ -32,10 +32,19 @@ the last-level cache of most machines."""
 MOST_ROWS_OF_GEMV = 16
 """Sizes above this are not timed for the row-dot kernel: it is out of its depth there."""
 
-READ = "read memory"
-"""What is timed beside the variants for the floor."""
+READ = "read "
+"""Before the name of a variant: what reads its copies of the weight in the same order, which is
+timed beside it for the floor."""
 
-Layer = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Layer:
+    """A way to run a layer, with a copy of the weight of its own."""
+
+    run: Callable[[Tensor], Tensor]
+    """x [tokens, k] -> y [tokens, n]."""
+    held: tuple[Tensor, ...] = ()
+    """What of the weight it reads; none where nothing else can read it."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +83,6 @@ class Variant:
     largest_size: int | None = None
 
 
-def memory_bandwidth(threads: int, repeats: int = 41) -> float:
-    """Bytes a second that `threads` threads read from memory, beyond the caches: the best of
-    many short repeats, as it is to be a floor.
-
-    Raises:
-        KernelBuildError: when the kernels cannot be built.
-    """
-    kernels.load()
-    data = torch.ones(COLD_BYTES, dtype=torch.uint8)
-    clock = clock_for(threads)
-    with _threads(threads):
-        read = {"read": lambda: torch.ops.splitpoint.read_memory(data)}
-        timing = interleave(read, clock=clock, budget_s=0.3, repeats=repeats)["read"]
-    return data.nbytes / timing.best_s
-
-
 def measure_layer(
     n: int,
     k: int,
@@ -100,7 +93,6 @@ def measure_layer(
     cold: bool = True,
     weights: Weights | None = None,
     budget_s: float = 0.3,
-    bandwidth: float | None = None,
 ) -> list[LayerRow]:
     """Time a [n, k] layer without bias at each size by each variant, taking turns.
 
@@ -108,8 +100,10 @@ def measure_layer(
     (this package's kernels), and with `weights` the kernels over a weight rounded to that. Each is
     compared with float64 before it is timed. `cold` has calls cycle through copies of the weight,
     as they do in a model; otherwise one copy is called again and again. `budget_s` is for each
-    variant at each size. Without `bandwidth` (bytes a second) reading memory takes turns with the
-    variants too, so that floors are of the moment: other processes share the memory's bandwidth.
+    variant at each size. Reading the same copies, on the same pages and in the same order, takes
+    turns with the variants. A floor is by the best rate that was seen in all that, by readers and
+    by variants themselves: of all where weights are cold, and so in memory; else of the variant
+    alone, whose weight may lie in another cache than others do.
 
     Raises:
         OutputMismatch: when a variant is further from float64 than rounding explains.
@@ -123,68 +117,87 @@ def measure_layer(
     rng = torch.Generator().manual_seed(n * k)
     weight = (torch.randn(n, k, generator=rng) / k**0.5).to(dtype)
     variants = _variants(weight, weights)
-    data = torch.ones(COLD_BYTES if bandwidth is None else 0, dtype=torch.uint8)
-    rows: list[LayerRow] = []
+    found: dict[int, dict[str, Timing]] = {}
     with _threads(threads), torch.inference_mode():
-        layers = {
-            name: [each.make() for _ in range(_copies(each.weight_bytes, cold))]
-            for name, each in variants.items()
-        }
+        layers = {name: _made(each, cold) for name, each in variants.items()}
         for size in sizes:
             x = torch.randn(size, k, generator=rng).to(dtype)
-            timed = {
-                name: _cycling(layers[name], x)
-                for name, each in variants.items()
-                if each.largest_size is None or size <= each.largest_size
-            }
-            for name in timed:
-                _verify(name, layers[name][0](x), x, weight)
-            if bandwidth is None:
-                timed[READ] = lambda: torch.ops.splitpoint.read_memory(data)
-            timings = interleave(
+            timed: dict[str, Callable[[], object]] = {}
+            for name, each in variants.items():
+                if each.largest_size is None or size <= each.largest_size:
+                    _verify(name, layers[name][0].run(x), x, weight)
+                    timed[name] = _cycling([layer.run for layer in layers[name]], x)
+                    if all(layer.held for layer in layers[name]):
+                        timed[READ + name] = _reading(layers[name])
+            found[size] = interleave(
                 timed, clock=clock_for(threads), budget_s=budget_s, warm_up=1, repeats=9
             )
-            read = timings.pop(READ, None)
-            rate = bandwidth or (data.nbytes / read.median_s if read else math.inf)
-            for name, timing in timings.items():
-                onednn = timings.get("onednn")
-                rows.append(
-                    LayerRow(
-                        n=n,
-                        k=k,
-                        dtype=str(dtype).removeprefix("torch."),
-                        threads=threads,
-                        size=size,
-                        variant=name,
-                        timing=timing,
-                        weight_bytes=variants[name].weight_bytes,
-                        floor_s=variants[name].weight_bytes / rate,
-                        over_linear=timings["linear"].median_s / timing.median_s,
-                        over_onednn=onednn.median_s / timing.median_s if onednn else None,
-                    )
-                )
-    return rows
+    rates = _rates(found, variants, cold)
+    return [
+        LayerRow(
+            n=n,
+            k=k,
+            dtype=str(dtype).removeprefix("torch."),
+            threads=threads,
+            size=size,
+            variant=name,
+            timing=timing,
+            weight_bytes=variants[name].weight_bytes,
+            floor_s=variants[name].weight_bytes / rates[name],
+            over_linear=timings["linear"].median_s / timing.median_s,
+            over_onednn=timings["onednn"].median_s / timing.median_s
+            if "onednn" in timings
+            else None,
+        )
+        for size, timings in found.items()
+        for name, timing in timings.items()
+        if name in variants
+    ]
+
+
+def _rates(
+    found: Mapping[int, Mapping[str, Timing]], variants: Mapping[str, Variant], cold: bool
+) -> dict[str, float]:
+    """Bytes a second at the best at which the weight of each variant was read at any size."""
+    rates = {
+        name: max(
+            each.weight_bytes / timings[way].best_s
+            for timings in found.values()
+            for way in (name, READ + name)
+            if way in timings
+        )
+        for name, each in variants.items()
+        if any(name in timings for timings in found.values())
+    }
+    return dict.fromkeys(rates, max(rates.values())) if cold else rates
 
 
 def _variants(weight: Tensor, weights: Weights | None) -> dict[str, Variant]:
+    """The ways to run a layer; what they read lies as packed weights of a model do."""
     ops = torch.ops.splitpoint
     n, k = weight.shape
+    placed = Streamed().placed
 
     def plain() -> Layer:
-        copy = weight.clone()
-        return lambda x: F.linear(x, copy)
+        copy = placed(weight)
+        return Layer(lambda x: F.linear(x, copy), (copy,))
 
     def gemv() -> Layer:
-        copy = weight.clone()
-        return lambda x: ops.linear_gemv(x, [copy], [], [])[0]
+        copy = placed(weight)
+        return Layer(lambda x: ops.linear_gemv(x, [copy], [], [])[0], (copy,))
 
     def packed() -> Layer:
-        copy = ops.pack_weight(weight)
-        return lambda x: ops.linear_packed(x, [copy], [n], [], [])[0]
+        copy = placed(ops.pack_weight(weight))
+        return Layer(lambda x: ops.linear_packed(x, [copy], [n], [], [])[0], (copy,))
+
+    def onednn() -> Layer:
+        layer = prepacked_linear(weight)
+        assert layer is not None
+        return Layer(layer)
 
     found = {"linear": Variant(weight.nbytes, plain)}
     if prepacked_linear(weight) is not None:
-        found["onednn"] = Variant(weight.nbytes, lambda: _existing(prepacked_linear(weight)))
+        found["onednn"] = Variant(weight.nbytes, onednn)
     found["gemv"] = Variant(weight.nbytes, gemv, MOST_ROWS_OF_GEMV)
     found["packed"] = Variant(_bytes(packed_shape(n, k, weight.dtype), weight.itemsize), packed)
     if weights is not None:
@@ -197,33 +210,45 @@ def _variants(weight: Tensor, weights: Weights | None) -> dict[str, Variant]:
                     raise ValueError(f"no group of 4-bit values divides k = {k}")
                 layouts = layouts_of(each, shape)
                 size = sum(nbytes(shape, layout)[0] for layout in layouts)
-                found[name] = Variant(size, functools.partial(_rounded, each, shape, weight))
+                found[name] = Variant(
+                    size, functools.partial(_rounded, each, shape, weight, placed)
+                )
     return found
 
 
-def _rounded(kernel: Kernel, shape: LinearShape, weight: Tensor) -> Layer:
+def _rounded(
+    kernel: Kernel, shape: LinearShape, weight: Tensor, placed: Callable[[Tensor], Tensor]
+) -> Layer:
     """A layer by a kernel that makes something else of a weight."""
-    packed = [LAYOUTS[layout].pack(weight) for layout in layouts_of(kernel, shape)]
+    packed = [placed(LAYOUTS[layout].pack(weight)) for layout in layouts_of(kernel, shape)]
     given = Layers(shape, packed[:1], packed[1:])
-    return lambda x: kernel.run(x, given)[0]
-
-
-def _existing(layer: Layer | None) -> Layer:
-    assert layer is not None
-    return layer
+    return Layer(lambda x: kernel.run(x, given)[0], tuple(packed))
 
 
 def _bytes(shape: Sequence[int], itemsize: int) -> int:
     return torch.Size(shape).numel() * itemsize
 
 
-def _copies(weight_bytes: int, cold: bool) -> int:
-    return max(2, -(-COLD_BYTES // weight_bytes)) if cold else 1
+def _made(variant: Variant, cold: bool) -> list[Layer]:
+    count = max(2, -(-COLD_BYTES // variant.weight_bytes)) if cold else 1
+    return [variant.make() for _ in range(count)]
 
 
-def _cycling(layers: Sequence[Layer], x: Tensor) -> Callable[[], object]:
+def _cycling(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> Callable[[], object]:
     following = itertools.cycle(layers)
     return lambda: next(following)(x)
+
+
+def _reading(layers: Sequence[Layer]) -> Callable[[], object]:
+    """Reads what each layer in turn holds."""
+    read = torch.ops.splitpoint.read_memory
+    following = itertools.cycle(layers)
+
+    def one() -> None:
+        for tensor in next(following).held:
+            read(tensor)
+
+    return one
 
 
 def _verify(name: str, y: Tensor, x: Tensor, weight: Tensor) -> None:

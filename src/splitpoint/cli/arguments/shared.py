@@ -16,7 +16,7 @@ COLLECTIVE_BASELINES = ("gloo", "compiled", "kernel", "vllm")
 QUANTS = ("none", "fp8_static", "fp8_token", "nvfp4")
 PROMPT = "Why is the sky blue? Answer in two sentences."
 
-BASELINES = ("max-autotune", "fp32", "openvino", "vllm")
+BASELINES = ("max-autotune", "fp32", "openvino", "vllm", "zentorch", "torchao", "llamacpp")
 """The names of `bench.baselines.BASELINES`, which is too heavy to import for help."""
 
 GENERATORS = ("eager", "static", "llamacpp", "openvino", "ours", "llamacpp-q8_0", "llamacpp-q4_0")
