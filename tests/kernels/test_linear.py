@@ -152,6 +152,34 @@ def test_matches_float64(case: Case, threads: int, instruction_set: str, variant
     case.check(variant(case))
 
 
+@thorough
+@given(
+    t=st.integers(1, 16),
+    n=st.sampled_from([1, 32, 40, 70]),
+    slices=st.integers(0, 3),
+    beyond=st.integers(-3, 5),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    int8=st.booleans(),
+    gated=st.booleans(),
+    instruction_set=st.sampled_from(kernels.instruction_sets()),
+)
+def test_matches_float64_where_columns_take_several_passes(
+    t: int,
+    n: int,
+    slices: int,
+    beyond: int,
+    dtype: torch.dtype,
+    int8: bool,
+    gated: bool,
+    instruction_set: str,
+) -> None:
+    kernels.use_instruction_set(instruction_set)
+    in_a_slice = (16 << 10) // (32 * (1 if int8 else dtype.itemsize))
+    k = max(1, slices * in_a_slice + beyond)
+    case = make_case(t, [n, n], k, dtype, int8=int8, gated=gated, bias=True)
+    case.check(case.packed())
+
+
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
 @pytest.mark.parametrize("variant", ["packed", "gemv"])
 @pytest.mark.parametrize("threads", [1, 2])

@@ -12,10 +12,11 @@ inline constexpr int kBlockVecs = kBlock / kLanes;
 // registers of columns each.
 inline constexpr int kMaxRows = kAccumulators / (kBlockVecs < 2 ? kBlockVecs : 2);
 
-// Registers of columns that a kernel for so many rows takes side by side.
+// Registers of columns that a kernel for so many rows takes side by side, beside their weights and
+// a value of x.
 constexpr int vecs_for(int rows) {
   int vecs = kBlockVecs;
-  while (vecs > 1 && rows * vecs > kAccumulators) vecs /= 2;
+  while (vecs > 1 && (rows + 1) * vecs + 1 > kRegisters) vecs /= 2;
   return vecs;
 }
 
@@ -48,7 +49,7 @@ struct Tile {
   const float* x_scales;    // of these rows once their sums are whole; until then null
 };
 
-template <class W, int kRows, int kVecs>
+template <class W, int kRows, int kVecs, bool kSecondLine>
 SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* w, float* sums) {
   constexpr int kUnroll = unroll_for(kRows);
   constexpr int64_t kStored = W::kDepth * kBlock;
@@ -70,7 +71,7 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       __builtin_prefetch(ahead, 0, 3);
-      __builtin_prefetch(ahead + t.ahead_second, 0, 3);
+      if constexpr (kSecondLine) __builtin_prefetch(ahead + t.ahead_second, 0, 3);
       ahead = --ahead_steps == 0 ? t.ahead_next : ahead + t.ahead_step;
       W::template step<kRows, kVecs>(acc, rows, u * W::kDepth, w + u * kStored);
     }
@@ -88,12 +89,39 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
   W::keep(t, acc, sums);
 }
 
+// Bytes of a block that are read once for each pass over its columns: they stay in the first-level
+// cache.
+inline constexpr int64_t kPassBytes = 16 * 1024;
+
+// Where the registers are too few for all columns, there are several passes over them, slice by
+// slice of k. What is fetched ahead is shared out among the passes, so that memory idles in none.
 template <class W, int kRows>
 void tile(const Tile<W>& t) {
-  constexpr int kVecs = vecs_for(kRows);
-  for (int v = 0; v < kBlockVecs; v += kVecs) {
-    tile_columns<W, kRows, kVecs>(t, W::columns(t.w, v), t.sums + v * kLanes);
-  }
+  constexpr int kVecs = vecs_for(kRows), kPasses = kBlockVecs / kVecs;
+  if constexpr (kPasses == 1) return tile_columns<W, kRows, kVecs, true>(t, W::columns(t.w, 0), t.sums);
+  constexpr int64_t kSlice = kPassBytes / (kBlock * sizeof(typename W::Stored));  // of k
+  static_assert(kSlice % (4 * W::kDepth) == 0);
+  Tile<W> part = t;
+  part.ahead_step = t.ahead_step / kPasses;
+  const int64_t until = t.ahead_steps * kPasses;  // steps of a pass, to where `ahead_next` begins
+  int64_t done = 0;
+  int64_t k = 0;
+  do {  // once at least, since without any k the sums are zero
+    const bool last = t.depth - k <= kSlice;
+    part.x = t.x + k;
+    part.w = t.w + k * kBlock;
+    part.depth = last ? t.depth - k : kSlice;
+    part.accumulate = t.accumulate || k > 0;
+    part.x_scales = last ? t.x_scales : nullptr;
+    for (int v = 0; v < kBlockVecs; v += kVecs) {
+      const bool later = until > 0 && done >= until;
+      part.ahead = later ? t.ahead_next + (done - until) * part.ahead_step
+                         : t.ahead + done * part.ahead_step;
+      part.ahead_steps = later ? 0 : until - done;
+      tile_columns<W, kRows, kVecs, false>(part, W::columns(part.w, v), t.sums + v * kLanes);
+      done += part.depth / W::kDepth;
+    }
+  } while ((k += kSlice) < t.depth);
 }
 
 // The kernel for each number of rows, from 1 on.

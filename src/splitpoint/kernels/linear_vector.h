@@ -15,12 +15,15 @@ namespace splitpoint::SPLITPOINT_ISA {
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
-inline constexpr int kAccumulators = 28;  // of 32 registers: two hold weights, one holds x
+inline constexpr int kRegisters = 32;
+inline constexpr int kAccumulators = 28;  // two others hold weights, one holds x
 #elif defined(__AVX2__)
 inline constexpr int kLanes = 8;
-inline constexpr int kAccumulators = 12;  // of 16
+inline constexpr int kRegisters = 16;
+inline constexpr int kAccumulators = 12;
 #else
 inline constexpr int kLanes = 4;
+inline constexpr int kRegisters = 16;
 inline constexpr int kAccumulators = 12;
 #endif
 
