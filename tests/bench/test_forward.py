@@ -23,7 +23,7 @@ ROW_FIELDS = {
     *("eager_ms", "torch_compile_ms", "splitpoint_ms"),
     *("eager_spread", "torch_compile_spread", "splitpoint_spread"),
     *("floor_ms", "floor_share", "read_gb_s", "peak_gflop_s"),
-    *("singles", "best_single", "best_single_ms", "baselines"),
+    *("repeats", "singles", "best_single", "best_single_ms", "baselines"),
 }
 
 
@@ -240,6 +240,17 @@ def test_text():
         "torch.compile     70      60             2.3x  all sizes",
         "splitpoint        30      20             1.0x  2 ranges",
     ]
+
+
+def test_what_was_too_slow_for_its_budget_is_named():
+    report = made_up(eager=Measured(20.0, 0.01, 9), torch_compile=Measured(9e3, 0.0, 3))
+    report.environment["budget_s"] = 1.5
+    said = " ".join(str(report).split())
+    assert (
+        "Fewer repeats, as 1.5 s is for each at a size, but 3 repeats: torch.compile at 8 (3). "
+        in said
+    )
+    assert report.rows[0].to_json()["repeats"]["eager"] == 9
 
 
 def test_text_without_a_floor():
