@@ -1,8 +1,8 @@
 """`splitpoint bench tuner`: are kernels chosen under load as good as any, and as right?
 
 The model is compiled several times from empty caches while other processes load the machine. Then,
-with these gone, every range of each of them takes turns with what else could have been chosen:
-Inductor's own layers, and each kernel at all layers that it fits.
+with these gone, every range of each of them takes turns with what else could have been chosen: what the
+other runs have, Inductor's own layers, and each kernel at all layers that it fits.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import CompiledModel, Config
-from ..config import Weights
 from ..errors import LoadFailed, UsageError
 from ..passes.linear import VARIANTS
+from ..passes.linear_sites import LinearShape
 from ..ranges import PlannedRange, Range, align
 from ..report.environment import environment
 from ..tuning.measure import clock_for, interleave
@@ -165,7 +165,7 @@ def run(
             say(f"{way} of {runs}, beside {load} loading processes: compiling ...")
             ways[way] = compile_cold(model, config, hints)[0]
     mine = list(ways)
-    for kernel in alternatives(config):
+    for kernel in alternatives(config, model.dtype):
         say(f"alternative: {kernel} at all layers: compiling ...")
         alone = replace(config, linear={f"1-{config.max_size}": kernel})
         ways[kernel], _ = compile_cold(model, alone, hints)
@@ -189,17 +189,21 @@ def run(
     return TunerReport(environment() | facts, tuple(rows))
 
 
-def alternatives(config: Config) -> list[str]:
-    """The kernels that compute what is asked for, and serve some of the ranges."""
-    weights: Weights | None = config.weights
+def alternatives(config: Config, dtype: torch.dtype) -> list[str]:
+    """The kernels that can be named for all layers, compute what is asked for, and serve some of
+    the ranges: none beside the runs themselves where weights are rounded, as a kernel for those
+    cannot be named."""
+    if config.weights or config.activations or config.batch_invariant:
+        return []
+    usual = LinearShape((64,), 64, dtype)
     own = [
         name
         for name, each in VARIANTS.items()
-        if each.weights == (weights or "")
-        and each.activations in ("", config.activations or "")
+        if each.fits(usual)
+        and not (each.weights or each.activations or each.batch_invariant)
         and any(each.promises(range_) for range_ in config.plan().ranges)
     ]
-    return own if weights else [INDUCTOR, *own]
+    return [INDUCTOR, *own]
 
 
 @contextmanager
