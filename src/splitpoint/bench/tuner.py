@@ -1,8 +1,8 @@
 """`splitpoint bench tuner`: are kernels chosen under load as good as any, and as right?
 
 The model is compiled several times from empty caches while other processes load the machine. Then,
-with these gone, every range of each of them takes turns with what else could have been chosen: what the
-other runs have, Inductor's own layers, and each kernel at all layers that it fits.
+with these gone, every range of each of them takes turns with what else could have been chosen: what
+the other runs have, Inductor's own layers, and each kernel at all layers that it fits.
 """
 
 from __future__ import annotations
