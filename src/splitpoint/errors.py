@@ -282,6 +282,10 @@ class OutputMismatch(SplitpointError, RuntimeError):
     """A compiled model's output differs from eager's by more than rounding explains."""
 
 
+class LoadFailed(SplitpointError):
+    """A process that was to load the machine ended by itself."""
+
+
 class BaselineFailed(SplitpointError, RuntimeError):
     """Something that splitpoint is compared with could not run the model."""
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitpoint.bench.check import Expected
+from splitpoint.bench import check
+from splitpoint.bench.check import INPUTS, Expected
 from splitpoint.bench.inputs import last_logits, random_ids
+from splitpoint.config import Activations, Weights
 from splitpoint.errors import OutputMismatch
+from splitpoint.integrations.transformers.rounding import rounding
 
 from .. import tiny
 
@@ -51,6 +54,43 @@ def test_not_a_number_is_wrong():
     eager = last_logits(model)
     with pytest.raises(OutputMismatch, match=r"bad is wrong at size 1: .*nan"):
         Expected(model, SIZES).check("bad", lambda ids: eager(ids) * torch.nan)
+
+
+def test_where_a_call_is_slow_one_input_is_tried(monkeypatch: pytest.MonkeyPatch):
+    model = tiny.model(torch.bfloat16)
+    calls: list[int] = []
+
+    def counted(ids):
+        calls.append(ids.shape[1])
+        return last_logits(model)(ids)
+
+    expected = Expected(model, SIZES)
+    expected.check("eager", counted)
+    assert calls == [size for size in SIZES for _ in range(INPUTS)]
+    calls.clear()
+    monkeypatch.setattr(check, "SLOW_S", -1.0)
+    expected.check("eager", counted)
+    assert calls == list(SIZES)
+    with pytest.raises(OutputMismatch, match="bad is wrong at size 1"):
+        expected.check("bad", lambda ids: -last_logits(model)(ids))
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"), [("int8", None), ("int8", "int8"), ("int4", None)]
+)
+def test_who_rounds_otherwise_is_compared_with_the_model_as_it_is(
+    weights: Weights, activations: Activations | None
+):
+    model = tiny.model(torch.bfloat16)
+    as_it_is = Expected(model, SIZES)
+    expected = Expected(model, SIZES, weights, activations, own_rounding=True)
+    assert as_it_is.limit / 4 < expected.limit / 2 == expected.eager_error < 0.3
+    with rounding(model, weights, activations=activations):
+        error = expected.check("ours", last_logits(model))
+    assert error == pytest.approx(expected.eager_error)
+    assert expected.check("exact", last_logits(model)) == as_it_is.eager_error
+    with pytest.raises(OutputMismatch, match="bad is wrong at size 1"):
+        expected.check("bad", lambda ids: -last_logits(model)(ids))
 
 
 def test_inputs_repeat_and_differ():

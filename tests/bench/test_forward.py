@@ -23,7 +23,7 @@ ROW_FIELDS = {
     *("eager_ms", "torch_compile_ms", "splitpoint_ms"),
     *("eager_spread", "torch_compile_spread", "splitpoint_spread"),
     *("floor_ms", "floor_share", "read_gb_s", "peak_gflop_s"),
-    *("singles", "best_single", "best_single_ms", "baselines"),
+    *("repeats", "singles", "best_single", "best_single_ms", "baselines"),
 }
 
 
@@ -232,14 +232,25 @@ def test_text():
         "floor: for each linear layer the longer of reading its weight once (30.0 GB/s) and its "
         "arithmetic (400 GFLOP/s), the",
         "  most that was seen in this run, by probes in turn with the rest or by a pass itself; "
-        "nothing for attention. of floor:",
-        "  floor / splitpoint.",
+        "nothing for attention. of",
+        "  floor: floor / splitpoint.",
         "Widest interquartile spread 25%; over 20% at 256: measure these on an idle machine.",
         "",
         "compiled cold  CPU s  wall s  over splitpoint  graphs for",
         "torch.compile     70      60             2.3x  all sizes",
         "splitpoint        30      20             1.0x  2 ranges",
     ]
+
+
+def test_what_was_too_slow_for_its_budget_is_named():
+    report = made_up(eager=Measured(20.0, 0.01, 9), torch_compile=Measured(9e3, 0.0, 3))
+    report.environment["budget_s"] = 1.5
+    said = " ".join(str(report).split())
+    assert (
+        "Fewer repeats, as 1.5 s is for each at a size, but 3 repeats: torch.compile at 8 (3). "
+        in said
+    )
+    assert report.rows[0].to_json()["repeats"]["eager"] == 9
 
 
 def test_text_without_a_floor():
@@ -268,7 +279,7 @@ def test_text_with_others():
     assert verdicts["vllm"] == Verdict(2, 8, 1234.5 / 4, 5.0)
     assert verdicts["openvino"].cold_ratio is None
     row = report.rows[0].to_json()["baselines"]["vllm"]
-    assert row == {"ms": 1234.5, "spread": 0.0, "ratio": 1234.5 / 4}
+    assert row == {"ms": 1234.5, "spread": 0.0, "repeats": 0, "ratio": 1234.5 / 4}
     text = str(report)
     said = " ".join(text.split())
     assert (

@@ -12,10 +12,15 @@ from torch import Tensor
 from ..config import Activations, Weights
 from ..errors import OutputMismatch
 from ..integrations.transformers.rounding import rounding
+from ..tuning.measure import THREAD_CPU_TIME
 from .inputs import Forward, last_logits, random_ids
 
 INPUTS = 3
 """Different inputs tried at each size."""
+
+SLOW_S = 2.0
+"""Where a call takes longer, in CPU seconds of its thread, one input is tried: of many tokens, that
+is, or in arithmetic that a CPU has no instructions for."""
 
 FP32_LIMIT = 1e-4
 """fp32 keeps 24 bits: sums in another order, through some tens of layers, change the logits
@@ -77,7 +82,8 @@ class Expected:
 
     def check(self, name: str, forward: Forward, sizes: Sequence[int] | None = None) -> float:
         """The worst error of a forward over the sizes (default: all): |logits - reference| /
-        |reference|, at each size the root mean square over `INPUTS` inputs.
+        |reference|, at each size the root mean square over `INPUTS` inputs, or one of them where
+        that takes long.
 
         Raises:
             OutputMismatch: naming the forward, the size and the error that is over the limit.
@@ -94,8 +100,13 @@ class Expected:
         return worst
 
     def _error(self, forward: Forward, size: int) -> float:
-        outputs = [forward(ids) for ids in self._inputs[size]]
-        return _error(outputs, self._outputs[size])
+        outputs: list[Tensor] = []
+        for ids in self._inputs[size]:
+            start = THREAD_CPU_TIME.read()
+            outputs.append(forward(ids))
+            if THREAD_CPU_TIME.read() - start > SLOW_S:
+                break
+        return _error(outputs, self._outputs[size][: len(outputs)])
 
 
 def _error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -93,11 +93,13 @@ class Entrants:
                 own.activations,
                 own_rounding=True,
             )
-        self.notes.append(
+        note = (
             f"{baseline.name} rounds in a way of its own ({own}): it was compared with the model "
             f"as it is, and may be off by {self.rounded[own].limit:.2g} of the logits' norm, twice "
             f"what splitpoint's rounding makes of them."
         )
+        if note not in self.notes:  # one that is built for each size comes here each time
+            self.notes.append(note)
         return self.rounded[own]
 
     def built_for(self, size: int, say: Say) -> dict[str, Built]:

@@ -27,6 +27,8 @@ class Measured:
 
     ms: float
     spread: float
+    repeats: int = 0
+    """It is the median of so many; 0 where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Row:
             "eager_spread": self.eager.spread,
             "torch_compile_spread": self.torch_compile.spread,
             "splitpoint_spread": self.splitpoint.spread,
+            "repeats": {name: one.repeats for name, one in self.measured.items()},
             "floor_ms": floor.ms if floor else None,
             "floor_share": self.floor_share,
             "read_gb_s": floor.read_gb_s if floor else None,
@@ -298,6 +301,20 @@ class ForwardReport:
         lines += [f"{name}: {b.about}." for name, b in BASELINES.items() if name in shown]
         return lines + [self._verdict(name, each) for name, each in self.verdicts().items()]
 
+    def _repeats(self) -> list[str]:
+        """What was called less often than the rest, as it took too long."""
+        fewer: dict[str, list[str]] = {}
+        for row in self.rows:
+            most = max(one.repeats for one in row.measured.values())
+            for name, one in row.measured.items():
+                if 0 < one.repeats < most:
+                    fewer.setdefault(name, []).append(f"{row.size} ({one.repeats})")
+        if not fewer:
+            return []
+        said = "; ".join(f"{name} at {', '.join(sizes)}" for name, sizes in fewer.items())
+        budget = self.environment["budget_s"]
+        return [f"Fewer repeats, as {budget:g} s is for each at a size, but 3 repeats: {said}."]
+
     def _noise(self) -> str:
         widest = {row.size: max(m.spread for m in row.measured.values()) for row in self.rows}
         noisy = [str(size) for size, spread in widest.items() if spread > NOISY]
@@ -318,7 +335,7 @@ class ForwardReport:
                 "",
                 *_wrapped(self._legend()),
                 *(["", *others, "", *_wrapped(self._legend_of_others())] if others else []),
-                *_wrapped([*env["notes"], self._noise()]),
+                *_wrapped([*env["notes"], *self._repeats(), self._noise()]),
                 "",
                 *self.costs(),
             ]

@@ -208,6 +208,29 @@ def bench_linear(args: argparse.Namespace) -> None:
         save_picture(report, args.png)
 
 
+def bench_tuner(args: argparse.Namespace) -> None:
+    """`splitpoint bench tuner`."""
+    from ..bench.picture import check_outputs
+    from ..bench.tuner import run
+    from ..models.catalogue import DTYPES, load
+
+    config = config_of(args)
+    check_outputs(json=args.json)
+    _say(f"loading {args.model} ({args.dtype}) ...")
+    model, _ = load(args.model, DTYPES[args.dtype], layers=args.layers)
+    report = run(
+        model,
+        args.model,
+        config,
+        runs=args.runs,
+        load=args.load,
+        threads=args.threads,
+        budget_s=args.seconds,
+        say=_say,
+    )
+    _show(report, args.json)
+
+
 def bench_collective(args: argparse.Namespace) -> None:
     """`splitpoint bench collective`."""
     from ..bench.collective_report import save_pictures
@@ -351,6 +374,7 @@ VERBS = {
     "bench encode": bench_encode,
     "bench linear": bench_linear,
     "bench perplexity": bench_perplexity,
+    "bench tuner": bench_tuner,
     "bench collective": bench_collective,
     "bench parallel": bench_parallel,
     "tune collective": tune_collective,

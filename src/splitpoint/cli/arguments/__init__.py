@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ... import __version__
-from . import cache, engines, generate, measure, models
+from . import cache, engines, generate, measure, models, tuner
 from .shared import COMPILE_SIZES, EXIT_CODES, MAX_SIZE, SPLIT_POINTS, Verb
 
 __all__ = ["COMPILE_SIZES", "MAX_SIZE", "SPLIT_POINTS", "make_parser"]
@@ -59,6 +59,7 @@ def make_parser(verbs_by_name: Mapping[str, Verb]) -> argparse.ArgumentParser:
     measure.add_bench_dispatch(benches, verbs_by_name["bench dispatch"])
     measure.add_bench_encode(benches, verbs_by_name["bench encode"])
     measure.add_bench_linear(benches, verbs_by_name["bench linear"])
+    tuner.add_bench_tuner(benches, verbs_by_name["bench tuner"])
     generate.add_bench_perplexity(benches, verbs_by_name["bench perplexity"])
     measure.add_bench_collective(benches, verbs_by_name["bench collective"])
     measure.add_bench_parallel(benches, verbs_by_name["bench parallel"])
