@@ -9,6 +9,7 @@ from . import names
 from .fence import OWN, fence
 
 if TYPE_CHECKING:
+    from .eager import Eager
     from .loading import Loading
 
 
@@ -53,6 +54,7 @@ class StandIn:
         self._process = names.PROCESS.value
         self._dispatch = names.DISPATCH.value
         self._loading: Loading | None = None
+        self._eager: Eager | None = None
 
     def process_weights_after_loading(
         self, model: Any, model_config: Any, target_device: Any
@@ -70,6 +72,15 @@ class StandIn:
             with fence("what vLLM keeps of compiled models may not fit the next start"):
                 loading.note()
             loading.leave_the_rest()
+            with fence("all but linear layers is as it was"):
+                self._take_over_the_rest(model)
+
+    def _take_over_the_rest(self, model: Any) -> None:
+        from .eager import Eager
+
+        if self._eager is None:
+            self._eager = Eager()
+        self._eager.take_over(model)
 
     def _start(self) -> Loading | None:
         """What takes the layers; None where vLLM keeps all, which was said then."""
