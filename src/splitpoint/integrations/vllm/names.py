@@ -39,11 +39,9 @@ class Name:
 
     def replace(self, value: Callable[..., Any]) -> None:
         """Have the name stand for something else."""
-        setattr(self.owner, self.name.rpartition(".")[2], value)
+        setattr(self._owner(), self.name.rpartition(".")[2], value)
 
-    @property
-    def owner(self) -> Any:
-        """The module or class that has it."""
+    def _owner(self) -> Any:
         module = importlib.import_module(self.module)
         owner = self.name.rpartition(".")[0]
         return attrgetter(owner)(module) if owner else module
@@ -135,13 +133,6 @@ NORM_LAYER = Name(
     ("hidden_size", "eps", "var_hidden_size", "has_weight", "dtype"),
     "the layers whose weights tell which norms a model has",
 )
-ATTENTION = Name(
-    "vllm.model_executor.layers.attention.attention",
-    "Attention.forward",
-    ("self", "query", "key", "value", "output_shape", "output_dtype"),
-    "calls functions of its own where self.use_direct_call is set, and their operators else",
-)
-
 NORMS = (RMS_NORM, ADD_RMS_NORM, REGISTER, PREFER, NORM_LAYER)
 """What is looked at where a model runs eagerly."""
 

@@ -37,6 +37,9 @@ Size = tuple[int, torch.dtype]
 class Norms:
     """The kernels, which vLLM calls for the sizes where they are right and faster.
 
+    vLLM warns of those that are made once it knows which ones it prefers, as its workers do when
+    they start.
+
     Raises:
         UnsupportedVllm: when vLLM's table is not what it is taken to be.
     """
@@ -108,11 +111,11 @@ class Norms:
         native = self._added.impls["native"].impl_fn
         found = {}
         for rows in ROWS:
-            given = (*_random(rows, size, dtype), EPS)
+            x, residual, weight = _random(rows, size, dtype)
             made = interleave(
                 {
-                    "ours": functools.partial(fused_add_rms_norm, *given),
-                    "theirs": functools.partial(native, *given),
+                    "ours": functools.partial(fused_add_rms_norm, x, residual, weight, EPS),
+                    "theirs": functools.partial(native, x, residual, weight, EPS),
                 },
                 clock=clock_for(torch.get_num_threads()),
                 budget_s=PROBE_S,
@@ -120,6 +123,11 @@ class Norms:
             )
             found[rows] = (made["ours"].median_s, made["theirs"].median_s)
         return found
+
+
+def runs_eagerly(vllm_config: Any) -> bool:
+    """Whether vLLM compiles nothing, as with `--enforce-eager`."""
+    return vllm_config is not None and int(vllm_config.compilation_config.mode or 0) == 0
 
 
 def rms_norm(
