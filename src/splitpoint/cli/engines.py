@@ -38,6 +38,7 @@ def bench_vllm(args: argparse.Namespace) -> None:
         eager=not args.compiled,
         isa=args.isa,
         weights=args.weights,
+        others=args.others,
         say=say,
     )
     show(report, args.json)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .shared import MODEL_HELP, Verb, integers, positive, positives, rates, run_arguments, verb
+from .shared import (
+    ENGINES,
+    MODEL_HELP,
+    Verb,
+    integers,
+    positive,
+    positives,
+    rates,
+    run_arguments,
+    some_of,
+    verb,
+)
 
 
 def add_bench_vllm(verbs: Any, run: Verb) -> None:
@@ -23,6 +34,7 @@ in CPU time, with more in wall time. Needs vLLM: pip install 'splitpoint[vllm]'.
 examples:
   splitpoint bench vllm smollm2
   splitpoint bench vllm smollm2 --compiled --starts 1 --json vllm.json
+  splitpoint bench vllm smollm2 --others zentorch
   splitpoint bench vllm smollm2 --check 64 --dtype fp32""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -56,6 +68,14 @@ examples:
         "--isa",
         choices=("avx2",),
         help="measure as if the CPU had AVX2 alone, both ways",
+    )
+    parser.add_argument(
+        "--others",
+        type=some_of(ENGINES),
+        default=(),
+        metavar="NAME,...",
+        help="'zentorch': vLLM with AMD's package too, where it is installed; it is hidden from "
+        "the other processes",
     )
     _weights(parser)
     parser.add_argument(
