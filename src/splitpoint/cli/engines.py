@@ -64,6 +64,7 @@ def bench_serve(args: argparse.Namespace) -> None:
         mode="compiled" if args.compiled else "eager",
         split_points=args.ranges,
         weights=args.weights,
+        others=args.others,
         client=args.client,
         say=say,
     )

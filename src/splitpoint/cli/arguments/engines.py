@@ -8,6 +8,7 @@ from typing import Any
 from .shared import (
     ENGINES,
     MODEL_HELP,
+    SERVERS,
     Verb,
     integers,
     positive,
@@ -117,6 +118,7 @@ examples:
   splitpoint bench serve smollm2 --rates 1,4,inf --inputs 32,512 --outputs 64 --png serve.png
   splitpoint bench serve smollm2 --compiled --ranges 8,64 --json serve.json
   splitpoint bench serve smollm2 --ranges '' --ranges 8,64 --ranges 8,32,64,128 --rates inf
+  splitpoint bench serve smollm2 --others transformers
   splitpoint bench serve FOLDER --tp 1,2""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -172,10 +174,18 @@ examples:
     )
     _weights(parser)
     parser.add_argument(
+        "--others",
+        type=some_of(SERVERS),
+        default=(),
+        metavar="NAME,...",
+        help="'transformers': the server of transformers too (continuous batching), without and "
+        "with splitpoint.integrations.transformers; needs pip install 'transformers[serving]'",
+    )
+    parser.add_argument(
         "--client",
         choices=("vllm", "own"),
-        help="who sends the requests: 'vllm bench serve' (default, where it can be used) or this "
-        "package",
+        help="who sends the requests: 'vllm bench serve' (default, where it can be used, without "
+        "--others) or this package",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and figures as JSON"
