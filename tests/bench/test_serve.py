@@ -9,15 +9,16 @@ import json
 import math
 import os
 import tempfile
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from splitpoint.bench import vllm_client
+from splitpoint.bench import transformers_server, vllm_client
 from splitpoint.bench.load import Load, Served
-from splitpoint.bench.serve import _folder, check_ranks, run, ways
+from splitpoint.bench.serve import OTHERS, _folder, check_others, check_ranks, run, ways
 from splitpoint.bench.serve_report import COLUMNS, ServeReport, Start, ratio, save_picture
-from splitpoint.cli.arguments.shared import rates
+from splitpoint.cli.arguments.shared import SERVERS, rates
 from splitpoint.errors import ServerFailed, UsageError
 
 ABOUT = {
@@ -167,6 +168,36 @@ def test_what_each_further_range_adds_to_a_start():
     assert report(*rounds[:4]).further_range(1) == pytest.approx((5.0, None))
     assert report(*rounds[:2]).further_range(1) is None
     assert "each further range" not in str(TWO_ROUNDS)
+
+
+def test_another_server_is_there_with_splitpoint_and_without():
+    *vllms, own, ours = ways("eager", [[8]], others=["transformers"])
+    assert [way.is_vllm for way in (*vllms, own, ours)] == [True] * 3 + [False] * 2
+    assert [way.with_splitpoint for way in (own, ours)] == [False, True]
+    assert [way.name for way in (own, ours)] == ["transformers", "transformers with splitpoint"]
+    assert SERVERS == OTHERS
+
+
+def test_answers_without_tokens_are_compared_as_text():
+    def silent(way, texts):
+        return replace(start(way, 0, 1, answers=((), ())), texts=texts)
+
+    text = str(report(start("vLLM", 0, 1), silent("a", ("x", "y")), silent("a with b", ("x", "z"))))
+    assert cells(text, "a")[-1][4] == "not compared: the server does not tell tokens"
+    assert cells(text, "a with b")[-1][4] == "1 of 2 equal to those of a, as text"
+
+
+def test_what_the_server_of_transformers_cannot_do_is_refused(monkeypatch):
+    check_others((), (1, 2), "vllm")
+    monkeypatch.setattr(transformers_server, "NEEDED", ("surely_not_there",))
+    with pytest.raises(UsageError, match="needs surely_not_there"):
+        check_others(("transformers",), (1,), None)
+    monkeypatch.setattr(transformers_server, "NEEDED", ())
+    check_others(("transformers",), (1,), None)
+    with pytest.raises(UsageError, match="served by one rank"):
+        check_others(("transformers",), (1, 2), None)
+    with pytest.raises(UsageError, match="--client own"):
+        check_others(("transformers",), (1,), "vllm")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")

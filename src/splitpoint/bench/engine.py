@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -23,8 +24,9 @@ from .engine_check import TOKENS, CheckReport
 
 Say = Callable[[str], None]
 
-WAYS = {"vllm": "0", "with splitpoint": "1"}
-"""What `SWITCH` is set to."""
+WAYS = ("vllm", "with splitpoint")
+OTHERS = ("zentorch",)
+"""What else there may be between these: vLLM with AMD's package, which is hidden from the rest."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,13 @@ class EngineReport:
 
     environment: dict[str, Any]
     starts: tuple[dict[str, Any], ...]
-    """What each process said, and which way it went; two that follow each other are a pair."""
+    """What each process said, and which way it went; those that follow each other, one of each
+    way, are compared."""
+
+    @property
+    def ways(self) -> list[str]:
+        """Those that there are, this package's last."""
+        return list(dict.fromkeys(start["way"] for start in self.starts))
 
     def to_json(self) -> str:
         """`{"environment": {...}, "starts": [...]}`."""
@@ -41,27 +49,28 @@ class EngineReport:
 
     def __str__(self) -> str:
         env = self.environment
-        rows = [("milliseconds", *WAYS, "ratio", "of the pairs")]
+        *others, ours = self.ways
+        rows = [("milliseconds", *self.ways, *(f for way in others for f in _heads(way, others)))]
         for what in self.starts[0]["seconds"]:
-            own, ours = (
-                [start["seconds"][what] for start in self.starts if start["way"] == way]
-                for way in WAYS
-            )
-            ratios = sorted(a / b for a, b in zip(own, ours, strict=True))
-            medians = [statistics.median(each) for each in (own, ours)]
-            rows.append(
-                (
-                    what,
-                    *(f"{1e3 * each:.1f}" for each in medians),
-                    f"{medians[0] / medians[1]:.2f}x",
+            seconds = {
+                way: [start["seconds"][what] for start in self.starts if start["way"] == way]
+                for way in self.ways
+            }
+            medians = {way: statistics.median(each) for way, each in seconds.items()}
+            cells = [what, *(f"{1e3 * each:.1f}" for each in medians.values())]
+            for way in others:
+                ratios = sorted(a / b for a, b in zip(seconds[way], seconds[ours], strict=True))
+                cells += [
+                    f"{medians[way] / medians[ours]:.2f}x",
                     f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
-                )
-            )
+                ]
+            rows.append(tuple(cells))
+        processes = len(self.starts) // len(self.ways)
         said = dict.fromkeys(line for start in self.starts for line in start["said"])
         return "\n".join(
             [
                 f"{env['model']}, {env['dtype']}, {env['threads']} threads, {env['mode']}; "
-                f"{env['clock']}, medians of {len(self.starts) // 2} processes each, in turn",
+                f"{env['clock']}, medians of {processes} processes each, in turn",
                 f"vLLM {env['vllm']}, torch {env['torch']} on {env['cpu']}, {env['vectors']}",
                 *(["as if the CPU had AVX2 alone"] if env["isa"] == "avx2" else []),
                 *([f"with splitpoint, weights are in {env['weights']}"] if env["weights"] else []),
@@ -85,6 +94,7 @@ def run(
     eager: bool = True,
     isa: str | None = None,
     weights: str | None = None,
+    others: Sequence[str] = (),
     say: Say = lambda line: None,
 ) -> EngineReport:
     """Start engines in turn, one way and the other, and time each.
@@ -102,10 +112,11 @@ def run(
             far as they ask torch or the environment; code that the compiler made for this CPU
             stays.
         weights: what this package rounds weights to, where it is there.
+        others: of `OTHERS`, what is timed too.
         say: is told what goes on.
 
     Raises:
-        UsageError: when vLLM is not installed or a process fails.
+        UsageError: when vLLM or one of `others` is not installed, or a process fails.
         ModelNotFound: as `find`.
     """
     task = {
@@ -116,11 +127,13 @@ def run(
         "prompt": prompt,
         "tokens": tokens,
     }
+    if missing := [name for name in others if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"{missing[0]} is not installed: leave it out of --others, or install it")
     found: list[dict[str, Any]] = []
-    for turn in range(starts):
-        for way, switch in WAYS.items():
-            say(f"{way}, process {turn + 1} of {starts} ...")
-            found.append({"way": way, **_start(task, switch)})
+    ways = (WAYS[0], *(name for name in OTHERS if name in others), WAYS[1])
+    for turn, way in itertools.product(range(starts), ways):
+        say(f"{way}, process {turn + 1} of {starts} ...")
+        found.append({"way": way, **_start(task, way)})
     clock = "CPU time" if threads == 1 else "wall time"
     about = {
         **_about(found, model, dtype, threads, eager),
@@ -162,9 +175,9 @@ def check(
         "check": prompts,
     }
     found = []
-    for way, switch in WAYS.items():
+    for way in WAYS:
         say(f"{way} ...")
-        found.append(_start(task, switch))
+        found.append(_start(task, way))
     about = _about(found, model, dtype, threads, eager)
     return CheckReport(about, compare(found[0]["answers"], found[1]["answers"]))
 
@@ -203,9 +216,14 @@ def _about(
     }
 
 
-def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
+def _heads(way: str, others: Sequence[str]) -> tuple[str, str]:
+    """Of the columns that compare with a way; which one is clear where there is one."""
+    return ("ratio" if len(others) == 1 else f"over {way}", "of the pairs")
+
+
+def _start(task: dict[str, Any], way: str) -> dict[str, Any]:
     """What one process says."""
-    task = {**task, "ours": switch == "1"}
+    task = {**task, "ours": way == WAYS[1], "zentorch": way == "zentorch"}
     command = [sys.executable, "-m", "splitpoint.bench.engine_worker", json.dumps(task)]
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {
@@ -217,7 +235,7 @@ def _start(task: dict[str, Any], switch: str) -> dict[str, Any]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(task["threads"]),
         "PYTHONPATH": os.pathsep.join(paths),
-        SWITCH: switch,
+        SWITCH: "1" if task["ours"] else "0",
         **(AVX2_VARIABLES if task["isa"] == "avx2" else {}),
     }
     done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)

@@ -26,7 +26,13 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         answer_as_avx2()
         if task["ours"]:
             use_instruction_set("avx2")
+    if not task["zentorch"]:
+        sys.modules["zentorch"] = None  # type: ignore[assignment]  # vLLM uses it where it is
     from vllm import LLM, SamplingParams, __version__
+    from vllm.platforms import current_platform
+
+    if current_platform.is_zen_cpu() != task["zentorch"]:
+        raise SystemExit("vLLM uses zentorch on AMD's processors with AVX-512 only")
 
     asked = {KEY: {"weights": task["weights"]}} if task["ours"] and task["weights"] else {}
     most = task["prompt"] + task["tokens"] + 1

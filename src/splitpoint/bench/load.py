@@ -20,6 +20,23 @@ from ..errors import ServerFailed
 
 Clock = Callable[[], float]
 
+Ask = Callable[[str, Sequence[int], int], dict[str, Any]]
+"""The body of a request for a greedy answer: of a model, for a prompt, of so many tokens."""
+
+
+def ask_vllm(model: str, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
+    """The request as vLLM takes it, with the prompt as tokens."""
+    return {
+        "model": model,
+        "prompt": list(prompt),
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+
 
 @dataclass(frozen=True)
 class Load:
@@ -79,18 +96,31 @@ class Answer:
 
 
 def serve(
-    host: str, port: int, model: str, load: Load, *, vocabulary: int, seed: int = 0
+    host: str,
+    port: int,
+    model: str,
+    load: Load,
+    *,
+    vocabulary: int,
+    seed: int = 0,
+    ask: Ask = ask_vllm,
 ) -> Served:
-    """Send a load, and wait for all answers.
+    """Send a load, as `ask` has it, and wait for all answers.
 
     Raises:
         ServerFailed: when a request is refused, breaks off, or has another number of tokens.
     """
-    return asyncio.run(drive(host, port, model, load, load.prompts(vocabulary, seed), seed))
+    return asyncio.run(drive(host, port, model, load, load.prompts(vocabulary, seed), seed, ask))
 
 
 async def drive(
-    host: str, port: int, model: str, load: Load, prompts: Sequence[Sequence[int]], seed: int
+    host: str,
+    port: int,
+    model: str,
+    load: Load,
+    prompts: Sequence[Sequence[int]],
+    seed: int,
+    ask: Ask = ask_vllm,
 ) -> Served:
     """As `serve`, in the running event loop, whose clock it reads."""
     clock = asyncio.get_running_loop().time
@@ -98,7 +128,7 @@ async def drive(
 
     async def one(prompt: Sequence[int], arrival: float) -> Answer:
         await asyncio.sleep(start + arrival - clock())
-        return await complete(host, port, model, prompt, load.output)
+        return await complete(host, port, model, prompt, load.output, ask)
 
     arrivals = zip(prompts, load.arrivals(seed), strict=True)
     try:
@@ -124,22 +154,15 @@ def summary(answers: Sequence[Answer], seconds: float) -> Served:
     )
 
 
-async def complete(host: str, port: int, model: str, prompt: Sequence[int], tokens: int) -> Answer:
+async def complete(
+    host: str, port: int, model: str, prompt: Sequence[int], tokens: int, ask: Ask = ask_vllm
+) -> Answer:
     """One greedy answer of exactly so many tokens.
 
     Raises:
         ServerFailed: as `serve`.
     """
-    body = {
-        "model": model,
-        "prompt": list(prompt),
-        "max_tokens": tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "return_token_ids": True,
-    }
+    body = ask(model, prompt, tokens)
     clock = asyncio.get_running_loop().time
     sent = clock()
     first = last = math.nan

@@ -1,4 +1,4 @@
-"""`splitpoint bench serve`: vLLM's server on CPU, with this package and without."""
+"""`splitpoint bench serve`: servers on CPU, with this package and without."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from ..integrations.vllm import KEY, SWITCH
 from ..kernels import build
 from ..report.environment import environment
 from . import load as generator
-from . import vllm_client
-from .load import Load
+from . import transformers_server, vllm_client
+from .load import Answer, Ask, Load, ask_vllm
 from .serve_report import ServeReport, Start
 from .server import HOST, Server, free_port
+
+OTHERS = ("transformers",)
+"""What else there may be than vLLM's server."""
 
 Say = Callable[[str], None]
 
@@ -60,6 +63,9 @@ class Way:
     arguments: tuple[str, ...] = ()
     ranges: int | None = None
     """How many ranges its model is compiled for, where this package does that."""
+    is_vllm: bool = True
+    """Whether it is vLLM's server, and not that of transformers."""
+    with_splitpoint: bool = True
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Setting:
 
     folder: Path
     """In Hugging Face's format."""
+    weights: str | None
+    """What this package rounds weights to."""
     vocabulary: int
     dtype: str
     threads: int
@@ -81,7 +89,10 @@ class Setting:
 
 
 def ways(
-    mode: str, split_points: Sequence[Sequence[int]] = (), weights: str | None = None
+    mode: str,
+    split_points: Sequence[Sequence[int]] = (),
+    weights: str | None = None,
+    others: Sequence[str] = (),
 ) -> list[Way]:
     """The servers to compare.
 
@@ -89,13 +100,14 @@ def ways(
         mode: "eager": vLLM compiles nothing; "compiled": it does, as by its default.
         split_points: for each there is one more, compiled for the ranges that they make.
         weights: what this package rounds weights to, where it is there.
+        others: of `OTHERS`; each is there with this package and without.
     """
     eager = ("--enforce-eager",) if mode == "eager" else ()
     asked: tuple[str, ...] = ()
     if weights is not None:
         asked = ("--additional-config", json.dumps({KEY: {"weights": weights}}))
     found = [
-        Way("vLLM", {SWITCH: "0"}, eager),
+        Way("vLLM", {SWITCH: "0"}, eager, with_splitpoint=False),
         Way("with splitpoint", {SWITCH: "1"}, (*eager, *asked)),
     ]
     for points in split_points:
@@ -110,6 +122,11 @@ def ways(
         count = len(set(points)) + 1
         name = f"with {count} range{'s' if count > 1 else ''}"
         found.append(Way(name, env, arguments, count))
+    for name in others:
+        found += [
+            Way(name, {}, is_vllm=False, with_splitpoint=False),
+            Way(f"{name} with splitpoint", {}, is_vllm=False),
+        ]
     return found
 
 
@@ -127,6 +144,7 @@ def run(
     mode: str = "eager",
     split_points: Sequence[Sequence[int]] = (),
     weights: str | None = None,
+    others: Sequence[str] = (),
     client: str | None = None,
     say: Say = lambda line: None,
 ) -> ServeReport:
@@ -148,14 +166,15 @@ def run(
         mode: as `ways`.
         split_points: as `ways`.
         weights: as `ways`.
+        others: as `ways`.
         client: "vllm" for `vllm bench serve`, "own" for `bench.load`; None for the first that is
-            installed.
+            installed and that all servers understand.
         say: is told what goes on.
 
     Raises:
         UsageError: when vLLM is not installed, the model has no folder, or its heads cannot be
             split over ranks; when there are fewer cores than ranks have threads; when two of
-            `split_points` make as many ranges.
+            `split_points` make as many ranges; when `others` cannot be started or asked.
         ServerFailed: when a server does not start, ends, or does not answer.
         ModelNotFound: as `find`.
     """
@@ -168,7 +187,8 @@ def run(
         raise UsageError(f"{model} has no folder with weights that vLLM could load")
     for size in ranks:
         check_ranks(model, config, size, threads)
-    servers = ways(mode, split_points, weights)
+    check_others(others, ranks, client)
+    servers = ways(mode, split_points, weights, others)
     names = [way.name for way in servers]
     if len(set(names)) < len(names):
         raise UsageError("--ranges was given twice with as many ranges: each needs another number")
@@ -187,11 +207,12 @@ def run(
     with _folder() as work:
         setting = Setting(
             folder,
+            weights,
             config.vocab_size,
             {"bf16": "bfloat16", "fp32": "float32"}[dtype],
             threads,
             ("--max-model-len", str(most), "--no-enable-prefix-caching"),
-            client or ("own" if vllm_client.unavailable() else "vllm"),
+            client or ("own" if others or vllm_client.unavailable() else "vllm"),
             loads,
             work,
         )
@@ -211,6 +232,22 @@ def run(
         "weights": weights,
     }
     return ServeReport(about, tuple(found))
+
+
+def check_others(others: Sequence[str], ranks: Sequence[int], client: str | None) -> None:
+    """Refuse a server of transformers that could not be started or asked.
+
+    Raises:
+        UsageError: when it lacks a package, or for several ranks or the client of vLLM.
+    """
+    if not others:
+        return
+    if missing := transformers_server.unavailable():
+        raise UsageError(missing)
+    if max(ranks) > 1:
+        raise UsageError(f"{others[0]} is served by one rank: leave --tp out, or --others")
+    if client == "vllm":
+        raise UsageError(f"{others[0]} refuses fields that vllm bench serve sends: --client own")
 
 
 def check_ranks(model: str, config: Any, size: int, threads: int) -> None:
@@ -238,19 +275,13 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
     if not caches.exists():
         _with_kernels(caches / "splitpoint", size)
     port = free_port()
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(setting.folder), "--served-model-name", NAME),
-        *("--host", HOST, "--port", str(port), "--dtype", setting.dtype),
-        *("--tensor-parallel-size", str(size), "--disable-uvicorn-access-log"),
-        *setting.arguments,
-        *way.arguments,
-    ]
+    command = _command(setting, way, size, port)
+    ask = ask_vllm if way.is_vllm else transformers_server.Asking(setting.folder)
     log = setting.work / f"{name}-{turn}.log"
     env = {**setting.env, **_variables(setting, size), **way.env, **_folders(caches)}
     with Server(command, port, env, log) as server:
         seconds = server.wait(START_S)
-        answers = asyncio.run(_compared(setting, port))
+        answers = asyncio.run(_compared(setting, port, ask))
         served = []
         for number, load in enumerate(setting.loads):
             say(f"  {load.qps:g} requests a second, {load.input} tokens in, {load.output} out ...")
@@ -260,7 +291,7 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
                 )
             else:
                 made = generator.serve(
-                    HOST, port, NAME, load, vocabulary=setting.vocabulary, seed=number
+                    HOST, port, NAME, load, vocabulary=setting.vocabulary, seed=number, ask=ask
                 )
             served.append(made)
         said = [
@@ -271,12 +302,28 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
         size,
         turn,
         seconds,
-        answers,
+        tuple(each.token_ids for each in answers),
         setting.loads,
         tuple(served),
         tuple(said),
         way.ranges,
+        tuple(each.text for each in answers),
     )
+
+
+def _command(setting: Setting, way: Way, size: int, port: int) -> list[str]:
+    if not way.is_vllm:
+        return transformers_server.command(
+            setting.folder, port, setting.dtype, way.with_splitpoint, setting.weights
+        )
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(setting.folder), "--served-model-name", NAME),
+        *("--host", HOST, "--port", str(port), "--dtype", setting.dtype),
+        *("--tensor-parallel-size", str(size), "--disable-uvicorn-access-log"),
+        *setting.arguments,
+        *way.arguments,
+    ]
 
 
 @contextmanager
@@ -335,10 +382,10 @@ def _binding(size: int, threads: int) -> str:
     )
 
 
-async def _compared(setting: Setting, port: int) -> tuple[tuple[int, ...], ...]:
-    """Greedy answers, as tokens; they also warm the server up."""
+async def _compared(setting: Setting, port: int, ask: Ask) -> list[Answer]:
+    """Greedy answers; they also warm the server up."""
     answers = []
     for length in PROMPTS:
         (prompt,) = Load(1.0, length, COMPARED, 1).prompts(setting.vocabulary, length)
-        answers.append(await generator.complete(HOST, port, NAME, prompt, COMPARED))
-    return tuple(each.token_ids for each in answers)
+        answers.append(await generator.complete(HOST, port, NAME, prompt, COMPARED, ask))
+    return answers

@@ -40,6 +40,8 @@ class Start:
     """This package's lines in its log."""
     ranges: int | None = None
     """How many ranges this package compiled its model for, where it did."""
+    texts: tuple[str, ...] = ()
+    """The same answers, as text."""
 
 
 Group = tuple[int, int, int]
@@ -104,19 +106,22 @@ class ServeReport:
         return _slope(cold), _slope(warm) if warm else None
 
     def agreement(self, way: str, ranks: int) -> str:
-        """Where the first start's greedy answers leave those of the first way."""
-        own, other = (
-            next(s for s in self.starts if s.way == each and s.ranks == ranks)
-            for each in (self.ways[0], way)
-        )
+        """Where the first start's greedy answers leave those of the first way or, where servers do
+        not tell tokens, how many are the text of the first such way's."""
+        firsts = {s.way: s for s in reversed(self.starts) if s.ranks == ranks}
+        own, other = firsts[self.ways[0]], firsts[way]
+        if not all(other.answers):
+            own = next(firsts[each] for each in self.ways if not all(firsts[each].answers))
+            if own is other or not other.texts:
+                return "not compared: the server does not tell tokens"
+            same = sum(a == b for a, b in zip(own.texts, other.texts, strict=True))
+            return f"{same} of {len(own.texts)} equal to those of {own.way}, as text"
         pairs = list(zip(own.answers, other.answers, strict=True))
         differ = [
             next(i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b)
             for pair in pairs
             if pair[0] != pair[1]
         ]
-        if not all(own.answers):
-            return "not compared: the server does not tell tokens"
         if not differ:
             return f"{len(pairs)} of {len(pairs)} equal, {len(pairs[0][0])} tokens each"
         return f"{len(pairs) - len(differ)} of {len(pairs)} equal; first to differ: token " + str(

@@ -38,6 +38,7 @@ def bench_vllm(args: argparse.Namespace) -> None:
         eager=not args.compiled,
         isa=args.isa,
         weights=args.weights,
+        others=args.others,
         say=say,
     )
     show(report, args.json)
@@ -63,6 +64,7 @@ def bench_serve(args: argparse.Namespace) -> None:
         mode="compiled" if args.compiled else "eager",
         split_points=args.ranges,
         weights=args.weights,
+        others=args.others,
         client=args.client,
         say=say,
     )

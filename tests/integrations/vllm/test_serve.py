@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from splitpoint.bench import transformers_server
 from splitpoint.bench.serve import run
 
 from .starting import NEEDS_VLLM
@@ -45,3 +46,25 @@ def test_servers_answer_the_same_and_end(
     assert sum("nothing is compiled" in line for line in again.said) == size
     assert all(each.throughput > 0 for start in report.starts for each in start.served)
     assert sorted(os.listdir("/dev/shm")) == before
+
+
+def test_the_server_of_transformers_is_driven_beside(model: Path) -> None:
+    if missing := transformers_server.unavailable():
+        pytest.skip(missing)
+    report = run(
+        str(model),
+        dtype="fp32",
+        rates=(float("inf"),),
+        inputs=(16,),
+        outputs=(8,),
+        requests=4,
+        rounds=1,
+        others=("transformers",),
+    )
+    assert report.environment["client"] == "own"
+    assert report.ways[2:] == ["transformers", "transformers with splitpoint"]
+    *_, own, ours = report.starts
+    assert own.texts == ours.texts
+    assert {len(text.split()) for text in own.texts} == {32}
+    assert report.agreement(ours.way, 1) == "4 of 4 equal to those of transformers, as text"
+    assert all(each.throughput > 0 for start in report.starts for each in start.served)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .shared import MODEL_HELP, Verb, integers, positive, positives, rates, run_arguments, verb
+from .shared import (
+    ENGINES,
+    MODEL_HELP,
+    SERVERS,
+    Verb,
+    integers,
+    positive,
+    positives,
+    rates,
+    run_arguments,
+    some_of,
+    verb,
+)
 
 
 def add_bench_vllm(verbs: Any, run: Verb) -> None:
@@ -23,6 +35,7 @@ in CPU time, with more in wall time. Needs vLLM: pip install 'splitpoint[vllm]'.
 examples:
   splitpoint bench vllm smollm2
   splitpoint bench vllm smollm2 --compiled --starts 1 --json vllm.json
+  splitpoint bench vllm smollm2 --others zentorch
   splitpoint bench vllm smollm2 --check 64 --dtype fp32""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -56,6 +69,14 @@ examples:
         "--isa",
         choices=("avx2",),
         help="measure as if the CPU had AVX2 alone, both ways",
+    )
+    parser.add_argument(
+        "--others",
+        type=some_of(ENGINES),
+        default=(),
+        metavar="NAME,...",
+        help="'zentorch': vLLM with AMD's package too, where it is installed; it is hidden from "
+        "the other processes",
     )
     _weights(parser)
     parser.add_argument(
@@ -97,6 +118,7 @@ examples:
   splitpoint bench serve smollm2 --rates 1,4,inf --inputs 32,512 --outputs 64 --png serve.png
   splitpoint bench serve smollm2 --compiled --ranges 8,64 --json serve.json
   splitpoint bench serve smollm2 --ranges '' --ranges 8,64 --ranges 8,32,64,128 --rates inf
+  splitpoint bench serve smollm2 --others transformers
   splitpoint bench serve FOLDER --tp 1,2""",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -152,10 +174,18 @@ examples:
     )
     _weights(parser)
     parser.add_argument(
+        "--others",
+        type=some_of(SERVERS),
+        default=(),
+        metavar="NAME,...",
+        help="'transformers': the server of transformers too (continuous batching), without and "
+        "with splitpoint.integrations.transformers; needs pip install 'transformers[serving]'",
+    )
+    parser.add_argument(
         "--client",
         choices=("vllm", "own"),
-        help="who sends the requests: 'vllm bench serve' (default, where it can be used) or this "
-        "package",
+        help="who sends the requests: 'vllm bench serve' (default, where it can be used, without "
+        "--others) or this package",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and figures as JSON"

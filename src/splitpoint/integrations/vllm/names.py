@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -107,6 +107,34 @@ QUEUE = Name(
     "replaced; once it returns in the writer, all readers have its memory mapped: "
     "self.buffer.shared_memory, which it unlinks at its end if self.buffer.is_creator",
 )
+
+RMS_NORM = Name(
+    "vllm.ir.ops",
+    "rms_norm",
+    ("args", "kwargs"),
+    "its register_impl and set_default are called, and impls read: how the norm is done",
+)
+ADD_RMS_NORM = replace(RMS_NORM, name="fused_add_rms_norm")
+REGISTER = Name(
+    "vllm.ir.op",
+    "IrOp.register_impl",
+    ("self", "provider", "supported", "supports_args", "inplace"),
+    "called with one more way to do an operator",
+)
+PREFER = Name(
+    "vllm.ir.op",
+    "IrOp.set_default",
+    ("self", "priority"),
+    "called with the names of ways, in order",
+)
+NORM_LAYER = Name(
+    "vllm.model_executor.layers.layernorm",
+    "RMSNorm",
+    ("hidden_size", "eps", "var_hidden_size", "has_weight", "dtype"),
+    "the layers whose weights tell which norms a model has",
+)
+NORMS = (RMS_NORM, ADD_RMS_NORM, REGISTER, PREFER, NORM_LAYER)
+"""What is looked at where a model runs eagerly."""
 
 NAMES = (PROCESS, DISPATCH, CALL, CONFIG, TP_GROUP, BACKEND)
 """What is looked at when a model is loaded; the rest when ranks meet."""

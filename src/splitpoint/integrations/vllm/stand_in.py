@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import names
-from .fence import OWN, fence
+from .fence import OWN, fence, log
 
 if TYPE_CHECKING:
     from .loading import Loading
+    from .norms import Norms
+
+OWN_NORMS = "vLLM's own norms are used"
 
 
 def install() -> None:
@@ -53,6 +56,11 @@ class StandIn:
         self._process = names.PROCESS.value
         self._dispatch = names.DISPATCH.value
         self._loading: Loading | None = None
+        self._norms: Norms | None = None
+        with fence(OWN_NORMS):
+            from .norms import Norms
+
+            self._norms = Norms()
 
     def process_weights_after_loading(
         self, model: Any, model_config: Any, target_device: Any
@@ -70,6 +78,14 @@ class StandIn:
             with fence("what vLLM keeps of compiled models may not fit the next start"):
                 loading.note()
             loading.leave_the_rest()
+            self._take_over_norms(model)
+
+    def _take_over_norms(self, model: Any) -> None:
+        with fence(OWN_NORMS):
+            from .norms import runs_eagerly
+
+            if self._norms is not None and runs_eagerly(names.CONFIG.value()):
+                log.info("Splitpoint: %s", self._norms.take_over(model))
 
     def _start(self) -> Loading | None:
         """What takes the layers; None where vLLM keeps all, which was said then."""
