@@ -82,8 +82,13 @@ def test_views_of_what_is_computed(name: str) -> None:
 def test_all_at_once_as_compiled(table: dict[str, FORWARD], runner: str) -> None:
     """All forms in one result, so that Inductor compiles them once."""
 
+    forms = dict(table)
+    if torch.__version__ < (2, 12):
+        # torch 2.11 asks for the size's remainder by 3: no range may hold other sizes.
+        forms.pop("parts that may be empty", None)
+
     def forward(self, x, y):
-        return [form(self, x, y) for form in table.values()]
+        return [form(self, x, y) for form in forms.values()]
 
     compared(with_buffers(forward, backend="inductor", runner=runner))
 
