@@ -12,7 +12,14 @@ import torch
 from splitpoint import Config
 from splitpoint.bench import tuner
 from splitpoint.bench.guard import descendants
-from splitpoint.bench.tuner import ALLOWED, TunerReport, TunerRow, alternatives, loaded
+from splitpoint.bench.tuner import (
+    ALLOWED,
+    TunerReport,
+    TunerRow,
+    _compared,
+    alternatives,
+    loaded,
+)
 from splitpoint.errors import LoadFailed, UsageError
 
 from .. import tiny
@@ -86,6 +93,17 @@ def test_there_must_be_a_choice(linear: str | dict[str, str]):
         tuner.run(None, "none", Config(max_size=8, linear=linear))
     with pytest.raises(UsageError, match="2 or more"):
         tuner.run(None, "none", Config(max_size=8), runs=1)
+
+
+def test_ways_with_the_same_kernels_are_one():
+    kernels = {"run 1": "a", "run 2": "b", "run 3": "a", "inductor": "c", "packed": "a"}
+    means = {"run 1": 1.06, "run 2": 1.2, "run 3": 1.0, "inductor": 1.1, "packed": 1.03}
+    ratios, best, noise = _compared(kernels, means, ["run 1", "run 2", "run 3"])
+    assert ratios == pytest.approx((1.03 / 1.1, 1.2 / 1.03, 1.03 / 1.1))
+    assert best == "run 1"
+    assert noise == pytest.approx(0.06 / 1.03)
+    alone = _compared({"run 1": "a", "run 2": "a"}, means, ["run 1", "run 2"])
+    assert alone[0] == (1.0, 1.0)
 
 
 def test_text():

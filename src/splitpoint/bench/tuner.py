@@ -42,6 +42,9 @@ ALLOWED = 1.03
 DISTURB = Path(__file__).parent / "disturb.py"
 """What loads the machine."""
 
+REPEATS = 15
+"""Of each way at each size: medians are to be told apart that are 3 % apart."""
+
 GRACE_S = 1.0
 """Seconds that what loads the machine has for ending by itself."""
 
@@ -58,11 +61,13 @@ class TunerRow:
     """Of each run, the kernel of each kind of linear layer."""
     ratios: tuple[float, ...]
     """Of each run, its time over that of the best alternative, other runs among them: the mean over
-    the sizes of the time relative to the fastest there."""
+    the sizes of the time relative to the fastest there. Ways with the same kernels in the range are
+    one, and have the mean of their times."""
     best: str
-    """What was the fastest of all."""
-    spread: float
-    """The widest interquartile spread of what was timed."""
+    """What was the fastest of all: a way, as it was named first."""
+    noise: float
+    """How far apart ways with the same kernels were at the most, of their mean: what a ratio may be
+    off by."""
     differences: tuple[float, ...]
     """Of each run, how far its logits are from those of the first, as `Expected` measures."""
 
@@ -87,13 +92,13 @@ class TunerReport:
     def __str__(self) -> str:
         env = self.environment
         runs = range(1, env["runs"] + 1)
-        heading = ("range", *(f"run {run}" for run in runs), "best", "spread", "difference")
+        heading = ("range", *(f"run {run}" for run in runs), "best", "noise", "difference")
         cells = [
             (
                 str(Range(row.start, row.end)),
                 *(f"{ratio:.3f}" for ratio in row.ratios),
                 row.best,
-                f"{row.spread:.1%}",
+                f"{row.noise:.1%}",
                 f"{max(row.differences):.2g}",
             )
             for row in self.rows
@@ -110,6 +115,8 @@ class TunerReport:
                 "",
                 "run: its time over that of the best alternative, afterwards and without load;",
                 "alternatives: other runs' choices, Inductor's layers, each kernel at all layers.",
+                "Ways with the same kernels are one; noise: how far apart these were at the most,",
+                "which a ratio may be off by.",
                 f"More than {ALLOWED - 1:.0%} behind: {', '.join(behind) or 'none'}.",
                 f"difference: of a run's logits from the first run's, over their norm; at most "
                 f"{worst:.2g}, where {env['limit']:.2g} is allowed.",
@@ -255,7 +262,6 @@ def _row(
 ) -> TunerRow:
     relative: dict[str, list[float]] = {way: [] for way in ways}
     differences = [0.0 for _ in mine]
-    spread = 0.0
     for size in _sizes(entry):
         ids = random_ids(model.config.vocab_size, size)
         logits = [forwards[way](ids) for way in mine]
@@ -264,23 +270,43 @@ def _row(
             for before, each in zip(differences, logits, strict=True)
         ]
         calls = {way: _bound(forward, ids) for way, forward in forwards.items()}
-        timings = interleave(calls, clock=clock_for(threads), budget_s=budget_s)
+        timings = interleave(calls, clock=clock_for(threads), budget_s=budget_s, repeats=REPEATS)
         fastest = min(each.median_s for each in timings.values())
         for way, timing in timings.items():
             relative[way].append(timing.median_s / fastest)
-        spread = max(spread, *(each.spread for each in timings.values()))
+    planned = {way: compiled.plan.entry_for(entry.hint) for way, compiled in ways.items()}
     means = {way: statistics.fmean(each) for way, each in relative.items()}
-    size = entry.hint
     return TunerRow(
         entry.range.start,
         entry.range.end,
         tuple(_sizes(entry)),
-        tuple(dict(ways[way].plan.entry_for(size).linear) for way in mine),
-        tuple(means[way] / min(means[other] for other in means if other != way) for way in mine),
-        min(means, key=lambda way: means[way]),
-        spread,
+        tuple(dict(planned[way].linear) for way in mine),
+        *_compared({way: _kernels(each) for way, each in planned.items()}, means, mine),
         tuple(differences),
     )
+
+
+def _kernels(entry: PlannedRange) -> tuple[tuple[str, str], ...]:
+    """What makes one compiled range another."""
+    return tuple(sorted([*entry.linear.items(), *entry.attention.items()]))
+
+
+def _compared(
+    kernels: Mapping[str, object], means: Mapping[str, float], mine: Sequence[str]
+) -> tuple[tuple[float, ...], str, float]:
+    """Ratios, the best and the noise of a `TunerRow`, from the kernels and the relative time of
+    each way."""
+    same: dict[object, list[str]] = {}
+    for way, key in kernels.items():
+        same.setdefault(key, []).append(way)
+    times = {key: statistics.fmean(means[way] for way in names) for key, names in same.items()}
+    apart = [[means[way] / times[key] for way in names] for key, names in same.items()]
+    ratios = []
+    for way in mine:
+        others = [each for key, each in times.items() if key != kernels[way]]
+        ratios.append(times[kernels[way]] / min(others) if others else 1.0)
+    best = min(times, key=lambda key: times[key])
+    return tuple(ratios), same[best][0], max(max(each) - min(each) for each in apart)
 
 
 def _bound(forward: Forward, ids: Tensor) -> Callable[[], Tensor]:
