@@ -38,7 +38,7 @@ LEAST_DIMENSIONS = 2
 UNKEPT = frozenset(("onednn", "onednn_t"))
 """Layouts that only their library can read and write."""
 
-_STAGED = 16 * HUGE_PAGE
+STAGED_BYTES = 16 * HUGE_PAGE
 """Bytes that are written at a time: many, as the file system has larger pages for them then."""
 
 _LINE = 64
@@ -111,7 +111,7 @@ class PackedFiles:
         self, part: Wanted, rows: list[tuple[int, int, str, list[int]]]
     ) -> Iterator[memoryview]:
         """The bytes of a file, and in `rows` where which copy lies: start, count, dtype, shape."""
-        staged = streamed_bytes(_STAGED)
+        staged = streamed_bytes(STAGED_BYTES)
         used = total = 0
         for weight, layout in part:
             packed = self._pack(weight, layout).contiguous()
@@ -119,11 +119,11 @@ class PackedFiles:
             rows.append((total, packed.nbytes, kind, list(packed.shape)))
             rest = packed.view(-1).view(torch.uint8)
             while rest.nbytes:
-                here = rest[: _STAGED - used]
+                here = rest[: STAGED_BYTES - used]
                 staged[used : used + here.nbytes] = here
                 rest = rest[here.nbytes :]
                 used += here.nbytes
-                if used == _STAGED:
+                if used == STAGED_BYTES:
                     yield _memory(staged)
                     used = 0
             padding = -packed.nbytes % _LINE  # a whole number of lines are staged
