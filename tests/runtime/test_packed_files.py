@@ -272,10 +272,17 @@ def test_an_update_in_place_is_followed_and_stays_out_of_the_file(kept: Path) ->
 # --- damage ----------------------------------------------------------------------------
 
 
+def rewrite(path: Path, data: bytes) -> None:
+    """Write to a file itself, which is made so that it is not done by accident."""
+    assert path.stat().st_mode & 0o777 in (0o400, 0o600)
+    path.chmod(0o600)
+    path.write_bytes(data)
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 16
-    path.write_bytes(data)
+    rewrite(path, data)
 
 
 def link(path: Path) -> None:
@@ -285,9 +292,9 @@ def link(path: Path) -> None:
 
 DAMAGE: dict[str, Any] = {
     "flipped": flip,
-    "cut off": lambda path: os.truncate(path, 4096 + 17),
-    "empty": lambda path: os.truncate(path, 0),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + bytes(64)),
+    "cut off": lambda path: rewrite(path, path.read_bytes()[: 4096 + 17]),
+    "empty": lambda path: rewrite(path, b""),
+    "longer": lambda path: rewrite(path, path.read_bytes() + bytes(64)),
     "a link": link,
     "open to others": lambda path: path.chmod(0o666),
     "gone": lambda path: path.unlink(),
@@ -440,8 +447,16 @@ def test_two_processes_share_the_pages(kept: Path) -> None:
 
 
 def test_processes_that_start_together_end_with_the_same_files(kept: Path) -> None:
-    answers = [each.answer() for each in [Running(kept) for _ in range(3)]]
+    together = [Running(kept) for _ in range(3)]
+    for each in together:
+        each.hear("ready")
+    for each in together:
+        each.say()
+        each.hear("measured")
+    answers = [each.answer() for each in together]
     assert all(answer["mapped"] == answer["packed"] for answer in answers)
+    assert sorted(answer["packings"] for answer in answers) == [0, 0, 2]
+    assert all(answer["Pss"] <= answer["Rss"] * 0.4 for answer in answers)
     assert not any(answer["lines"] for answer in answers)
     assert len(files(kept)) == 1
     assert Store(kept).verify() == []

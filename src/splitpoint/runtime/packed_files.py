@@ -6,8 +6,7 @@ weight they would not be. Its key is made of the values of the weights, which ar
 start, the layouts, and what packing depends on, so that neither a changed weight nor another
 version of this package finds it. It is mapped as the store checked it (`Store.mapped`).
 
-Nothing waits for another process: of several that find no file each packs and writes it, and what
-is written is the same.
+Of processes that start together one packs and writes a file, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -77,8 +76,11 @@ class PackedFiles:
             fields = {**environment, "copies": json.dumps(copies)}
             key = digest(fields)
             made = self._mapped(key, part)
-            if made is None and self._write(key, fields, part):
-                made = self._mapped(key, part)
+            if made is None:
+                with self._store.lock(key):
+                    made = self._mapped(key, part)  # another process was first
+                    if made is None and self._write(key, fields, part):
+                        made = self._mapped(key, part)
             found |= made or {}
         log.info("store: %d of %d copies of weights are in files", len(found), len(wanted))
         return found

@@ -47,6 +47,10 @@ ENTRY = re.compile(
 )
 OBJECT = re.compile(r"objects/(?P<head>[0-9a-f]{2})/(?P<name>[0-9a-f]{64})")
 
+_MAPPED = 0o400
+"""The mode of what is mapped: to write to it, instead of putting another in its place, would change
+values under whoever reads them."""
+
 OTHER_CONTENT = "does not have the content that its name says"
 
 LOCK_TIMEOUT_S = 600.0
@@ -228,8 +232,9 @@ class Store:
         return None
 
     def write_stream(self, parts: Iterable[Buffer]) -> str | None:
-        """Keep what comes part by part, each good until the next is asked for, as one object;
-        otherwise as `write_object`. Nothing is asked for where nothing can be written."""
+        """Keep what comes part by part, each good until the next is asked for, as one object that
+        may be mapped; otherwise as `write_object`. Nothing is asked for where nothing can be
+        written."""
         hashed = hashlib.sha256()
 
         def fill(file: BinaryIO) -> Path:
@@ -242,7 +247,8 @@ class Store:
 
         # Where it will lie is known at its end only.
         head = os.urandom(1).hex()
-        return hashed.hexdigest() if self._write([OBJECTS, head], fill) else None
+        kept = self._write([OBJECTS, head], fill, _MAPPED)
+        return hashed.hexdigest() if kept else None
 
     def _write_file(self, path: Path, data: bytes) -> bool:
         def fill(file: BinaryIO) -> Path:
@@ -255,7 +261,9 @@ class Store:
 
         return self._write(self._parts(path)[:-1], fill)
 
-    def _write(self, above: Sequence[str], fill: Callable[[BinaryIO], Path]) -> bool:
+    def _write(
+        self, above: Sequence[str], fill: Callable[[BinaryIO], Path], mode: int = 0o600
+    ) -> bool:
         """Write a file, begun in a folder, with what `fill` does, to the path that it returns."""
         temporary = f"tmp-{os.getpid()}-{os.urandom(6).hex()}"
         try:
@@ -263,7 +271,7 @@ class Store:
             with self._made(*above) as folder:
                 try:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                    handle = os.open(temporary, flags, 0o600, dir_fd=folder)
+                    handle = os.open(temporary, flags, mode, dir_fd=folder)
                     with os.fdopen(handle, "wb") as file:
                         self._step("created")
                         path = fill(file)
@@ -272,7 +280,10 @@ class Store:
                     self._step("synced")
                     *into, name = self._parts(path)
                     with self._made(*into) as end:
-                        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=end)
+                        if mode == _MAPPED and os.access(name, os.F_OK, dir_fd=end):
+                            os.unlink(temporary, dir_fd=folder)  # others share the one there
+                        else:
+                            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=end)
                     self._step("renamed")
                 except BaseException:
                     with contextlib.suppress(OSError):
