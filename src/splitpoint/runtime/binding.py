@@ -95,7 +95,7 @@ class Binding:
         """Pack all weights that what lanes run reads in copies."""
         found = [lane for lane in lanes if lane is not None]
         # In one order wherever the lanes come from: a file holds the copies of many.
-        found.sort(key=lambda lane: (lane.planned.range, *lane.sizes[:1]))
+        found.sort(key=lambda lane: (lane.planned.range, lane.planned.lengths, *lane.sizes[:1]))
         with self.lock:
             self.weights.add(
                 (lane.graph.bound[index], layout)
