@@ -165,6 +165,11 @@ class Config:
     such a weight then, the module itself above all, raises `WeightsFreed`; one that is given all
     its values anew is packed and freed again. Not with `lazy` or `background`, as a range that is
     compiled later may need it. `linear="auto"` then chooses among kernels that read copies."""
+    mmap_packed_weights: bool = False
+    """Keep packed copies of weights in the store as files that are mapped: processes that serve the
+    same weights share their memory, and a later start does not pack them. What is mapped was hashed
+    by this process, and so were the weights, by whose values it is found. Not copies in oneDNN's
+    layout. With `lazy` and `background`, from the start on that finds all compiled."""
     max_signatures: int = 8
     """For how many kinds of arguments the model is captured and compiled at most: None or a
     tensor, dtypes, numbers of dimensions, layouts, nesting, and the values of all other arguments.
@@ -469,6 +474,15 @@ def _flag_of_later_compiles(name: str, value: object, config: Config) -> object:
     return value
 
 
+def _mapped(name: str, value: object, config: Config) -> object:
+    if _flag(name, value, config) and config.cache_dir == "":
+        raise InvalidField(
+            f"{name}=True keeps files in a store, and cache_dir='' means none: leave one of them "
+            f"out"
+        )
+    return value
+
+
 def _weights(name: str, value: object, config: Config) -> object:
     if value is None:
         return None
@@ -643,6 +657,7 @@ _CHECKS: Mapping[str, Check] = {
     "lazy": _flag_of_later_compiles,
     "background": _flag_of_later_compiles,
     "free_original_weights": _flag,
+    "mmap_packed_weights": _mapped,
     "cache_dir": _or_none(_path),
     "passes": _passes,
     "inductor_options": _options,

@@ -1,10 +1,17 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from splitpoint.kernels.memory import CHUNK_BYTES, HUGE_PAGE, Streamed, streamed_bytes
+from splitpoint.kernels.memory import (
+    CHUNK_BYTES,
+    HUGE_PAGE,
+    Streamed,
+    mapped_file,
+    streamed_bytes,
+)
 
 
 def test_bytes_start_at_a_huge_page_and_are_zeros() -> None:
@@ -62,3 +69,24 @@ def test_a_copy_made_in_any_mode_can_be_written_in_any(mode: type) -> None:
         copy.copy_(torch.zeros(3))
     copy.copy_(torch.ones(3))
     assert not copy.is_inference()
+
+
+@pytest.mark.parametrize("size", [1, 4096, HUGE_PAGE + 5])
+def test_what_is_written_to_a_mapped_file_stays_with_the_process(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"\1" * size)
+    path.chmod(0o400)
+    with open(path, "rb") as file:
+        first, second = mapped_file(file.fileno()), mapped_file(file.fileno())
+    whole = torch.frombuffer(first, dtype=torch.uint8)
+    whole.fill_(7)
+    assert first[:] == b"\7" * size
+    assert second[:] == path.read_bytes() == b"\1" * size
+    path.unlink()
+    assert second[size - 1] == 1
+
+
+def test_an_empty_file_is_not_mapped(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with open(tmp_path / "file", "rb") as file, pytest.raises(ValueError, match="empty"):
+        mapped_file(file.fileno())

@@ -29,6 +29,7 @@ ASKED: dict[str, Config] = {
     "activations": Config(activations="int8"),
     "batch_invariant": Config(batch_invariant=True),
     "free_original_weights": Config(free_original_weights=True),
+    "mmap_packed_weights": Config(mmap_packed_weights=True),
     "cudagraph_capture_sizes": Config(cudagraph_capture_sizes=[1, 2]),
     "pad_to_captured": Config(pad_to_captured=True),
 }

@@ -282,6 +282,7 @@ CONFIG_WITHOUT_EFFECT: dict[str, Any] = {
     "cache_dir": "/somewhere",
     "cudagraph_capture_sizes": (1,),
     "pad_to_captured": True,
+    "mmap_packed_weights": True,
 }
 WITH_OTHERS = {"batch_invariant": {"passes", "on_guard"}}
 """Fields that set others, too."""

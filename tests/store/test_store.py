@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,50 @@ def test_links_and_other_things_in_place_of_files_are_not_read(
     assert store.object(digest) is None
 
 
+def test_what_comes_part_by_part_is_an_object_like_others(store: Store) -> None:
+    digest = store.write_stream([DATA[:100], memoryview(DATA)[100:]])
+    assert digest == Store.digest(DATA)
+    assert store.object(digest) == DATA
+    memory = store.mapped(digest)
+    assert memory is not None
+    assert memory[:] == DATA
+    assert store.write_object(DATA) == digest
+    before = store.object_path(digest).stat()
+    assert store.write_stream([DATA]) == digest
+    after = store.object_path(digest).stat()
+    assert before.st_ino == after.st_ino  # who has it mapped shares it with who maps it now
+    assert after.st_mode & 0o777 == 0o400
+    assert not list(store.folder.glob("**/tmp-*"))
+    assert store.verify() == []
+
+
+def test_nothing_damaged_is_mapped(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    digest = str(store.write_stream([DATA]))
+    path = store.object_path(digest)
+    path.chmod(0o600)
+    for bad in (b"", DATA[:-1], DATA + b"x", b"x" + DATA[1:]):
+        path.write_bytes(bad)
+        path.chmod(0o600)
+        caplog.clear()
+        assert store.mapped(digest) is None
+        assert not path.exists()
+        assert len(lines(caplog)) == 1
+    assert store.mapped(digest) is None
+    assert store.write_stream([DATA]) == digest
+    assert store.mapped(digest) is not None
+
+
+def test_a_stream_that_fails_leaves_nothing(store: Store) -> None:
+    def parts() -> Iterator[bytes]:
+        yield DATA
+        raise KeyError("a weight that cannot be packed")
+
+    with pytest.raises(KeyError):
+        store.write_stream(parts())
+    assert not list(store.objects())
+    assert not list(store.folder.glob("**/tmp-*"))
+
+
 # --- places that cannot be written -----------------------------------------------------
 
 
@@ -257,13 +302,20 @@ with store.lock("ab" * 32) as held:
     assert held
     if sys.argv[3] == "object":
         store.write_object(bytes(range(256)) * 20)
+    elif sys.argv[3] == "stream":
+        store.write_stream([bytes(range(256))] * 20)
     else:
         store.write("pieces", "ab" * 32, {"value": 2, "objects": []})
 """
 
 
-@pytest.mark.parametrize("what", ["object", "entry"])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    ("what", "step"),
+    [
+        *((what, step) for what in ("object", "entry") for step in STEPS),
+        *(("stream", "part" if step == "half" else step) for step in STEPS),
+    ],
+)
 def test_a_writer_killed_at_any_step_leaves_a_whole_store(
     store: Store, step: str, what: str
 ) -> None:

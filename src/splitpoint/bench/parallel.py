@@ -260,7 +260,7 @@ def _one_copy() -> Iterator[None]:
     """What is compiled within reads the same packed weights: of two copies in different places one
     may be faster by more than norms are."""
     weights = PackedWeights()
-    with patch.object(binding, "PackedWeights", lambda: weights):
+    with patch.object(binding, "PackedWeights", lambda _: weights):
         yield
 
 

@@ -20,6 +20,7 @@ from ..report.environment import environment
 
 Say = Callable[[str], None]
 
+COUNTS = ("ranges", "pieces", "unique_pieces", "packed_bytes", "mapped_bytes")
 PARTS = ("capture", "compile", "load", "pack", "first_call")
 
 
@@ -38,14 +39,17 @@ class StartupReport:
 
     def __str__(self) -> str:
         figures, env = self.figures, self.environment
-        rows = [("start", *(part.replace("_", " ") for part in PARTS), "all but pack")]
+        rows = [("start", *(part.replace("_", " ") for part in PARTS), "all but pack", "all")]
         for name in ("cold", "warm"):
             parts = figures[f"{name}_parts"]
-            cells = [f"{parts[part]:.3f}" for part in PARTS]
-            rows.append((name, *cells, f"{figures[f'avg_{name}_startup_time']:.3f}"))
+            rest = figures[f"avg_{name}_startup_time"]
+            seconds = [*(parts[part] for part in PARTS), rest, rest + parts["pack"]]
+            rows.append((name, *(f"{each:.3f}" for each in seconds)))
         lines = [
             f"{env['model']}, {env['dtype']}, {env['threads']} threads, {figures['ranges']} "
-            f"ranges, {figures['unique_pieces']} unique pieces; CPU s, children included",
+            f"ranges, {figures['unique_pieces']} unique pieces, "
+            f"{figures['packed_bytes'] / 2**20:.0f} MiB of packed weights, "
+            f"{figures['mapped_bytes'] / 2**20:.0f} of them mapped; CPU s, children included",
             f"torch {env['torch']} on {env['cpu']}",
             "",
             *align(rows, right=range(1, len(rows[0]))),
@@ -92,7 +96,7 @@ def run(
         figures["warm_parts"] = {
             part: statistics.median(each["parts"][part] for each in warm) for part in PARTS
         }
-        figures |= {name: warm[0][name] for name in ("ranges", "pieces", "unique_pieces")}
+        figures |= {name: warm[0][name] for name in COUNTS}
         figures["imported_when_warm"] = warm[0]["imported"]
         if torch_compile:
             other = {**task, "way": "torch.compile", "config": kept}

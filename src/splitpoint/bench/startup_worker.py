@@ -94,6 +94,8 @@ def _splitpoint(model: Any, config: Config, arguments: dict[str, Any]) -> dict[s
         "ranges": len(compiled.plan.ranges),
         "pieces": stats.pieces,
         "unique_pieces": stats.unique_pieces,
+        "packed_bytes": stats.packed_bytes,
+        "mapped_bytes": stats.mapped_bytes,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def fill(name: str, config: Config, dtype: str, threads: int, layers: int | None
     if store is None:
         raise StoreError("there is no store to fill: see the line above")
     model, _ = load(name, DTYPES[dtype], layers=layers, random_weights=True)
+    # What is random is not kept.
+    config = replace(config, mmap_packed_weights=False)
     compiled = compile(model, config, dynamic_dims=DIMS)
     signature = signature_of(model, (), _arguments(config), DIMS)
     fields = model_fields(config, signature, Roots(model, model.forward), Describer())

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
+import sys
 
 import torch
 from torch import Tensor
@@ -40,6 +42,33 @@ def streamed_bytes(count: int) -> Tensor:
     whole = torch.frombuffer(region, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
     return whole[start : start + count]
+
+
+def mapped_file(handle: int) -> mmap.mmap:
+    """The whole of a file, by its descriptor, which may be closed afterwards, with all its pages
+    in memory. What is written to goes to pages of this process's own and never to the file.
+
+    They lie on huge pages where the file system keeps large folios (ext4 since Linux 6.16, XFS,
+    Btrfs), and on ordinary ones elsewhere.
+
+    Raises:
+        OSError: when it cannot be read or mapped.
+        ValueError: when it is empty.
+    """
+    memory = mmap.mmap(handle, 0, access=mmap.ACCESS_COPY)
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _POPULATE_READ):
+        try:
+            if advice is not None:
+                memory.madvise(advice)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel that does not know it
+                raise
+    return memory
+
+
+_POPULATE_READ = 22 if sys.platform == "linux" else None
+"""MADV_POPULATE_READ of Linux 5.14: what cannot be read, or was cut off, is then an error here and
+no SIGBUS later. MAP_POPULATE would copy the pages, as they may be written to."""
 
 
 def give_back() -> None:

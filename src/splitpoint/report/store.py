@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 from ..ranges import Plan, align
@@ -23,7 +24,8 @@ def listing(store: Store) -> str:
     for used, kind, key, entry, size in sorted(entries, key=lambda each: -each[0]):
         rows.append((kind[:-1], key[:12], _what(kind, entry), f"{size / 1024:.0f}", _ago(used)))
     objects = sum(path.stat().st_size for path in store.objects())
-    total = f"{store.folder}: {len(entries)} entries, {objects / 2**20:.1f} MiB of libraries"
+    held = f"{objects / 2**20:.1f} MiB of libraries and packed weights"
+    total = f"{store.folder}: {len(entries)} entries, {held}"
     return "\n".join([total, *align(rows, right={3})] if entries else [total])
 
 
@@ -33,6 +35,8 @@ def _what(kind: str, entry: dict[str, object]) -> str:
         return f"{len(plan.entries)} ranges up to {plan.max_size}"
     fields = entry["fields"]
     assert isinstance(fields, dict)
+    if kind == "weights":
+        return f"{len(json.loads(fields['copies']))} packed copies"
     return f"range {fields['range']}, hint {fields['hint']}"
 
 

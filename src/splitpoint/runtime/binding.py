@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from ..config import Config
 from ..errors import StateChanged, WeightsFreed
 from ..graph.overlap import Apart
 from ..graph.stitch import Body, Guard, Packed, Stitched, assemble, rebind
+from ..store.store import Store
 from .freed_weights import (
     Originals,
     convert_whole_only,
@@ -35,12 +36,15 @@ class Binding:
     Args:
         config: the program's.
         lanes: the program's, which are added to and taken from while it lives.
+        store: where packed copies of weights are files, if so configured.
     """
 
-    def __init__(self, config: Config, lanes: Sequence[Lane | None]) -> None:
+    def __init__(
+        self, config: Config, lanes: Sequence[Lane | None], store: Store | None = None
+    ) -> None:
         self.config = config
         self.lanes = lanes
-        self.weights = PackedWeights()
+        self.weights = PackedWeights(store if config.mmap_packed_weights else None)
         self.lock = threading.RLock()
         """Held while functions are made and bound, and weights packed and freed."""
         self.originals = Originals(self.lock)
@@ -86,6 +90,19 @@ class Binding:
         if not proven:
             self._renew_watch(graph)
         return run
+
+    def pack(self, lanes: Iterable[Lane | None]) -> None:
+        """Pack all weights that what lanes run reads in copies."""
+        found = [lane for lane in lanes if lane is not None]
+        # In one order wherever the lanes come from: a file holds the copies of many.
+        found.sort(key=lambda lane: (lane.planned.range, lane.planned.lengths, *lane.sizes[:1]))
+        with self.lock:
+            self.weights.add(
+                (lane.graph.bound[index], layout)
+                for lane in found
+                if lane.body is not None
+                for index, layout in lane.body.packed
+            )
 
     def guard(self, graph: Graph) -> Guard:
         """What a function of the graph checks of the module at each call."""

@@ -93,6 +93,12 @@ NEEDS: Mapping[str, Needs] = {
         "packed copies of weights",
         "False",
     ),
+    "mmap_packed_weights": Needs(
+        lambda config: config.mmap_packed_weights,
+        lambda device: device.own_kernels,
+        "packed copies of weights",
+        "False",
+    ),
     "cudagraph_capture_sizes": Needs(
         lambda config: bool(config.cudagraph_capture_sizes),
         lambda device: device.graphs is not None,

@@ -53,11 +53,12 @@ def dynamo_backend(
             "background=True is not for torch.compile, which refuses to run its functions while "
             "another thread traces: call splitpoint.compile(module, Config(...)) instead"
         )
-    if config.free_original_weights:
-        raise ConfigError(
-            "free_original_weights=True is not for torch.compile, which passes the weights at each "
-            "call: call splitpoint.compile(module, Config(...)) instead"
-        )
+    for name in ("free_original_weights", "mmap_packed_weights"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name}=True is not for torch.compile, which passes the weights at each call: "
+                f"call splitpoint.compile(module, Config(...)) instead"
+            )
     check_options(config)
     return part_of(graph_module, config).run
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import attrgetter
 
 import torch
 
 from ..kernels.memory import Streamed
 from ..passes.linear import LAYOUTS
+from ..store.store import Store
 from .freed_weights import is_freed
+from .packed_files import PackedFiles, Wanted
 
 _version = attrgetter("_version")
 _pointer = torch.Tensor.data_ptr
@@ -18,12 +21,22 @@ class PackedWeights:
     """Packed copies, one for each (weight, layout), shared by ranges and graphs.
 
     A weight that is updated in place, or whose `.data` is exchanged, is packed anew into the
-    same copy, so that whoever holds a copy goes on with it. A weight that was freed needs nothing
+    same copy, so that whoever holds a copy goes on with it; the pages of a file that are written
+    to are this process's own from then on. A weight that was freed needs nothing
     until it is given data.
+
+    Args:
+        store: where `add` keeps copies as files that are mapped, or None to have them in memory of
+            this process alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store | None = None) -> None:
+        self._files = None if store is None else PackedFiles(store, self._packed)
+        self.packings = 0
+        """How often a weight was packed."""
         self._copies: dict[tuple[int, str], torch.Tensor] = {}
+        self._mapped: set[tuple[int, str]] = set()
+        """Which copies are as their file has them."""
         self._memory = Streamed()
         self._weights: dict[int, torch.Tensor] = {}
         """By id; held, so that ids stay theirs."""
@@ -37,18 +50,44 @@ class PackedWeights:
         """Bytes of all copies."""
         return sum(packed.nbytes for packed in self._copies.values())
 
-    def get(self, weight: torch.Tensor, layout: str) -> torch.Tensor:
-        """The copy of a [n, k] weight in a layout; made at first use."""
-        copy = self._copies.get((id(weight), layout))
-        return self._add(weight, layout) if copy is None else copy
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the copies that are as their file has them."""
+        return sum(self._copies[key].nbytes for key in self._mapped)
 
-    def _add(self, weight: torch.Tensor, layout: str) -> torch.Tensor:
-        copy = self._memory.placed(_packed(weight, layout))
-        self._copies[id(weight), layout] = copy
-        if id(weight) not in self._weights:
-            self._weights[id(weight)] = weight
-            self._take(weight)
-        return copy
+    def get(self, weight: torch.Tensor, layout: str) -> torch.Tensor:
+        """The copy of a [n, k] weight in a layout; made at first use, not as a file."""
+        if (id(weight), layout) not in self._copies:
+            self._add([(weight, layout)], None)
+        return self._copies[id(weight), layout]
+
+    def add(self, wanted: Iterable[tuple[torch.Tensor, str]]) -> None:
+        """Have copies of [n, k] weights in layouts, as files where that was asked for: the same
+        ones together and in the same order, as files hold several."""
+        missing = {
+            (id(weight), layout): (weight, layout)
+            for weight, layout in wanted
+            if (id(weight), layout) not in self._copies
+        }
+        if missing:
+            self._add(list(missing.values()), self._files)
+
+    def _add(self, wanted: Wanted, files: PackedFiles | None) -> None:
+        found = {} if files is None else files.copies(wanted)
+        self._mapped |= set(found)
+        for weight, layout in wanted:
+            copy = found.get((id(weight), layout))
+            if copy is None:
+                copy = self._memory.placed(self._packed(weight, layout))
+            self._copies[id(weight), layout] = copy
+            if id(weight) not in self._weights:
+                self._weights[id(weight)] = weight
+                self._take(weight)
+
+    def _packed(self, weight: torch.Tensor, layout: str) -> torch.Tensor:
+        self.packings += 1
+        with torch.inference_mode(False), torch.no_grad():
+            return LAYOUTS[layout].pack(weight.detach().contiguous())
 
     def packed_ids(self) -> set[int]:
         """The ids of the weights that have copies."""
@@ -77,13 +116,15 @@ class PackedWeights:
         for weight in [*changed, *(each for each in self._freed if not is_freed(each))]:
             for layout in LAYOUTS:
                 if (copy := self._copies.get((id(weight), layout))) is not None:
-                    copy.copy_(_packed(weight, layout))
+                    copy.copy_(self._packed(weight, layout))
+                    self._mapped.discard((id(weight), layout))
         self.note()
 
     def retain(self, weights: list[torch.Tensor]) -> None:
         """Drop the copies of weights that are not among these."""
         kept = set(map(id, weights))
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] in kept}
+        self._mapped &= self._copies.keys()
         self._weights = {key: weight for key, weight in self._weights.items() if key in kept}
         self.note()
 
@@ -100,8 +141,3 @@ class PackedWeights:
             self._tensors.append(weight)
             self._versions.append(weight._version)
             self._pointers.append(weight.data_ptr())
-
-
-def _packed(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return LAYOUTS[layout].pack(weight.detach().contiguous())

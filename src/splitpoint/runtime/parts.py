@@ -57,7 +57,7 @@ class Parts:
         signature: Signature,
         why: CaptureError,
     ) -> None:
-        for name in ("background", "free_original_weights"):
+        for name in ("background", "free_original_weights", "mmap_packed_weights"):
             if getattr(config, name):
                 refused = GraphBreak(
                     f"{why}\n{name}=True needs one graph: leave it out, or set on_break='error'"

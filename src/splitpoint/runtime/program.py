@@ -85,7 +85,7 @@ class Program:
         self.second = SecondMeasure(config, tuner, self._compile_otherwise)
         self.lanes: list[Lane | None] = []
         """None for a lane that was split; lane i has table entry i + 1."""
-        self.binding = Binding(config, self.lanes)
+        self.binding = Binding(config, self.lanes, store)
         self.runners: list[Stitched] = [_not_served]
         """By index of a lane and one; a lane not compiled yet compiles when called."""
         self.calls = [0]
@@ -261,7 +261,9 @@ class Program:
         self._announce(lanes)
         ranges = tqdm(todo, desc="compiling ranges", unit="range", disable=None)
         with self.compiling:
-            for index in self._compile(ranges):
+            made = self._compile(ranges)
+            self.binding.pack(self.lanes[index - 1] for index in made)
+            for index in made:
                 self._finish(index)
         for dispatch in self.dispatches:
             if not dispatch.dims.is_size_alone:
@@ -397,8 +399,8 @@ class Program:
         module that was just proven to be as it was."""
         # The watches are made with the first function of a graph, and go by what is packed.
         for lane, body in zip(dispatch.lanes, bodies, strict=True):
-            for index, layout in body.packed:
-                self.binding.weights.get(lane.graph.bound[index], layout)
+            lane.body = body
+        self.binding.pack(dispatch.lanes)
         first = len(self.lanes) - len(bodies) + 1
         for index, body in enumerate(bodies, first):
             self._run(index, body, proven=True)

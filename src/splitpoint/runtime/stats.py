@@ -36,6 +36,10 @@ class Stats:
     """Calls that replayed a recorded size."""
     packed_bytes: int = 0
     """Memory of weights in other layouts, beside the module's own."""
+    mapped_bytes: int = 0
+    """Of `packed_bytes`, what is as a file of the store has it, whose pages processes share."""
+    packings: int = 0
+    """How often a weight was packed: what is mapped was not, unless its file had to be written."""
     freed_bytes: int = 0
     """Memory of the module's own weights that was given back."""
     kinds: dict[str, int] = field(default_factory=dict)
@@ -76,6 +80,8 @@ class Stats:
             heading += f", {self.replays} replays"
         if self.packed_bytes:
             heading += f", {self.packed_bytes / 2**20:.1f} MiB of packed weights"
+        if self.mapped_bytes:
+            heading += f", {self.mapped_bytes / 2**20:.1f} of them mapped"
         if self.freed_bytes:
             heading += f", {self.freed_bytes / 2**20:.1f} MiB of original weights freed"
         table = align(rows, right={1}) if len(rows) > 1 else []
@@ -109,6 +115,8 @@ def stats_of(programs: Sequence[Program], eager_calls: int) -> Stats:
             if dispatch.recorder is not None
         ),
         packed_bytes=sum(program.binding.weights.nbytes for program in programs),
+        mapped_bytes=sum(program.binding.weights.mapped_bytes for program in programs),
+        packings=sum(program.binding.weights.packings for program in programs),
         freed_bytes=sum(program.binding.originals.nbytes for program in programs),
         eager_calls=sum(each.eager_calls for each in counts) + eager_calls,
         failed={range_: why for program in programs for range_, why in program.failed().items()},

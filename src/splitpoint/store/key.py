@@ -103,6 +103,17 @@ def piece_fields(
     }
 
 
+def packing_environment() -> dict[str, str]:
+    """What a weight in another layout depends on beside its values: of `environment` all but what
+    is about compiling, and how arithmetic treats what is nearly nothing."""
+    found = environment()
+    smallest = torch.tensor(torch.finfo(torch.float32).tiny)
+    return {
+        **{name: found[name] for name in found if name not in ("threads", "inductor_config")},
+        "flushes_denormals": str(not smallest / 2),
+    }
+
+
 @functools.cache
 def _software() -> dict[str, str]:
     package = Path(__file__).parent.parent

@@ -7,9 +7,9 @@
 
 What is in a file is hashed each time that it is read, so damage of any kind is a miss; so is a
 link, and whatever others may write to (`folder`). Libraries are loaded as they were hashed
-(`loadable`). Files appear under their names by a rename, whole or not at all. Nothing here raises
-because a disk is full or a folder cannot be written: what cannot be kept is compiled again next
-time.
+(`loadable`), and files mapped (`Store.mapped`). Files appear under their names by a rename, whole
+or not at all, and are never written to after it. Nothing here raises because a disk is full or a
+folder cannot be written: what cannot be kept is made again next time.
 """
 
 from __future__ import annotations
@@ -18,30 +18,40 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from ..errors import UntrustedStore
+from ..kernels.memory import mapped_file
 from .folder import Damaged, Folder, content
 from .loadable import loadable
+from .lock import locked
 
 log = logging.getLogger("splitpoint")
 
 Read = TypeVar("Read")
+Buffer = bytes | memoryview
 
 OBJECTS, ASIDE, LOCKS = "objects", "aside", "locks"
-KINDS = ("models", "pieces")
+KINDS = ("models", "pieces", "weights")
 """The kinds of entries."""
 
 ENTRY = re.compile(
     r"(?P<kind>[a-z]+)/(?P<head>[0-9a-f]{2})/(?P<name>[0-9a-f]{64}(-[0-9a-f]{8})?)\.json"
 )
 OBJECT = re.compile(r"objects/(?P<head>[0-9a-f]{2})/(?P<name>[0-9a-f]{64})")
+
+_MAPPED = 0o400
+"""The mode of what is mapped: to write to it, instead of putting another in its place, would change
+values under whoever reads them."""
+
+OTHER_CONTENT = "does not have the content that its name says"
 
 LOCK_TIMEOUT_S = 600.0
 """How long a process waits for another that compiles the same; then it compiles too."""
@@ -149,6 +159,24 @@ class Store:
 
         return self._read(self.object_path(digest), library)
 
+    def mapped(self, digest: str) -> mmap.mmap | None:
+        """The content of an object as it was checked just now, as memory whose pages all
+        processes share that map it, but for those that they write to, which become their own;
+        None as `object`."""
+
+        def mapped(handle: int) -> mmap.mmap:
+            try:
+                memory = mapped_file(handle)
+            except OSError as error:
+                raise Damaged(f"cannot be mapped ({error.strerror})") from error
+            except ValueError as error:  # it is empty
+                raise Damaged(OTHER_CONTENT) from error
+            if hashlib.sha256(memory).hexdigest() != digest:
+                raise Damaged(OTHER_CONTENT)
+            return memory
+
+        return self._read(self.object_path(digest), mapped)
+
     def _read(self, path: Path, read: Callable[[int], Read]) -> Read | None:
         """What is read from a file's descriptor; None where it is not there, or not to be used,
         which is said."""
@@ -203,26 +231,59 @@ class Store:
             return digest
         return None
 
+    def write_stream(self, parts: Iterable[Buffer]) -> str | None:
+        """Keep what comes part by part, each good until the next is asked for, as one object that
+        may be mapped; otherwise as `write_object`. Nothing is asked for where nothing can be
+        written."""
+        hashed = hashlib.sha256()
+
+        def fill(file: BinaryIO) -> Path:
+            for part in parts:
+                hashed.update(part)
+                file.write(part)
+                file.flush()
+                self._step("part")
+            return self.object_path(hashed.hexdigest())
+
+        # Where it will lie is known at its end only.
+        head = os.urandom(1).hex()
+        kept = self._write([OBJECTS, head], fill, _MAPPED)
+        return hashed.hexdigest() if kept else None
+
     def _write_file(self, path: Path, data: bytes) -> bool:
+        def fill(file: BinaryIO) -> Path:
+            file.write(data[: len(data) // 2])
+            file.flush()
+            self._step("half")
+            file.write(data[len(data) // 2 :])
+            file.flush()
+            return path
+
+        return self._write(self._parts(path)[:-1], fill)
+
+    def _write(
+        self, above: Sequence[str], fill: Callable[[BinaryIO], Path], mode: int = 0o600
+    ) -> bool:
+        """Write a file, begun in a folder, with what `fill` does, to the path that it returns."""
         temporary = f"tmp-{os.getpid()}-{os.urandom(6).hex()}"
-        *above, name = self._parts(path)
         try:
             self._step("folder")
             with self._made(*above) as folder:
                 try:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                    handle = os.open(temporary, flags, 0o600, dir_fd=folder)
+                    handle = os.open(temporary, flags, mode, dir_fd=folder)
                     with os.fdopen(handle, "wb") as file:
                         self._step("created")
-                        file.write(data[: len(data) // 2])
-                        file.flush()
-                        self._step("half")
-                        file.write(data[len(data) // 2 :])
-                        file.flush()
+                        path = fill(file)
                         self._step("written")
                         os.fsync(file.fileno())
                     self._step("synced")
-                    os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                    *into, name = self._parts(path)
+                    with self._made(*into) as end:
+                        if mode == _MAPPED and os.access(name, os.F_OK, dir_fd=end):
+                            os.unlink(temporary, dir_fd=folder)  # others share the one there
+                        else:
+                            os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=end)
                     self._step("renamed")
                 except BaseException:
                     with contextlib.suppress(OSError):
@@ -230,7 +291,7 @@ class Store:
                     raise
         except (OSError, Damaged) as error:
             what = f"cannot write to {self.folder}"
-            self._refused(error, what, "; what is compiled now is compiled again next time")
+            self._refused(error, what, "; what is made now is made again next time")
             return False
         return True
 
@@ -252,8 +313,6 @@ class Store:
 
         A lock falls when its holder ends, however it ends; the next process then takes over.
         """
-        import fcntl
-
         path = self.folder / LOCKS / f"{key}.lock"
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -263,29 +322,7 @@ class Store:
             yield False
             return
         with os.fdopen(handle, "r"):
-            end = time.monotonic() + self.lock_timeout_s
-            pause = 0.002
-            held = False
-            while not held:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    held = True
-                except BlockingIOError:
-                    if not wait:
-                        break
-                    if time.monotonic() >= end:
-                        log.warning(
-                            "store: another process has held %s for %.0f s; this one goes on "
-                            "without waiting for it",
-                            path,
-                            self.lock_timeout_s,
-                        )
-                        break
-                    time.sleep(pause)
-                    pause = min(2 * pause, 0.1)
-                except OSError:
-                    break  # a file system without locks
-            yield held
+            yield locked(handle, path, self.lock_timeout_s if wait else None)
 
     # --- the whole ---------------------------------------------------------------------
 
@@ -428,7 +465,7 @@ def _object(handle: int, digest: str) -> bytes:
     """
     data = content(handle)
     if hashlib.sha256(data).hexdigest() != digest:
-        raise Damaged("does not have the content that its name says")
+        raise Damaged(OTHER_CONTENT)
     return data
 
 

@@ -10,7 +10,7 @@ from ..errors import StoreError
 from .folder import Damaged
 from .store import ENTRY, OBJECT, Store, decode_entry
 
-LARGEST = 1 << 30
+LARGEST = 1 << 34
 """No file of a store is larger than this."""
 
 
