@@ -356,10 +356,14 @@ void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* r
     if (widens) a.x_type = DType::f32;
   }
   Tensor x_sums;
-  if (first.zero_points && t <= kMostFewRows) {
+  if (first.zero_points && (t <= kMostFewRows || (bf16 && table->dots_bf16))) {
     x_sums = at::empty({t, k / first.group}, x_given.options().dtype(at::kFloat));
     auto* to = static_cast<float*>(x_sums.mutable_data_ptr());
-    table->sum_groups(first, 0, t, to);
+    const int64_t groups = k / first.group;
+    parallel(t, std::max<int64_t>(1, kValuesWorthAThread / std::max<int64_t>(k, 1)),
+             [&](int64_t begin, int64_t end) {
+               table->sum_groups(first, begin, end, to + begin * groups);
+             });
     for (LinearArgs& a : layers) a.x_sums = to;
   }
   run_parallel(layers, made.packed ? table->packed : table->gemv, made.weight_bytes);

@@ -84,18 +84,14 @@ constexpr int64_t int4_chunk(int64_t group) {
 // --- a tile ----------------------------------------------------------------------------
 
 // Rows whose sums, weights and constants fit the registers.
-inline constexpr int kInt4DotRows = kLanes == 16 ? 13 : kMaxRows;
+inline constexpr int kInt4DotRows = kInt4Rows;
 
 struct Int4DotTile {
   const Int4Bytes::X* x;
   const int32_t* starts;  // [chunks, t], minus 8 times the sum of x over each
   const char* panel;
   float* sums;            // [rows, kBlock]
-  // What is fetched: `ahead_bytes` in each group, `ahead_step` at each word. What would be behind
-  // the panel is taken from `next`.
-  const char* ahead;
-  int64_t ahead_bytes, ahead_step;
-  const char* next;
+  Int4Ahead fetched;
 };
 
 // acc += the products of the p-th part of 8 k's.
@@ -127,12 +123,10 @@ void int4_dot_tile(const LinearArgs& a, const Int4DotTile& t) {
   const char* panel = t.panel;
   const W::X* x = t.x;
   const int32_t* starts = t.starts;
-  const char* ahead_of_group = t.ahead;
+  Int4Ahead fetched = t.fetched;
   for (int64_t i = 0; i < kRows * kBlock; i += kLanes) store(sums + i, Vec{});
-  for (int64_t i = 0; i < g.groups; ++i, panel += bytes, ahead_of_group += t.ahead_bytes) {
-    if (t.next && ahead_of_group >= end) ahead_of_group = t.next + (ahead_of_group - end);
-    const char* ahead = ahead_of_group;
-    __builtin_prefetch(ahead + t.ahead_bytes - 1, 0, 3);
+  for (int64_t i = 0; i < g.groups; ++i, panel += bytes) {
+    const char* ahead = fetched.group(end);
     const char* words_of_chunk = panel + g.head();
     for (int64_t c = 0; c < g.group; c += chunk, x += chunk, starts += a.t) {
       for (int v0 = 0; v0 < kBlockVecs; v0 += kVecs) {
@@ -145,9 +139,7 @@ void int4_dot_tile(const LinearArgs& a, const Int4DotTile& t) {
         Rows<W::X, kRows> rows(x, a.x_stride);
         const char* words = words_of_chunk;
         for (int64_t k = 0; k < chunk; k += kWordDepth) {
-          __builtin_prefetch(ahead, 0, 3);
-          __builtin_prefetch(ahead + t.ahead_step / 2, 0, 3);
-          ahead += t.ahead_step;
+          fetched.word(ahead);
           int4_dot_step<kRows, kVecs>(acc, rows, words, v0, 0);
           int4_dot_step<kRows, kVecs>(acc, rows, words, v0, 1);
           if constexpr (W::kParts > 2) {
@@ -194,7 +186,6 @@ struct Int4DotTilesUpTo<0, kRow...> : Int4DotTiles<kRow...> {};
 template <class Y>
 inline void int4_dot_part(const LinearArgs& a, const Part& part) {
   const Int4Panels panels(a, part);
-  const Int4Groups g(a);
   const int64_t height = part.t1 - part.t0, tiles = ceil_div(height, kInt4DotRows);
   const auto* x = static_cast<const Int4Bytes::X*>(a.x);
   alignas(64) float sums[2][kInt4DotRows * kBlock];
@@ -203,23 +194,8 @@ inline void int4_dot_part(const LinearArgs& a, const Part& part) {
       const int64_t t0 = part.t0 + height * i / tiles, t1 = part.t0 + height * (i + 1) / tiles;
       fetch_for_finish<Y>(a, t0, t1 - t0, block);
       for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
-        const char* panel = panels.at(block, half);
-        Int4DotTile t{x + t0 * a.x_stride, a.x_starts + t0, panel, sums[half],
-                    panel, 0, 0, nullptr};
-        // The only tile reads from memory what is some way on; of many the first two fetch a half
-        // each of what the next block has.
-        if (tiles == 1) {
-          t.ahead = panel + kAheadBytes, t.next = panels.after(block, half);
-          t.ahead_bytes = g.bytes(), t.ahead_step = kWordBytes;
-        } else if (i < 2) {
-          const bool last = block + 1 == part.block1;
-          const char* next = !last ? panels.at(block + 1, half)
-                                   : half ? nullptr : static_cast<const char*>(part.next);
-          if (next) {
-            t.ahead = next + i * (panels.bytes / 2);
-            t.ahead_bytes = g.bytes() / 2, t.ahead_step = kWordBytes / 2;
-          }
-        }
+        const Int4DotTile t{x + t0 * a.x_stride, a.x_starts + t0, panels.at(block, half), sums[half],
+                            {panels, tiles, i, block, half}};
         Int4DotTilesUpTo<kInt4DotRows>::run[t1 - t0 - 1](a, t);
         for (int64_t r = 0; r < t1 - t0; ++r) {
           float* row = sums[half] + r * kBlock;

@@ -9,9 +9,9 @@ namespace splitpoint {
 // one packed tensor serves whatever kernel is chosen later.
 inline constexpr int64_t kBlock = 32;
 
-// Rows of x for which a 4-bit weight is unpacked in registers, at most; of more, the kernels need no
-// sums of x.
-inline constexpr int64_t kMostFewRows = 12;
+// Rows of x for which kernels without bf16 instructions unpack a 4-bit weight in registers, at most;
+// of more, they need no sums of x.
+inline constexpr int64_t kMostFewRows = 13;
 
 // The least k's of 4-bit weights that share a scale.
 inline constexpr int64_t kLeastGroup = 32;
