@@ -153,9 +153,7 @@ def test_a_row_that_is_not_finite_has_no_finite_result(
 ) -> None:
     kernels.use_instruction_set(instruction_set)
     made = Int4Format(32, zero_points=rows == 5)
-    case = make_case(
-        rows, [40, 40], 64, made, dtype, bias=True, activation="silu", gated=rows == 5
-    )
+    case = make_case(rows, [40, 40], 64, made, dtype, bias=True, activation="silu", gated=rows == 5)
     clean = run(case)
     others = [row for row in range(rows) if row not in (2, 3)]
     case.x[2, 63] = value
