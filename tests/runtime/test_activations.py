@@ -26,7 +26,7 @@ from splitpoint.runtime.freed_weights import is_freed
 from splitpoint.tuning.linear import LinearTuner
 from tests.passes.test_linear import Layered, piece_of
 from tests.runtime import test_packed_linear as packed
-from tests.runtime.test_quantised import PLAN, SIZES, make, x
+from tests.runtime.test_quantised import PLAN, SIZES, make, reference, x
 
 ASKED: dict[str, Any] = PLAN | {"weights": "int8", "activations": "int8"}
 
@@ -131,9 +131,9 @@ def test_layers_over_four_packed_bits_compute_what_the_reference_says(dtype: tor
 @pytest.mark.parametrize("runner", ["native", "python"])
 def test_weights_rounded_to_four_bits_have_it_too(runner: str) -> None:
     compiled = compile(make(), Config(**ASKED | {"weights": "int4"}, runner=runner))
-    alone = compile(make(), Config(**PLAN, weights="int4"))
+    weights_alone = reference(make(), "int4")
     for size in SIZES:
-        moved = off(compiled(x(size)), alone(x(size)).double())
+        moved = off(compiled(x(size)), weights_alone(x(size).double()))
         assert moved < 1e-5 if size <= 8 else 2e-3 < moved < 0.05
     assert {*compiled.plan.entries[1].linear.values()} >= {"int4_dynamic", "int8_dynamic"}
 
