@@ -141,12 +141,12 @@ class Config:
     compute with them, and activations stay as they are. What cannot be rounded so stays, and the
     plan says why. None leaves weights as they are. Chooses kernels itself: not with `linear`."""
     activations: Activations | None = None
-    """What linear layers on CPU whose weights are int8 (`weights="int8"`, or the model's own) round
-    their input to, row by row as it comes, in ranges where that is measured to be faster by 10 %:
-    "int8", with a row's largest magnitude over 127 as its scale, so that no value moves by more
-    than a 254th of that magnitude. Products are then summed exactly. The plan says which layers do
-    so in which ranges. A row with a value that is not finite gives NaN. None leaves inputs as they
-    are. Chooses kernels by measuring: not with `linear`."""
+    """What linear layers on CPU whose weights are int8 or 4 bits (`weights`, or the model's own)
+    round their input to, row by row as it comes, in ranges where that is measured to be faster by
+    10 %: "int8", with a row's largest magnitude over 127 as its scale, so that no value moves by
+    more than a 254th of that magnitude. Products are then summed exactly, of 4 bits within each
+    group. The plan says which layers do so in which ranges. A row with a value that is not finite
+    gives NaN. None leaves inputs as they are. Chooses kernels by measuring: not with `linear`."""
     batch_invariant: bool = False
     """On CPU: a row's result has the same bits whatever the other rows are and however many, and
     with any number of threads. Linear layers get the one kernel that adds in the order of k at all
@@ -514,11 +514,12 @@ def _activations(name: str, value: object, config: Config) -> object:
 
 
 _WHERE_ROUNDED: Mapping[str, tuple[object, ...]] = {
-    "weights": ("int8", None),
+    "weights": ("int8", "int4", None),
     "linear": ("auto",),
     "backend": ("inductor",),
 }
-"""By field: what `activations` goes with; without `weights`, layers of the model have int8."""
+"""By field: what `activations` goes with; without `weights`, layers of the model have int8 or 4
+bits."""
 
 
 def _batch_invariant(name: str, value: object, config: Config) -> object:

@@ -41,13 +41,14 @@ def test_a_row_for_each_kind_of_weights(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(folder)
     text = tmp_path / "text.txt"
     text.write_text("a b b a a b a b b " * 4)
-    kinds = (None, "int8")
+    kinds = (None, "int8", "int4")
     report = run(str(folder), text, weights=kinds, dtype="fp32", tokens=20, window=8)
-    labels = [AS_THEY_ARE, "int8", "int8, activations int8"]
+    labels = [AS_THEY_ARE, "int8", "int8, activations int8", "int4", "int4, activations int8"]
     assert [row.weights for row in report.rows] == labels
-    plain, int8, both = (row.perplexity for row in report.rows)
+    plain, int8, both, int4, both4 = (row.perplexity for row in report.rows)
     assert plain != int8 == pytest.approx(plain, rel=0.05)
     assert both == pytest.approx(plain, rel=0.05)
+    assert both4 == pytest.approx(int4, rel=0.05)
     assert "activations in int8" in report.rows[2].note
     assert f"{labels[2]}: " in str(report)
     assert "20 tokens of text.txt in windows of 8" in str(report)

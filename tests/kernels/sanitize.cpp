@@ -100,7 +100,8 @@ void check(const KernelTable& table, bool packed, const Shape& s, DType type, DT
   }
 }
 
-// A 4-bit weight: any bits are one. Its values are read back by hand.
+// A 4-bit weight: any bits are one. Its values are read back by hand. It multiplies x, and then an x
+// that is rounded to int8.
 void check_int4(const KernelTable& table, const Shape& s, DType type, int64_t group,
                 bool zero_points, bool wide_scales) {
   const int64_t blocks = ceil_div(s.n, kBlock), groups = s.k / group;
@@ -120,7 +121,10 @@ void check_int4(const KernelTable& table, const Shape& s, DType type, int64_t gr
   }
   const Buffer x(type, s.t * s.k);
   Buffer y(type, s.t * s.n), wide(DType::f32, 0), x_sums(DType::f32, s.t * groups);
-  Buffer whole(type, s.k * s.n);
+  Buffer whole(type, s.k * s.n), y_rounded(type, s.t * s.n), scales_of_x(DType::f32, s.t);
+  const int64_t stride = ceil_div(s.k, 64) * 64;
+  Buffer x_rounded(DType::i8, s.t * stride * (table.bytes_int4 ? 1 : 2));
+  std::vector<int32_t> starts(s.t * s.k / 32);
   LinearArgs a{};
   a.t = s.t, a.n = s.n, a.k = s.k, a.x_stride = s.k, a.y_stride = s.n;
   a.group = group, a.zero_points = zero_points, a.wide_scales = wide_scales, a.w_type = DType::i4;
@@ -139,7 +143,18 @@ void check_int4(const KernelTable& table, const Shape& s, DType type, int64_t gr
   table.packed(a, {0, s.t, blocks / 2, blocks});
   a.y = whole.bytes.get();
   table.unpack(a, 0, blocks);
-  ++runs;
+  auto* x_scales = reinterpret_cast<float*>(scales_of_x.bytes.get());
+  table.quantise({x.bytes.get(), s.t, s.k, type, s.k, x_rounded.bytes.get(), stride, group, x_scales,
+                  starts.data()},
+                 0, s.t);
+  a.x = x_rounded.bytes.get(), a.x_stride = stride, a.x_type = DType::i8, a.x_scales = x_scales;
+  a.x_starts = starts.data(), a.y = y_rounded.bytes.get();
+  for (const auto& [t0, t1] : {std::pair{int64_t{0}, s.t / 2}, std::pair{s.t / 2, s.t}}) {
+    if (t0 == t1) continue;
+    table.packed(a, {t0, t1, 0, blocks / 2});
+    table.packed(a, {t0, t1, blocks / 2, blocks});
+  }
+  runs += 2;
   for (int64_t c = 0; c < s.n; ++c) {
     std::vector<double> weight(s.k);
     for (int64_t k = 0; k < s.k; ++k) {
@@ -157,15 +172,22 @@ void check_int4(const KernelTable& table, const Shape& s, DType type, int64_t gr
       }
     }
     for (int64_t t = 0; t < s.t; ++t) {
-      double value = 0, size = 0;
+      double value = 0, size = 0, step = 0;
       for (int64_t k = 0; k < s.k; ++k) {
         value += x.at(t * s.k + k) * weight[k];
+        step += std::fabs(weight[k]) / 250;  // no value of x is larger than 1
         size += std::fabs(x.at(t * s.k + k) * weight[k]) + 1e-3;
       }
       if (!(std::fabs(y.at(t * s.n + c) - value) <= 1e-2 * size)) {
         std::printf("%s int4 t %ld n %ld k %ld: %g, expected %g\n", table.name,
                     static_cast<long>(s.t), static_cast<long>(s.n), static_cast<long>(s.k),
                     y.at(t * s.n + c), value);
+        std::exit(1);
+      }
+      if (!(std::fabs(y_rounded.at(t * s.n + c) - value) <= 1e-2 * size + step)) {
+        std::printf("%s int4 of a rounded x t %ld n %ld k %ld: %g, expected %g\n", table.name,
+                    static_cast<long>(s.t), static_cast<long>(s.n), static_cast<long>(s.k),
+                    y_rounded.at(t * s.n + c), value);
         std::exit(1);
       }
     }

@@ -37,7 +37,7 @@ void check(const KernelTable& table, int64_t t, int64_t n, int64_t k, DType type
     }
   }
   auto* scales = reinterpret_cast<float*>(row_scales.bytes.get());
-  table.quantise({x.bytes.get(), x_stride, type, k, rounded.bytes.get(), stride, scales,
+  table.quantise({x.bytes.get(), t, x_stride, type, k, rounded.bytes.get(), stride, 0, scales,
                   starts.data()},
                  0, t);
   LinearArgs a{};

@@ -1,4 +1,4 @@
-"""`Config.activations`: layers over int8 weights that round what they are given."""
+"""`Config.activations`: layers over weights of 8 or 4 bits that round what they are given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from splitpoint import Config, compile, kernels
 from splitpoint.errors import InvalidField, NothingToRound
-from splitpoint.kernels.bounds import Expected
+from splitpoint.kernels.bounds import ROUNDOFF, Expected
+from splitpoint.kernels.int4 import INT4_FORMATS, Int4Format
 from splitpoint.kernels.layout import quantize
 from splitpoint.kernels.reference import quantised_rows
 from splitpoint.passes import linear
@@ -25,7 +26,7 @@ from splitpoint.runtime.freed_weights import is_freed
 from splitpoint.tuning.linear import LinearTuner
 from tests.passes.test_linear import Layered, piece_of
 from tests.runtime import test_packed_linear as packed
-from tests.runtime.test_quantised import PLAN, SIZES, make, x
+from tests.runtime.test_quantised import PLAN, SIZES, make, reference, x
 
 ASKED: dict[str, Any] = PLAN | {"weights": "int8", "activations": "int8"}
 
@@ -36,7 +37,10 @@ LAST = "64->300"
 def large_sizes_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Above 8, and only there, kernels that round x are alone worth measuring, so that the choice
     does not depend on the machine."""
-    for name in ("int8", "int8_unpacked", "packed", "unpacked", "int8_dynamic", "dynamic"):
+    for name in (
+        "int8", "int8_unpacked", "packed", "unpacked", "int8_dynamic", "dynamic",
+        "int4", "int4_unpacked", "int4_dynamic", "dynamic_int4",
+    ):  # fmt: skip
         variant = VARIANTS[name]
         rounds = bool(variant.activations)
         some = dataclasses.replace(variant, promises=lambda r, rounds=rounds: (r.end > 8) == rounds)
@@ -108,6 +112,33 @@ def test_a_layer_computes_what_the_reference_says(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("large_sizes_round")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_layers_over_four_packed_bits_compute_what_the_reference_says(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = packed.int4(300, 192, Int4Format(64), bias=True).to(dtype).eval().requires_grad_(False)
+    compiled = compile(layer, Config(**PLAN, activations="int8"))
+    weight = layer.weight(torch.float32)
+    for size in SIZES:
+        off_by = [ROUNDOFF[dtype] * weight.abs()] if size <= 8 else []
+        expected = Expected.of(
+            x(size, dtype), [weight], (), [layer.bias], off=off_by, rounds_x=size > 8
+        )
+        assert expected.exceeded([compiled(x(size, dtype))]) <= 1
+    assert [*compiled.plan.entries[1].linear.values()] == ["dynamic_int4"]
+
+
+@pytest.mark.usefixtures("large_sizes_round")
+@pytest.mark.parametrize("runner", ["native", "python"])
+def test_weights_rounded_to_four_bits_have_it_too(runner: str) -> None:
+    compiled = compile(make(), Config(**ASKED | {"weights": "int4"}, runner=runner))
+    weights_alone = reference(make(), "int4")
+    for size in SIZES:
+        moved = off(compiled(x(size)), weights_alone(x(size).double()))
+        assert moved < 1e-5 if size <= 8 else 2e-3 < moved < 0.05
+    assert {*compiled.plan.entries[1].linear.values()} >= {"int4_dynamic", "int8_dynamic"}
+
+
+@pytest.mark.usefixtures("large_sizes_round")
 def test_layers_over_packed_weights_round_too() -> None:
     torch.manual_seed(0)
     layer = packed.int8(300, 192, bias=True).eval().requires_grad_(False)
@@ -135,7 +166,7 @@ def test_int8_with_a_factor_a_column_rounds_too() -> None:
         prepared = linear.rewrite(piece, bound, {site.shape: "dynamic"})
         inputs = [LAYOUTS[layout].pack(values[i].detach()) for i, layout in prepared.sources]
         (made,) = prepared.piece.graph_module(*([5] if piece.takes else []), *inputs)
-        expected = Expected.of(given, [model.int8], [model.scale], rounds_x=True)
+        expected = Expected.of(given, [model.int8], [model.scale], rounds_x=True, exact_sums=True)
         assert expected.exceeded([made]) <= 1
 
 
@@ -223,20 +254,28 @@ def test_of_kernels_whose_rows_stand_alone_too(rounding: float, chosen: str) -> 
 
 
 @pytest.mark.parametrize("instruction_set", ["avx512_bf16", "avx2", "portable"])
-@pytest.mark.parametrize("int8", [False, True])
-def test_it_is_right_as_the_tuner_sees_it(int8: bool, instruction_set: str) -> None:
+@pytest.mark.parametrize("name", ["int8_dynamic", "dynamic", "int4_dynamic", "dynamic_int4"])
+def test_it_is_right_as_the_tuner_sees_it(name: str, instruction_set: str) -> None:
     if instruction_set not in kernels.instruction_sets():
         pytest.skip("not on this CPU")
     kernels.use_instruction_set(instruction_set)
-    name = "dynamic" if int8 else "int8_dynamic"
+    int8, k = name == "dynamic", 192 if "int4" in name else 130
+    shapes = [
+        LinearShape((70, 33), 96, torch.bfloat16, bias=True, int8=int8),
+        LinearShape((64, 64), k, torch.float32, activation="silu", gated=True, int8=int8),
+        LinearShape((64,), 96, torch.float32, residual=True, transposed=True, int8=int8),
+    ]
+    if name == "dynamic_int4":
+        shapes = [
+            LinearShape((64,), 128, dtype, packed=str(made))
+            for made in INT4_FORMATS
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+    if int8:
+        shapes.append(LinearShape((64,), 33, torch.float32, int8=True, packed="int8"))
     try:
         tuner = LinearTuner(threads=1)
-        for shape in (
-            LinearShape((70, 33), 96, torch.bfloat16, bias=True, int8=int8),
-            LinearShape((64, 64), 130, torch.float32, activation="silu", gated=True, int8=int8),
-            LinearShape((64,), 96, torch.float32, residual=True, transposed=True, int8=int8),
-            *([LinearShape((64,), 33, torch.float32, int8=True, packed="int8")] if int8 else []),
-        ):
+        for shape in shapes:
             for rows in (1, 20):
                 seconds = tuner.seconds(shape, rows, [name])
                 assert seconds is not None
@@ -259,7 +298,6 @@ def test_one_that_does_not_round_is_not_what_was_asked_for(
     ("given", "said"),
     [
         ({"activations": "int4"}, "activations must be one of 'int8', got 'int4'"),
-        ({"weights": "int4"}, r"activations='int8' needs weights='int8', got 'int4'"),
         ({"weights": None, "linear": "inductor"}, "needs linear='auto', got 'inductor'"),
         ({"weights": None, "backend": "eager"}, "needs backend='inductor', got 'eager'"),
     ],

@@ -82,8 +82,8 @@ def run(
     layers: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> PerplexityReport:
-    """The perplexity of a text's first `tokens` tokens, for each kind of weights, and for int8
-    weights with each kind of `activations`, in the layers where that is faster at a whole window.
+    """The perplexity of a text's first `tokens` tokens, for each kind of weights, and for int8 and
+    int4 with each kind of `activations`, in the layers where that is faster at a whole window.
 
     The text is cut into windows that the model sees alone, each token but a window's first
     predicted from those before it. Logits come from the compiled model.
@@ -109,10 +109,9 @@ def run(
         raise UsageError(f"{text} has {len(ids)} tokens: two are the least")
     torch.set_num_threads(threads)
     rows = []
-    kinds: list[tuple[Weights | None, Activations | None]] = [(kind, None) for kind in weights]
-    if "int8" in weights:
-        at = list(weights).index("int8") + 1
-        kinds[at:at] = [("int8", each) for each in activations]
+    kinds: list[tuple[Weights | None, Activations | None]] = [
+        (kind, each) for kind in weights for each in ((None, *activations) if kind else (None,))
+    ]
     for kind, rounded in kinds:
         label = (kind or AS_THEY_ARE) + (f", activations {rounded}" if rounded else "")
         say(f"weights {label}: compiling, and reading the text ...")

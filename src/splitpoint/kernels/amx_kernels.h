@@ -9,13 +9,13 @@ namespace splitpoint::SPLITPOINT_ISA::tiles {
 
 inline constexpr bool kDots = true;
 inline constexpr bool kInt8Dots = true;
+inline constexpr bool kInt4Bytes = true;
 
 inline void run_packed(const LinearArgs& a, const Part& part) {
   const int64_t rows = part.t1 - part.t0;
   const int64_t fewest = a.w_type == DType::i4 ? kInt4Rows + 1 : kFewestRows;
   // Tiles add products in another order than the dot products of few rows.
-  if (a.x_type == DType::f32 || a.k == 0 || rows < fewest || a.batch_invariant ||
-      a.w_type == DType::quads) {
+  if (a.x_type != DType::bf16 || a.k == 0 || rows < fewest || a.batch_invariant) {
     return kAvx512Bf16.packed(a, part);
   }
   switch (a.w_type) {

@@ -135,9 +135,11 @@ class Expected:
         gated: bool = False,
         off: Sequence[Tensor] = (),
         rounds_x: bool = False,
+        exact_sums: bool = False,
     ) -> Expected:
         """For inputs and weights as for `linear`, and `off` as for `bounds`. With `rounds_x` of an
-        x rounded to int8 (`quantised_rows`), whose products with int8 weights are summed exactly.
+        x rounded to int8 (`quantised_rows`); with `exact_sums` its products with int8 weights are
+        summed exactly.
         """
         dtype = x.dtype
         if rounds_x:
@@ -157,7 +159,7 @@ class Expected:
             gated,
             off,
             dtype,
-            rounds_x,
+            exact_sums,
         )
         return Expected(exact, allowed, dtype)
 

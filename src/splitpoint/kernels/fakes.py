@@ -41,6 +41,7 @@ def _linear_packed(
     activation: str = "none",
     gated: bool = False,
     batch_invariant: bool = False,
+    round_x: bool = False,
 ) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], columns)) for columns in (n[:1] if gated else n)]
 

@@ -143,20 +143,22 @@ struct Rows {
   }
 };
 
-// Rows of x rounded to int8.
+// Rows of x rounded to int8, as the kernels of these layers' weights take them.
 struct Rounded {
   Tensor held;
   QuantiseArgs args;
 
   Rounded(const KernelTable& table, const Rows& x, const LinearArgs& of, int64_t t) {
-    const int64_t item = table.dots_int8 ? 1 : 2;
+    const bool int4 = of.w_type == DType::i4;
+    const int64_t item = (int4 ? table.bytes_int4 : table.dots_int8) ? 1 : 2;
+    const int64_t starts = int4 ? ceil_div(of.k, kLeastGroup) : 1;  // of a row, at most
     int64_t stride = ceil_div(of.k, kLineBytes) * kLineBytes;
     if (stride * item % (kAliasBytes / 4) == 0) stride += kLineBytes;
     const int64_t values = t * stride * item;
-    held = at::empty({values + t * 8}, x.held->options().dtype(at::kByte));
+    held = at::empty({values + t * 4 * (1 + starts)}, x.held->options().dtype(at::kByte));
     auto* to = static_cast<char*>(held.mutable_data_ptr());
     auto* scales = reinterpret_cast<float*>(to + values);
-    args = {x.data, x.stride, of.x_type, of.k, to, stride,
+    args = {x.data, t, x.stride, of.x_type, of.k, to, stride, of.group,
             scales, reinterpret_cast<int32_t*>(scales + t)};
     parallel(t, std::max<int64_t>(1, kValuesWorthAThread / std::max<int64_t>(of.k, 1)),
              [&](int64_t begin, int64_t end) { table.quantise(args, begin, end); });
@@ -200,7 +202,11 @@ LinearLayers linear_layers(at::ScalarType scalar_type, int64_t k, const LinearGi
   common.activation = activation_of(given.activation);
   common.gated = given.gated;
   common.batch_invariant = given.batch_invariant;
-  TORCH_CHECK_VALUE(!given.batch_invariant || !int4,
+  made.rounds_x = quads || given.round_x;
+  TORCH_CHECK_VALUE(!made.rounds_x || quads || int4,
+                    "round_x is for packed weights of 4 bits, and for int8 in groups of four, got ",
+                    given.weights[0].scalar_type());
+  TORCH_CHECK_VALUE(!given.batch_invariant || !int4 || given.round_x,
                     "4-bit weights are summed in another order for few rows: batch_invariant "
                     "needs others");
   for (size_t i = 0; i < count; ++i) {
@@ -298,12 +304,12 @@ void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* r
   const Rows x(x_given);
   const void* x_data = x.data;
   int64_t x_stride = x.stride;
-  if (first.w_type == DType::quads) {
+  if (made.rounds_x) {
     const Rounded rounded(*table, x, first, t);
     for (size_t i = 0; i < layers.size(); ++i) {
       LinearArgs& a = layers[i];
       a.t = t;
-      a.k = ceil_div(k, 4) * 4;
+      if (a.w_type == DType::quads) a.k = ceil_div(k, 4) * 4;
       a.y = y[i].mutable_data_ptr();
       rounded.give(a);
     }
@@ -350,10 +356,14 @@ void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* r
     if (widens) a.x_type = DType::f32;
   }
   Tensor x_sums;
-  if (first.zero_points && t <= kMostFewRows) {
+  if (first.zero_points && (t <= kMostFewRows || (bf16 && table->dots_bf16))) {
     x_sums = at::empty({t, k / first.group}, x_given.options().dtype(at::kFloat));
     auto* to = static_cast<float*>(x_sums.mutable_data_ptr());
-    table->sum_groups(first, 0, t, to);
+    const int64_t groups = k / first.group;
+    parallel(t, std::max<int64_t>(1, kValuesWorthAThread / std::max<int64_t>(k, 1)),
+             [&](int64_t begin, int64_t end) {
+               table->sum_groups(first, begin, end, to + begin * groups);
+             });
     for (LinearArgs& a : layers) a.x_sums = to;
   }
   run_parallel(layers, made.packed ? table->packed : table->gemv, made.weight_bytes);
@@ -381,8 +391,10 @@ std::vector<Tensor> run(const Tensor& x, const LinearGiven& given,
 std::vector<Tensor> linear_packed(const Tensor& x, at::TensorList weights, at::IntArrayRef n,
                                   at::TensorList scales, at::TensorList biases,
                                   const std::optional<Tensor>& residual,
-                                  std::string_view activation, bool gated, bool batch_invariant) {
-  return run(x, {weights, n, scales, biases, activation, gated, batch_invariant}, residual);
+                                  std::string_view activation, bool gated, bool batch_invariant,
+                                  bool round_x) {
+  return run(x, {weights, n, scales, biases, activation, gated, batch_invariant, round_x},
+             residual);
 }
 
 std::vector<Tensor> linear_gemv(const Tensor& x, at::TensorList weights, at::TensorList scales,
@@ -439,7 +451,7 @@ TORCH_LIBRARY(splitpoint, m) {
   m.def(
       "linear_packed(Tensor x, Tensor[] weights, SymInt[] n, Tensor[] scales, "
       "Tensor[] biases, Tensor? residual=None, str activation=\"none\", bool gated=False, "
-      "bool batch_invariant=False) -> Tensor[]",
+      "bool batch_invariant=False, bool round_x=False) -> Tensor[]",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "linear_gemv(Tensor x, Tensor[] weights, Tensor[] scales, Tensor[] biases, "

@@ -20,6 +20,7 @@ struct LinearGiven {
   std::string_view activation;
   bool gated;
   bool batch_invariant = false;  // packed weights of fp32, bf16 or int8
+  bool round_x = false;          // to int8, for packed weights of 4 bits; those of quads always do
 };
 
 // Layers of one x, one for each result, with all that does not depend on x's rows. They point
@@ -28,7 +29,7 @@ struct LinearLayers {
   c10::SmallVector<LinearArgs, 3> layers;
   c10::SmallVector<c10::MaybeOwned<at::Tensor>, 6> held;
   int64_t weight_bytes = 0;
-  bool packed = false;
+  bool packed = false, rounds_x = false;
 };
 
 // Raises where weights, scales, biases or the activation do not fit each other or an x of `type`

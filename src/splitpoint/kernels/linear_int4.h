@@ -1,5 +1,5 @@
-// Linear layers over 4-bit weights in groups: few rows multiply what is unpacked in registers, more
-// rows a slice of a block that is unpacked once for all of them.
+// Linear layers over 4-bit weights in groups, which are unpacked in registers, or for many rows a slice
+// of a block at a time into memory.
 #pragma once
 
 #include "linear_packed.h"
@@ -64,6 +64,7 @@ struct Int4Wide {
   using X = float;
   using Unpacked = F32;
   static constexpr int kParts = 8;
+  static constexpr bool kInRegisters = false;
   Int4Table table;
 
   SPLITPOINT_INLINE Vec weight(BitVec words, int p) const { return table.value(words, p); }
@@ -76,6 +77,7 @@ struct Int4Dots {
   using X = Bf16;
   using Unpacked = Dot<Bf16Pairs>;
   static constexpr int kParts = 4;
+  static constexpr bool kInRegisters = true;
   // bf16 of 0 to 7 and -8 to -1, twice: a lookup in 32 words takes five bits, of which one is the
   // neighbour's.
   __m512i table;
@@ -99,9 +101,10 @@ struct Int4Dots {
 };
 #endif
 
-// --- few rows --------------------------------------------------------------------------
+// --- in registers -------------------------------------------------------------------------
 
-// Rows that share what is unpacked in registers; of more, a block is unpacked into memory.
+// Rows that share what is unpacked in registers. With bf16 instructions, which leave other units idle,
+// each tile of so many rows unpacks anew; without, more rows have a block unpacked into memory.
 inline constexpr int kInt4Rows = kMaxRows < kMostFewRows ? kMaxRows : kMostFewRows;
 
 // Multiplications that are summed apart, so that few rows fill the adder's pipeline.
@@ -109,86 +112,6 @@ constexpr int int4_sets(int rows) {
   const int sets = kAccumulators / (rows * vecs_for(rows));
   return sets >= 4 ? 4 : sets >= 2 ? 2 : 1;
 }
-
-// sums[kRows][kBlock] += x[kRows, k] @ panel^T. `x_sums` are the sums of x over each group, a row
-// after the other, if there are zero points. After the panel, `next` is read.
-template <class W, int kRows>
-void int4_tile(const LinearArgs& a, const typename W::X* x, const char* panel, float* sums,
-               const float* x_sums, const char* next) {
-  constexpr int kVecs = vecs_for(kRows), kSets = int4_sets(kRows);
-  const W weights;
-  const Int4Groups g(a);
-  const int64_t bytes = g.bytes(), head = g.head();
-  const char* const end = panel + g.groups * bytes;
-  for (int64_t i = 0; i < g.groups; ++i, panel += bytes, x += g.group) {
-    const char* ahead = panel + kAheadBytes;
-    if (ahead >= end && next) ahead = next + (ahead - end);
-    __builtin_prefetch(ahead + bytes - 1, 0, 3);
-    for (int v0 = 0; v0 < kBlockVecs; v0 += kVecs) {
-      Vec acc[kSets][kRows][kVecs];
-#pragma GCC unroll 4
-      for (int s = 0; s < kSets; ++s) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-          for (int v = 0; v < kVecs; ++v) acc[s][r][v] = Vec{};
-        }
-      }
-      Rows<typename W::X, kRows> rows(x, a.x_stride);
-      const char* words = panel + head;
-      for (int64_t k = 0; k < g.group; k += kWordDepth, words += kWordBytes) {
-        __builtin_prefetch(ahead, 0, 3);
-        __builtin_prefetch(ahead + 64, 0, 3);
-        ahead += kWordBytes;
-        BitVec packed[kVecs];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVecs; ++v) packed[v] = int4_words(words, v0 + v);
-#pragma GCC unroll 8
-        for (int p = 0; p < W::kParts; ++p) {
-          decltype(weights.weight(packed[0], 0)) weight[kVecs];
-#pragma GCC unroll 8
-          for (int v = 0; v < kVecs; ++v) weight[v] = weights.weight(packed[v], p);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            const auto value = W::x(rows.at(r, 0), p);
-#pragma GCC unroll 8
-            for (int v = 0; v < kVecs; ++v) {
-              acc[p % kSets][r][v] = W::add(acc[p % kSets][r][v], weight[v], value);
-            }
-          }
-        }
-        rows.advance(kWordDepth);
-      }
-#pragma GCC unroll 8
-      for (int v = 0; v < kVecs; ++v) {
-        const Vec scale = g.scale(panel, v0 + v);
-        const Vec zero_point = g.zero_point(panel, v0 + v);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          Vec total = acc[0][r][v];
-#pragma GCC unroll 4
-          for (int s = 1; s < kSets; ++s) total += acc[s][r][v];
-          if (g.zero_points) total -= zero_point * splat(x_sums[r * g.groups + i]);
-          float* to = sums + r * kBlock + (v0 + v) * kLanes;
-          store(to, load(to) + total * scale);
-        }
-      }
-    }
-  }
-}
-
-template <class W>
-using Int4Kernel = void (*)(const LinearArgs&, const typename W::X*, const char*, float*,
-                            const float*, const char*);
-
-template <class W, int... kRow>
-struct Int4Tiles {
-  static constexpr Int4Kernel<W> run[] = {int4_tile<W, kRow>...};
-};
-template <class W, int kRows, int... kRow>
-struct Int4TilesUpTo : Int4TilesUpTo<W, kRows - 1, kRows, kRow...> {};
-template <class W, int... kRow>
-struct Int4TilesUpTo<W, 0, kRow...> : Int4Tiles<W, kRow...> {};
 
 struct Int4Panels {
   const LinearArgs& a;
@@ -209,25 +132,143 @@ struct Int4Panels {
   }
 };
 
-template <class W, class Y>
-inline void int4_few_rows(const LinearArgs& a, const Part& part) {
-  const auto* x = static_cast<const typename W::X*>(a.x) + part.t0 * a.x_stride;
-  const Int4Panels panels(a, part);
-  const int64_t rows = part.t1 - part.t0;
-  const float* x_sums = offset(a.x_sums, part.t0 * Int4Groups(a).groups);
-  float sums[2][kInt4Rows * kBlock];
-  for (int64_t block = part.block0; block < part.block1; ++block) {
-    fetch_for_finish<Y>(a, part.t0, rows, block);
-    for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
-      for (int64_t i = 0; i < rows * kBlock; i += kLanes) store(sums[half] + i, Vec{});
-      Int4TilesUpTo<W, kInt4Rows>::run[rows - 1](a, x, panels.at(block, half), sums[half], x_sums,
-                                                panels.after(block, half));
+// What a row tile fetches while it reads a panel: `bytes` for each group, in steps of `step` for each
+// word. What would lie behind the panel is taken from `next`.
+struct Int4Ahead {
+  const char* at;
+  int64_t bytes, step;
+  const char* next;
+
+  // A block's only tile reads from memory what is some way on. Of many tiles the first two fetch a
+  // half each of what the next block has, and the others, which read the cache, nothing.
+  Int4Ahead(const Int4Panels& panels, int64_t tiles, int64_t tile, int64_t block, int half)
+      : at(panels.at(block, half)), bytes(0), step(0), next(nullptr) {
+    const int64_t group_bytes = Int4Groups(panels.a).bytes();
+    if (tiles == 1) {
+      at += kAheadBytes, bytes = group_bytes, step = kWordBytes, next = panels.after(block, half);
+    } else if (tile < 2) {
+      const char* from = nullptr;
+      if (block + 1 < panels.part.block1) from = panels.at(block + 1, half);
+      else if (half == 0) from = static_cast<const char*>(panels.part.next);
+      if (from) at = from + tile * (panels.bytes / 2), bytes = group_bytes / 2, step = kWordBytes / 2;
     }
-    finish_tile<Y>(a, sums[0], sums[1], part.t0, rows, block);
+  }
+  // Where the words of a group fetch from, of a panel that ends at `end`.
+  SPLITPOINT_INLINE const char* group(const char* end) {
+    if (next && at >= end) at = next + (at - end);
+    const char* from = at;
+    __builtin_prefetch(from + bytes, 0, 3);
+    at += bytes;
+    return from;
+  }
+  SPLITPOINT_INLINE void word(const char*& from) const {
+    __builtin_prefetch(from, 0, 3);
+    __builtin_prefetch(from + step / 2, 0, 3);
+    from += step;
+  }
+};
+
+// sums[kRows][kBlock] += x[kRows, k] @ panel^T. `x_sums` are the sums of x over each group, a row
+// after the other, if there are zero points.
+template <class W, int kRows>
+void int4_tile(const LinearArgs& a, const typename W::X* x, const char* panel, float* sums,
+               const float* x_sums, Int4Ahead fetched) {
+  constexpr int kVecs = vecs_for(kRows), kSets = int4_sets(kRows);
+  const W weights;
+  const Int4Groups g(a);
+  const int64_t bytes = g.bytes(), head = g.head();
+  const char* const end = panel + g.groups * bytes;
+  for (int64_t i = 0; i < g.groups; ++i, panel += bytes, x += g.group) {
+    const char* ahead = fetched.group(end);
+    for (int v0 = 0; v0 < kBlockVecs; v0 += kVecs) {
+      Vec acc[kSets][kRows][kVecs];
+#pragma GCC unroll 4
+      for (int s = 0; s < kSets; ++s) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) acc[s][r][v] = Vec{};
+        }
+      }
+      Rows<typename W::X, kRows> rows(x, a.x_stride);
+      const char* words = panel + head;
+      for (int64_t k = 0; k < g.group; k += kWordDepth, words += kWordBytes) {
+        fetched.word(ahead);
+        BitVec packed[kVecs];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) packed[v] = int4_words(words, v0 + v);
+#pragma GCC unroll 8
+        for (int p = 0; p < W::kParts; ++p) {
+          decltype(weights.weight(packed[0], 0)) weight[kVecs];
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) weight[v] = weights.weight(packed[v], p);
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) {
+            const auto value = W::x(rows.at(r, 0), p);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVecs; ++v) {
+              acc[p % kSets][r][v] = W::add(acc[p % kSets][r][v], weight[v], value);
+            }
+          }
+        }
+        rows.advance(kWordDepth);
+      }
+      __asm__("" : "+r"(sums));  // or GCC 12 keeps copies of all of them on the stack
+#pragma GCC unroll 8
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec scale = g.scale(panel, v0 + v);
+        const Vec zero_point = g.zero_point(panel, v0 + v);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          Vec total = acc[0][r][v];
+#pragma GCC unroll 4
+          for (int s = 1; s < kSets; ++s) total += acc[s][r][v];
+          if (g.zero_points) total -= zero_point * splat(x_sums[r * g.groups + i]);
+          float* to = sums + r * kBlock + (v0 + v) * kLanes;
+          store(to, load(to) + total * scale);
+        }
+      }
+    }
   }
 }
 
-// --- more rows -------------------------------------------------------------------------
+template <class W>
+using Int4Kernel = void (*)(const LinearArgs&, const typename W::X*, const char*, float*,
+                            const float*, Int4Ahead);
+
+template <class W, int... kRow>
+struct Int4Tiles {
+  static constexpr Int4Kernel<W> run[] = {int4_tile<W, kRow>...};
+};
+template <class W, int kRows, int... kRow>
+struct Int4TilesUpTo : Int4TilesUpTo<W, kRows - 1, kRows, kRow...> {};
+template <class W, int... kRow>
+struct Int4TilesUpTo<W, 0, kRow...> : Int4Tiles<W, kRow...> {};
+
+// The loops, from outside in: column blocks, row tiles, the one or two weights.
+template <class W, class Y>
+inline void int4_tiles(const LinearArgs& a, const Part& part) {
+  const auto* x = static_cast<const typename W::X*>(a.x);
+  const Int4Panels panels(a, part);
+  const int64_t height = part.t1 - part.t0, tiles = ceil_div(height, kInt4Rows);
+  const int64_t groups = Int4Groups(a).groups;
+  alignas(64) float sums[2][kInt4Rows * kBlock];
+  for (int64_t block = part.block0; block < part.block1; ++block) {
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t t0 = part.t0 + height * i / tiles, t1 = part.t0 + height * (i + 1) / tiles;
+      fetch_for_finish<Y>(a, t0, t1 - t0, block);
+      for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
+        for (int64_t j = 0; j < (t1 - t0) * kBlock; j += kLanes) store(sums[half] + j, Vec{});
+        Int4TilesUpTo<W, kInt4Rows>::run[t1 - t0 - 1](
+            a, x + t0 * a.x_stride, panels.at(block, half), sums[half],
+            offset(a.x_sums, t0 * groups), {panels, tiles, i, block, half});
+      }
+      finish_tile<Y>(a, sums[0], sums[1], t0, t1 - t0, block);
+    }
+  }
+}
+
+// --- into memory -------------------------------------------------------------------------
 
 // k's that are unpacked at a time: a multiple of every group, and 64 KiB, of which the first-level
 // cache holds a part and the second-level cache all.
@@ -280,6 +321,9 @@ inline void int4_unpack(const Int4Groups& g, const char* panel, int64_t groups, 
   }
 }
 
+// Rows whose fp32 sums are kept between slices of k, so that each is unpacked once for them.
+inline constexpr int64_t kInt4GroupRows = 512;
+
 template <class W, class Y>
 inline void int4_many_rows(const LinearArgs& a, const Part& part) {
   using U = typename W::Unpacked;
@@ -289,10 +333,10 @@ inline void int4_many_rows(const LinearArgs& a, const Part& part) {
   const Int4Panels panels(a, part);
   const Int4Groups g(a);
   const int64_t height = part.t1 - part.t0;
-  const int64_t row_groups = ceil_div(height, kGroupRows);
+  const int64_t row_groups = ceil_div(height, kInt4GroupRows);
   const int halves = a.gated ? 2 : 1;
   alignas(64) Stored unpacked[kDepth * kBlock];
-  float sums[2][kGroupRows * kBlock];
+  float sums[2][kInt4GroupRows * kBlock];
   for (int64_t block = part.block0; block < part.block1; ++block) {
     for (int64_t i = 0; i < row_groups; ++i) {
       const int64_t t0 = part.t0 + height * i / row_groups;
@@ -324,11 +368,10 @@ inline void int4_many_rows(const LinearArgs& a, const Part& part) {
 template <class W, class Y>
 inline void int4_part(const LinearArgs& a, const Part& part) {
   if (part.t1 == part.t0) return;
-  if (a.k > 0 && part.t1 - part.t0 > kInt4Rows) return int4_many_rows<W, Y>(a, part);
-  for (int64_t t = part.t0; t < part.t1; t += kInt4Rows) {  // one round, unless there is no k
-    const int64_t end = t + kInt4Rows < part.t1 ? t + kInt4Rows : part.t1;
-    int4_few_rows<W, Y>(a, {t, end, part.block0, part.block1, part.next});
+  if (!W::kInRegisters && a.k > 0 && part.t1 - part.t0 > kInt4Rows) {
+    return int4_many_rows<W, Y>(a, part);
   }
+  int4_tiles<W, Y>(a, part);
 }
 
 // --- all of a weight -------------------------------------------------------------------

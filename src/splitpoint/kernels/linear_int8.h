@@ -207,38 +207,50 @@ SPLITPOINT_INLINE void store_rounded(int16_t* to, IntVec values) {
 // A row's scale is its largest magnitude over 127, and each value is rounded times the scale's
 // reciprocal: the same operations in fp32 as `reference.quantised_rows` has. A row with a value
 // that is not finite gets NaN for its scale, and so for all its results.
+struct RowScale {
+  float value;
+  bool finite;
+  Vec reciprocal;
+
+  template <class X>
+  RowScale(const X* x, int64_t k) {
+    const int32_t bits = largest_bits(x, k);
+    float largest;
+    __builtin_memcpy(&largest, &bits, sizeof(largest));
+    finite = bits < 0x7f800000;
+    value = largest / 127.0f;
+    if (!(value > kLeastScale)) value = kLeastScale;
+    reciprocal = splat(1.0f / value);
+    if (!finite) value = __builtin_nanf("");
+  }
+  SPLITPOINT_INLINE IntVec whole(Vec x) const { return finite ? rounded(x * reciprocal) : IntVec{}; }
+};
+
+SPLITPOINT_INLINE int32_t sum_lanes(IntVec values) {
+  int32_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += values[lane];
+  return sum;
+}
+
 template <class X>
 inline void quantise_of(const QuantiseArgs& a, int64_t t0, int64_t t1) {
   using To = Quads::X;
   for (int64_t t = t0; t < t1; ++t) {
     const X* x = static_cast<const X*>(a.x) + t * a.x_stride;
     To* to = static_cast<To*>(a.to) + t * a.to_stride;
-    const int32_t bits = largest_bits(x, a.k);
-    float largest;
-    __builtin_memcpy(&largest, &bits, sizeof(largest));
-    const bool finite = bits < 0x7f800000;
-    float scale = largest / 127.0f;
-    if (!(scale > kLeastScale)) scale = kLeastScale;
-    const Vec reciprocal = splat(1.0f / scale);
+    const RowScale scale(x, a.k);
     IntVec sums{};
     const auto take = [&](int64_t i, Vec value) {
-      const IntVec whole = finite ? rounded(value * reciprocal) : IntVec{};
+      const IntVec whole = scale.whole(value);
       sums += whole;
       store_rounded(to + i, whole);
     };
     int64_t i = 0;
     for (; i + kLanes <= a.k; i += kLanes) take(i, load(x + i));
     if (i < a.k) take(i, load(Padded<X>(x + i, a.k - i).lanes));
-    a.scales[t] = finite ? scale : __builtin_nanf("");
-    int32_t sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-    a.starts[t] = kInt8Dots ? -128 * sum : 0;
+    a.scales[t] = scale.value;
+    a.starts[t] = kInt8Dots ? -128 * sum_lanes(sums) : 0;
   }
-}
-
-inline void quantise(const QuantiseArgs& a, int64_t t0, int64_t t1) {
-  if (a.x_type == DType::bf16) return quantise_of<Bf16>(a, t0, t1);
-  quantise_of<float>(a, t0, t1);
 }
 
 }  // namespace splitpoint::SPLITPOINT_ISA

@@ -9,7 +9,7 @@
 #include "linear_int4.h"
 #include "linear_packed.h"
 #if !defined(__AVX512BF16__)
-#include "linear_int8.h"
+#include "linear_int4_dots.h"
 #endif
 
 namespace splitpoint::SPLITPOINT_ISA {
@@ -19,10 +19,10 @@ namespace splitpoint::SPLITPOINT_ISA {
 // Only what has bf16 on both sides is compiled again for this instruction set.
 inline constexpr bool kDots = true;
 inline constexpr bool kInt8Dots = true;
-
+inline constexpr bool kInt4Bytes = true;
 
 inline void run_packed(const LinearArgs& a, const Part& part) {
-  if (a.w_type == DType::quads) return kAvx512Vnni.packed(a, part);
+  if (a.x_type == DType::i8) return kAvx512Vnni.packed(a, part);
   if (a.x_type == DType::f32) return kAvx512.packed(a, part);
   if (a.w_type == DType::bf16) return packed_part<Dot<Bf16Pairs>, Bf16>(a, part);
   if (a.w_type == DType::i4) return int4_part<Int4Dots, Bf16>(a, part);
@@ -50,6 +50,7 @@ inline void run_packed(const LinearArgs& a, const Part& part) {
       if (a.y_type == DType::bf16) return packed_part<Int8Wide, Bf16>(a, part);
       return packed_part<Int8Wide, float>(a, part);
     case DType::i4:
+      if (a.x_type == DType::i8) return run_int4_dots(a, part);
       if (a.y_type == DType::bf16) return int4_part<Int4Wide, Bf16>(a, part);
       return int4_part<Int4Wide, float>(a, part);
     case DType::quads:

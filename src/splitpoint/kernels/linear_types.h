@@ -9,9 +9,12 @@ namespace splitpoint {
 // one packed tensor serves whatever kernel is chosen later.
 inline constexpr int64_t kBlock = 32;
 
-// Rows of x for which a 4-bit weight is unpacked in registers, at most; of more, the kernels need no
-// sums of x.
-inline constexpr int64_t kMostFewRows = 12;
+// Rows of x for which kernels without bf16 instructions unpack a 4-bit weight in registers, at most;
+// of more, they need no sums of x.
+inline constexpr int64_t kMostFewRows = 13;
+
+// The least k's of 4-bit weights that share a scale.
+inline constexpr int64_t kLeastGroup = 32;
 
 // `quads` is int8 in groups of four k's (see layout.py), which multiplies an x rounded to int8.
 enum class DType { f32, bf16, i8, i4, quads };
@@ -52,7 +55,8 @@ struct LinearArgs {
   int64_t n;
   int64_t k;
   DType x_type;           // of x as it lies in memory: f32 also when bf16 was widened first, and
-                          // i8 where it was rounded for quads, whose k is padded to whole ones
+                          // i8 where it was rounded, for i4 or for quads, whose k is padded to
+                          // whole ones
   DType y_type;
   DType w_type;
   Activation activation;
@@ -61,7 +65,8 @@ struct LinearArgs {
   bool wide_scales;       // whether their scales are fp32, not bf16
   const float* x_sums;    // [t, k / group] sums of x over each group, if there are zero points
   const float* x_scales;  // [t] of an x rounded to int8, or null
-  const int32_t* x_starts;  // [t], what the int32 sums of its rows begin at, or null
+  const int32_t* x_starts;  // what the int32 sums of its rows begin at, or null: [t] of quads; of i4
+                            // [k / chunk, t], for each `int4_chunk` of a group
 };
 
 // A part of the work that one thread does: rows [t0, t1) by column blocks [block0, block1).
@@ -80,13 +85,15 @@ struct PackArgs {
 
 struct QuantiseArgs {
   const void* x;          // [t, k]
+  int64_t t;
   int64_t x_stride;
   DType x_type;
   int64_t k;
   void* to;               // [t, to_stride], int8 or int16 as the kernels multiply them
   int64_t to_stride;      // of values, a multiple of 64 and no less than k
+  int64_t group;          // of the i4 weights that it is for; 0 for quads
   float* scales;          // [t]
-  int32_t* starts;        // [t]
+  int32_t* starts;        // as x_starts
 };
 
 struct AttentionArgs;
@@ -99,6 +106,7 @@ struct KernelTable {
   const char* name;
   bool dots_bf16;         // multiplies bf16 pairs itself; otherwise x must be widened to f32
   bool dots_int8;         // multiplies int8 itself; otherwise `quantise` makes int16 of x
+  bool bytes_int4;        // the same for 4-bit weights
   void (*packed)(const LinearArgs&, const Part&);
   void (*gemv)(const LinearArgs&, const Part&);
   void (*attend)(const AttentionArgs&, const AttentionPart&);

@@ -2,8 +2,7 @@
 // SPLITPOINT_BELOW, for all else.
 #pragma once
 
-#include "linear_int8.h"
-#include "linear_packed.h"
+#include "linear_int4_dots.h"
 
 #if defined(__AVX512VNNI__)
 #define SPLITPOINT_BELOW kAvx512
@@ -14,13 +13,15 @@
 // Apart from the namespace around, as those of AMX are.
 namespace splitpoint::SPLITPOINT_ISA::dots {
 
+using SPLITPOINT_ISA::kInt4Bytes;
 using SPLITPOINT_ISA::kInt8Dots;
 using SPLITPOINT_ISA::quantise;
 
 inline constexpr bool kDots = false;
 
 inline void run_packed(const LinearArgs& a, const Part& part) {
-  if (a.w_type != DType::quads) return SPLITPOINT_BELOW.packed(a, part);
+  if (a.x_type != DType::i8) return SPLITPOINT_BELOW.packed(a, part);
+  if (a.w_type == DType::i4) return run_int4_dots(a, part);
   if (a.y_type == DType::bf16) return packed_part<Quads, Bf16>(a, part);
   packed_part<Quads, float>(a, part);
 }

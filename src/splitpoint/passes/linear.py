@@ -60,7 +60,7 @@ class Variant:
     name: str
     layout: str
     """Key of `LAYOUTS`, but for transposed weights "..._t"; "plain" takes the module's own, as do
-    all but `activations` where it holds packed ones. For weights of 4 bits, what comes before "_64"
+    all but `dynamic` where it holds packed ones. For weights of 4 bits, what comes before "_64"
     and the like, which is their group."""
     fits: Callable[[LinearShape], bool]
     """Whether it can run a layer at all."""
@@ -82,8 +82,10 @@ class Variant:
     `Config.batch_invariant` asks for it, and only there."""
     activations: str = ""
     """What it rounds x to, a scale a row: "int8" (`kernels.reference.quantised_rows`), or "" where
-    it takes x as it is. Chosen only where `Config.activations` asks for it. Sums are exact then, so
-    that it is batch-invariant as well."""
+    it takes x as it is. Chosen only where `Config.activations` asks for it. Sums are exact then, or
+    added in the order of k, so that it is batch-invariant as well."""
+    exact_sums: bool = False
+    """Whether products are summed in integers to the end, and so without any rounding."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def _gemv(x: Tensor, given: Layers) -> list[Tensor]:
     return [made[index] for index in range(len(given.shape.outputs))]
 
 
-def _packed(x: Tensor, given: Layers) -> list[Tensor]:
+def _packed(x: Tensor, given: Layers, round_x: bool = False) -> list[Tensor]:
     made: list[Tensor] = torch.ops.splitpoint.linear_packed.default(
         x,
         [*given.weights],
@@ -143,8 +145,13 @@ def _packed(x: Tensor, given: Layers) -> list[Tensor]:
         given.shape.activation,
         given.shape.gated,
         given.batch_invariant,
+        round_x,
     )
     return [made[index] for index in range(len(given.shape.outputs))]
+
+
+def _rounding(x: Tensor, given: Layers) -> list[Tensor]:
+    return _packed(x, given, round_x=True)
 
 
 def _onednn(x: Tensor, given: Layers) -> list[Tensor]:
@@ -275,6 +282,7 @@ VARIANTS: dict[str, Variant] = {
             _packed,
             "int8",
             activations="int8",
+            exact_sums=True,
         ),
         Variant(
             "dynamic",
@@ -283,6 +291,16 @@ VARIANTS: dict[str, Variant] = {
             lambda r: True,
             True,
             _packed,
+            activations="int8",
+            exact_sums=True,
+        ),
+        Variant(
+            "dynamic_int4",
+            "plain",
+            lambda s: bool(s.packed) and not s.int8,
+            lambda r: True,
+            True,
+            _rounding,
             activations="int8",
         ),
         Variant("int4", "int4", _takes_int4, lambda r: True, True, _packed, "int4", rounds=True),
@@ -295,6 +313,16 @@ VARIANTS: dict[str, Variant] = {
             _unpacked,
             "int4",
             rounds=True,
+        ),
+        Variant(
+            "int4_dynamic",
+            "int4",
+            _takes_int4,
+            lambda r: True,
+            True,
+            _rounding,
+            "int4",
+            activations="int8",
         ),
     )
 }
@@ -314,7 +342,7 @@ def rounded(weight: Tensor, weights: str) -> Tensor:
 def layout_of(variant: Variant, shape: LinearShape) -> str:
     """The key of `LAYOUTS` of a layer's weights for a variant."""
     if shape.packed:  # the module holds no other
-        return f"{variant.layout}_of_packed" if variant.activations else "plain"
+        return f"{variant.layout}_of_packed" if variant.layout == "quads" else "plain"
     name = variant.layout
     if variant.weights == "int4":
         name = f"{name}_{int4_group(shape.k)}"
@@ -347,7 +375,9 @@ def scales_layout_of(variant: Variant, shape: LinearShape) -> str | None:
 
 def rounds(variant: Variant, shape: LinearShape) -> bool:
     """Whether a variant rounds weights of a layer that it unpacks to x's dtype."""
-    return variant.rounds or (bool(shape.packed) and (variant.name == "unpacked" or not shape.int8))
+    if variant.rounds or not shape.packed or variant.activations:
+        return variant.rounds
+    return variant.name == "unpacked" or not shape.int8
 
 
 def layouts_of(variant: Variant, shape: LinearShape) -> list[str]:

@@ -36,7 +36,7 @@ def refuse_nothing_to_round(config: Config, graphs: Sequence[Graph]) -> None:
         return
     raise NothingToRound(
         f"activations={config.activations!r} is for linear layers on CPU in float32 or bfloat16 "
-        f"whose weights are int8 with one factor a column, and the model has none\n"
+        f"whose weights are int8 with one factor a column or 4 bits, and the model has none\n"
         f"expected {'None' if config.weights else 'weights=' + repr('int8') + ' beside it'}"
     )
 
@@ -168,7 +168,7 @@ class KernelChoice:
         ]
         if not found:
             can = any(_can_round(self._config, shape) for shape in lane.kernels or {})
-            why = "it is not faster" if can else "no layer has int8 weights"
+            why = "it is not faster" if can else "no layer has int8 or 4-bit weights"
             return f"no activations in {activations}: {why}"
         off = "within 1/254 of a row's largest value"
         return f"activations in {activations} ({off}): {', '.join(found)}"

@@ -16,7 +16,7 @@ from ..kernels.bounds import ROUNDOFF, Expected
 from ..kernels.int4 import dequantize_int4, int4_group, quantize_int4, unpack_int4
 from ..kernels.layout import quantize
 from ..kernels.memory import Streamed
-from ..passes.linear import LAYOUTS, VARIANTS, Layers, admitted, layout_of, rounds
+from ..passes.linear import LAYOUTS, VARIANTS, Layers, Variant, admitted, layout_of, rounds
 from ..passes.linear_sites import LinearShape
 from ..ranges import Range
 from .measure import Budget, clock_for, interleave
@@ -54,8 +54,8 @@ slower with plain weights, which its layers, measured alone, were up to 10 % fas
 
 
 WORTH_ROUNDING = 1.1
-"""What a kernel that rounds activations must win by: their error, and one more copy of the
-weights."""
+"""What a kernel that rounds activations must win by: their error, and for int8 weights one more
+copy of them."""
 
 
 @dataclass
@@ -323,9 +323,7 @@ class Weights:
         variant = VARIANTS[name]
         kind = (fuses, variant.weights, rounds(variant, shape), variant.activations)
         if kind not in checks:
-            checks[kind] = self._check(
-                shape, x, residual, self.quantised(name), kind[2], bool(variant.activations)
-            )
+            checks[kind] = self._check(shape, x, residual, self.quantised(name), kind[2], variant)
         check = checks[kind]
         made = VARIANTS[name].run(x, layers)
         columns = zip(made, check.columns, strict=False)
@@ -341,7 +339,7 @@ class Weights:
         residual: Tensor | None,
         made: _Quantised,
         rounds: bool,
-        rounds_x: bool,
+        variant: Variant,
     ) -> _Check:
         # Some at random and the last ones, where a block may be cut: all of them in float64 would
         # take longer than everything else here.
@@ -359,7 +357,8 @@ class Weights:
             activation=shape.activation,
             gated=shape.gated,
             off=[ROUNDOFF[shape.dtype] * m.float().abs() for m in matrices] if rounds else [],
-            rounds_x=rounds_x,
+            rounds_x=bool(variant.activations),
+            exact_sums=variant.exact_sums,
         )
         return _Check(rows, picked, expected)
 

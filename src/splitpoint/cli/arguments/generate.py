@@ -231,7 +231,7 @@ examples:
         type=some_of(ACTIVATIONS),
         default=list(ACTIVATIONS),
         metavar="KIND,...",
-        help=f"beside int8 weights, what activations are compared in: {', '.join(ACTIVATIONS)} "
+        help=f"beside int8 and int4, what activations are compared in: {', '.join(ACTIVATIONS)} "
         f"(default: all)",
     )
     parser.add_argument(

@@ -132,8 +132,8 @@ says is as splitpoint.Config has it.""",
     group.add_argument(
         "--activations",
         choices=("int8",),
-        help="round what linear layers with int8 weights are given, a scale a row, in ranges where "
-        "that is faster (default: as it is)",
+        help="round what linear layers with int8 or int4 weights are given, a scale a row, in "
+        "ranges where that is faster (default: as it is)",
     )
 
 

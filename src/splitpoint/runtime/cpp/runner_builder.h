@@ -102,7 +102,10 @@ class ProgramBuilder : protected ProgramCode {
     made.residual = residual.kind == OpArgument::Kind::tensor ? residual.items[0] : kNone;
     made.activation = take_next().constant.toStringRef();
     made.gated = take_next().constant.toBool();
-    if (packed) made.batch_invariant = take_next().constant.toBool();
+    if (packed) {
+      made.batch_invariant = take_next().constant.toBool();
+      made.round_x = take_next().constant.toBool();
+    }
     made.results = op.results;
     for (const int64_t n : made.n) {
       made.layouts.push_back(layout({kNone, static_cast<int32_t>(n)}));

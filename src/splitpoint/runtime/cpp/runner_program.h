@@ -239,7 +239,8 @@ class Program : private ProgramCode {
     const auto& lists = bound.lists;
     std::vector<Tensor> found =
         layer.packed ? layer.packed->call(x, lists[0], layer.n, lists[1], lists[2], residual,
-                                          layer.activation, layer.gated, layer.batch_invariant)
+                                          layer.activation, layer.gated, layer.batch_invariant,
+                                          layer.round_x)
                      : layer.gemv->call(x, lists[0], lists[1], lists[2], residual,
                                         layer.activation, layer.gated);
     for (size_t i = 0; i < layer.results.size(); ++i) {

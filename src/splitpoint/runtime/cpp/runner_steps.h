@@ -105,7 +105,8 @@ struct Piece {
 
 using LinearPacked = std::vector<Tensor>(const Tensor&, at::TensorList, at::IntArrayRef,
                                          at::TensorList, at::TensorList,
-                                         const std::optional<Tensor>&, std::string_view, bool, bool);
+                                         const std::optional<Tensor>&, std::string_view, bool, bool,
+                                         bool);
 using LinearGemv = std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList,
                                        at::TensorList, const std::optional<Tensor>&,
                                        std::string_view, bool);
@@ -119,7 +120,7 @@ struct Linear {
   std::vector<int64_t> n;
   std::string activation;
   bool gated;
-  bool batch_invariant = false;
+  bool batch_invariant = false, round_x = false;
   std::vector<Operand> results;
   std::vector<int32_t> layouts;  // of the results
 };
@@ -145,7 +146,7 @@ struct BoundLinear {
     k = weight.size(1) * (weight.dim() == 4 ? 2 : 1);
     ready = linear_layers(type, k,
                           {lists[0], layer.n, lists[1], lists[2], layer.activation, layer.gated,
-                           layer.batch_invariant});
+                           layer.batch_invariant, layer.round_x});
   }
 };
 
