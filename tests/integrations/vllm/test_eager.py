@@ -71,6 +71,10 @@ def test_only_layers_on_these_kernels_are_applied_in_fewer_steps() -> None:
     for given in (None, bias):
         made = ours.quant_method.apply(ours, x, given)
         torch.testing.assert_close(made, nn.functional.linear(x, weight, given))
+    ours.weight = nn.Parameter(2 * weight, requires_grad=False)
+    ours.cpu_linear = nn.functional.linear  # as vLLM sets it where weights are exchanged
+    made = ours.quant_method.apply(ours, x, None)
+    torch.testing.assert_close(made, nn.functional.linear(x, 2 * weight))
 
 
 @pytest.mark.slow

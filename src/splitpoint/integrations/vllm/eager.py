@@ -46,7 +46,8 @@ def _method(theirs: Any) -> Any:
 
     class Applied(theirs):  # type: ignore[misc]
         def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            made: Tensor = layer.cpu_linear(x, None, bias)
+            # vLLM may exchange weights, and then gives a layer a kernel of its own.
+            made: Tensor = layer.cpu_linear(x, layer.weight, bias)
             return made
 
     return Applied
