@@ -77,6 +77,26 @@ def test_only_layers_on_these_kernels_are_applied_in_fewer_steps() -> None:
     torch.testing.assert_close(made, nn.functional.linear(x, 2 * weight))
 
 
+def test_attention_is_called_directly_where_vllm_leaves_a_choice() -> None:
+    from splitpoint.integrations.vllm.eager import shorten
+
+    attention = names.ATTENTION.owner
+
+    def layer(**attributes: bool) -> nn.Module:
+        made: nn.Module = attention.__new__(attention)  # what it is made of needs an engine
+        nn.Module.__init__(made)
+        for name, value in attributes.items():
+            setattr(made, name, value)
+        return made
+
+    opaque, without, other = layer(use_direct_call=False), layer(), nn.Linear(2, 2)
+    other.use_direct_call = False
+    shorten(nn.ModuleList([opaque, without, other]))
+    assert opaque.use_direct_call is True
+    assert not hasattr(without, "use_direct_call")
+    assert other.use_direct_call is False
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 def test_where_vllm_differs_linear_layers_and_norms_stay_fast(
