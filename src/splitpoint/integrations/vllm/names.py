@@ -39,9 +39,11 @@ class Name:
 
     def replace(self, value: Callable[..., Any]) -> None:
         """Have the name stand for something else."""
-        setattr(self._owner(), self.name.rpartition(".")[2], value)
+        setattr(self.owner, self.name.rpartition(".")[2], value)
 
-    def _owner(self) -> Any:
+    @property
+    def owner(self) -> Any:
+        """The module or class that has it."""
         module = importlib.import_module(self.module)
         owner = self.name.rpartition(".")[0]
         return attrgetter(owner)(module) if owner else module
@@ -133,6 +135,25 @@ NORM_LAYER = Name(
     ("hidden_size", "eps", "var_hidden_size", "has_weight", "dtype"),
     "the layers whose weights tell which norms a model has",
 )
+ATTENTION = Name(
+    "vllm.model_executor.layers.attention.attention",
+    "Attention.forward",
+    ("self", "query", "key", "value", "output_shape", "output_dtype"),
+    "where self.use_direct_call is set it calls functions, else the operators made of them",
+)
+LINEAR_METHOD = Name(
+    "vllm.model_executor.layers.linear",
+    "UnquantizedLinearMethod",
+    (),
+    "replaced in layers by a class of it whose apply(layer, x, bias) calls layer.cpu_linear",
+)
+APPLY = replace(
+    LINEAR_METHOD,
+    name="UnquantizedLinearMethod.apply",
+    arguments=("self", "layer", "x", "bias"),
+)
+
+EAGER = (ATTENTION, LINEAR_METHOD, APPLY)
 NORMS = (RMS_NORM, ADD_RMS_NORM, REGISTER, PREFER, NORM_LAYER)
 """What is looked at where a model runs eagerly."""
 

@@ -125,11 +125,6 @@ class Norms:
         return found
 
 
-def runs_eagerly(vllm_config: Any) -> bool:
-    """Whether vLLM compiles nothing, as with `--enforce-eager`."""
-    return vllm_config is not None and int(vllm_config.compilation_config.mode or 0) == 0
-
-
 def rms_norm(
     x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
 ) -> Tensor:

@@ -78,14 +78,18 @@ class StandIn:
             with fence("what vLLM keeps of compiled models may not fit the next start"):
                 loading.note()
             loading.leave_the_rest()
-            self._take_over_norms(model)
+            with fence("a step stays as it is beside linear layers and norms"):
+                self._shorten(model)
 
-    def _take_over_norms(self, model: Any) -> None:
-        with fence(OWN_NORMS):
-            from .norms import runs_eagerly
+    def _shorten(self, model: Any) -> None:
+        from .eager import runs_eagerly, shorten
 
-            if self._norms is not None and runs_eagerly(names.CONFIG.value()):
+        if not runs_eagerly(names.CONFIG.value()):
+            return
+        if self._norms is not None:
+            with fence(OWN_NORMS):
                 log.info("Splitpoint: %s", self._norms.take_over(model))
+        shorten(model)
 
     def _start(self) -> Loading | None:
         """What takes the layers; None where vLLM keeps all, which was said then."""
