@@ -11,7 +11,7 @@ import torch
 
 from splitpoint import Config, compile
 from splitpoint.errors import CaptureError
-from tests.fuzz.compare import compared
+from tests.fuzz.compare import check, compared
 from tests.fuzz.models import FORWARD, with_buffers
 
 
@@ -74,7 +74,14 @@ FORMS: dict[str, FORWARD] = {
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_results(name: str) -> None:
-    compared(with_buffers(FORMS[name]))
+    names = with_buffers(FORMS[name])
+    if name == "only a shape" and torch.__version__ >= (2, 15):
+        # Since torch 2.15 Dynamo makes no graph of what only reads sizes.
+        report = check(names)
+        assert not report.finding, report.finding
+        assert {kind for kind, _ in report.refusals} == {"CaptureError"}
+    else:
+        compared(names)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def other_shape(graph_module: fx.GraphModule, lengths: Mapping[sympy.Symbol, int
         return None
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    at = _At(lengths)
+    at = At(lengths)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [
             at.value(node.meta["example_value"])
@@ -64,7 +64,7 @@ class _Differs(Exception):
     pass
 
 
-class _At:
+class At:
     """What symbolic sizes are at some lengths."""
 
     def __init__(self, lengths: Mapping[sympy.Symbol, int]) -> None:
@@ -91,7 +91,7 @@ class _At:
 
 
 class _Shapes(fx.Interpreter):
-    def __init__(self, graph_module: fx.GraphModule, at: _At) -> None:
+    def __init__(self, graph_module: fx.GraphModule, at: At) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
         self._at = at
