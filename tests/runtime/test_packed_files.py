@@ -55,6 +55,7 @@ def x(size: int) -> Tensor:
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that has the model compiled, and no files of weights."""
     folder = tmp_path_factory.mktemp("filled") / "kept"
+    torch.set_num_threads(1)  # as the processes have that start from it
     plain(make(), folder)
     return folder
 

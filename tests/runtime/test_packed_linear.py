@@ -88,11 +88,19 @@ def x(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def assert_close(compiled: Any, module: Any, dtype: torch.dtype = torch.float32) -> None:
+    """In bf16, no further from float64 than the same model is with its weights in bf16."""
     exact = Dense(module)
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
     for size in SIZES:
         given = x(size, dtype)
-        error = (compiled(given).double() - exact(given.double())).abs().max()
-        assert error < (1e-4 if dtype == torch.float32 else 0.06), size
+        right = exact(given.double())
+        error = (compiled(given).double() - right).abs()
+        if dtype == torch.float32:
+            assert error.max() < 1e-4, size
+        else:
+            plain = (rounded(given).double() - right).abs()
+            assert error.max() <= 1.25 * plain.max(), size
+            assert error.square().mean() <= 1.1 * plain.square().mean(), size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -13,12 +13,8 @@ from torch import fx
 
 from ..capture.dims import SIZE_ALONE, Dims
 from ..errors import OutsideGraph, UnsupportedGraph
-from ..torch_internals.layouts import made_contiguous
-from ..torch_internals.operators import (
-    GRAD_STATE,
-    PAIRED_STATE,
-    op_name,
-)
+from ..torch_internals.layouts import ALONE, made_contiguous
+from ..torch_internals.operators import GRAD_STATE, PAIRED_STATE, op_name
 from ..torch_internals.sizes import (
     Symbols,
     as_nodes,
@@ -35,9 +31,6 @@ from .views import ancestry, calls_for, in_memory_of, same_object, views_among
 
 if TYPE_CHECKING:
     import sympy
-
-LAID_OUT_BY_KERNEL = ("aten::scaled_dot_product_attention",)
-"""Operators whose result has the layout that a kernel, picked by sizes, gives it."""
 
 SHAPE, DTYPE = "splitpoint_shape", "splitpoint_dtype"
 """Keys of a piece's `node.meta`: what is known of a tensor without a ShapeEnv. A dimension is an
@@ -176,25 +169,16 @@ def split(
     """
     names = splitting_names(splitting_ops)
     methods_as_operators(graph_module.graph, names)
-    copies = made_contiguous(
-        graph_module.graph, names & splitting_names(LAID_OUT_BY_KERNEL), symbols
-    )
-    return _Splitter(graph_module, names, symbols, dims, copies).run(bound or {})
+    made_contiguous(graph_module.graph, names, symbols)
+    return _Splitter(graph_module, names, symbols, dims).run(bound or {})
 
 
 class _Splitter:
     def __init__(
-        self,
-        root: fx.GraphModule,
-        names: frozenset[str],
-        symbols: Symbols,
-        dims: Dims,
-        alone: Sequence[fx.Node],
+        self, root: fx.GraphModule, names: frozenset[str], symbols: Symbols, dims: Dims
     ) -> None:
         self.root = root
         self.dims = dims
-        self.alone = set(alone)
-        """Nodes that are steps of their own, as splitting ops are."""
         self.names = names
         self.symbols = symbols
         self.sizes: dict[fx.Node, Size] = {}
@@ -266,8 +250,7 @@ class _Splitter:
             self.objects[node] = self.same(given)
         self.depth += PAIRED_STATE.get(op_name(node.target), 0)
         splits = node.op == "call_function" and op_name(node.target) in self.names
-        splits |= node in self.alone
-        if splits and self.depth == 0:
+        if (splits or ALONE in node.meta) and self.depth == 0:
             self.home[node] = None
             self.order.append(node)
             return

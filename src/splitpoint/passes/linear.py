@@ -220,6 +220,18 @@ def _takes_int4(shape: LinearShape) -> bool:
     return _can_round(shape) and int4_group(shape.k) is not None
 
 
+def _holds_int4(shape: LinearShape) -> bool:
+    return bool(shape.packed) and not shape.int8
+
+
+def _any_rows(rows: Range) -> bool:
+    return True
+
+
+def _many_rows(rows: Range) -> bool:
+    return rows.end >= 32
+
+
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
@@ -231,10 +243,8 @@ VARIANTS: dict[str, Variant] = {
             True,
             _gemv,
         ),
-        Variant("packed", "packed", lambda s: True, lambda r: True, True, _packed),
-        Variant(
-            "unpacked", "packed", lambda s: bool(s.packed), lambda r: r.end >= 32, False, _unpacked
-        ),
+        Variant("packed", "packed", lambda s: True, _any_rows, True, _packed),
+        Variant("unpacked", "packed", lambda s: bool(s.packed), _many_rows, False, _unpacked),
         Variant(
             "onednn",
             "onednn",
@@ -252,16 +262,9 @@ VARIANTS: dict[str, Variant] = {
             _packed,
             batch_invariant=True,
         ),
-        Variant("int8", "int8", _can_round, lambda r: True, True, _packed, "int8"),
+        Variant("int8", "int8", _can_round, _any_rows, True, _packed, "int8"),
         Variant(
-            "int8_unpacked",
-            "int8",
-            _can_round,
-            lambda r: r.end >= 32,
-            False,
-            _unpacked,
-            "int8",
-            rounds=True,
+            "int8_unpacked", "int8", _can_round, _many_rows, False, _unpacked, "int8", rounds=True
         ),
         Variant(
             "int8_invariant",
@@ -277,7 +280,7 @@ VARIANTS: dict[str, Variant] = {
             "int8_dynamic",
             "int8_quads",
             lambda s: _can_round(s) and s.k <= MOST_INT8_DEPTH,
-            lambda r: True,
+            _any_rows,
             True,
             _packed,
             "int8",
@@ -288,37 +291,24 @@ VARIANTS: dict[str, Variant] = {
             "dynamic",
             "quads",
             lambda s: s.int8 and s.k <= MOST_INT8_DEPTH,
-            lambda r: True,
+            _any_rows,
             True,
             _packed,
             activations="int8",
             exact_sums=True,
         ),
         Variant(
-            "dynamic_int4",
-            "plain",
-            lambda s: bool(s.packed) and not s.int8,
-            lambda r: True,
-            True,
-            _rounding,
-            activations="int8",
+            "dynamic_int4", "plain", _holds_int4, _any_rows, True, _rounding, activations="int8"
         ),
-        Variant("int4", "int4", _takes_int4, lambda r: True, True, _packed, "int4", rounds=True),
+        Variant("int4", "int4", _takes_int4, _any_rows, True, _packed, "int4", rounds=True),
         Variant(
-            "int4_unpacked",
-            "int4",
-            _takes_int4,
-            lambda r: r.end >= 32,
-            False,
-            _unpacked,
-            "int4",
-            rounds=True,
+            "int4_unpacked", "int4", _takes_int4, _many_rows, False, _unpacked, "int4", rounds=True
         ),
         Variant(
             "int4_dynamic",
             "int4",
             _takes_int4,
-            lambda r: True,
+            _any_rows,
             True,
             _rounding,
             "int4",

@@ -16,20 +16,29 @@ import torch
 from torch import fx
 
 from .ones import At
-from .operators import op_name
+from .operators import op_name, operator_aliases
 from .probe import require
 from .sizes import Symbols
 
 if TYPE_CHECKING:
     import sympy
 
+BY_KERNEL = "aten::scaled_dot_product_attention"
+"""The operator whose result has the layout that a kernel, picked by sizes, gives it."""
+
 LENGTHS = (5, 7, 11, 13, 17, 19, 23, 29)
 """What dynamic dimensions are when layouts are compared."""
 
+ALONE = "splitpoint_alone"
+"""In the `meta` of a node that is a step of its own, as splitting ops are."""
 
-def made_contiguous(graph: fx.Graph, names: Collection[str], symbols: Symbols) -> list[fx.Node]:
-    """Copy, behind each call of an operator of `names` that torch wrongly says to return something
-    contiguous, its result to where it is so. The copies, which use nothing else of the graph."""
+
+def made_contiguous(
+    graph: fx.Graph, splitting_ops: Collection[str], symbols: Symbols
+) -> list[fx.Node]:
+    """Copy, behind each attention that splits the graph and that torch wrongly says to return
+    something contiguous, its result to where it is so. The copies, which are `ALONE`."""
+    names = operator_aliases(BY_KERNEL) & set(splitting_ops)
     free = sorted(set().union(*(each.free_symbols for each in symbols.values())), key=str)
     sizes = dict(zip(free, itertools.cycle(LENGTHS)))
     lengths = {symbol: int(size.subs(sizes)) for symbol, size in symbols.items()}
@@ -42,7 +51,7 @@ def made_contiguous(graph: fx.Graph, names: Collection[str], symbols: Symbols) -
             copy = graph.call_function(torch.ops.aten.clone.default, (node,))
         node.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
         copy.kwargs = {"memory_format": torch.contiguous_format}
-        copy.meta = {**node.meta, "example_value": torch.clone(said)}
+        copy.meta = {**node.meta, "example_value": torch.clone(said), ALONE: True}
         copies.append(copy)
     return copies
 
