@@ -20,7 +20,7 @@ ABOUT = {
     "cpu": "y",
     "vectors": "z",
     "isa": None,
-    "weights": None,
+    "rounding": {},
 }
 
 

@@ -27,7 +27,7 @@ ABOUT = {
     "cores": 2,
     "requests": 8,
     "client": "own",
-    "weights": None,
+    "rounding": {},
 }
 LOADS = (Load(1.0, 128, 32, 8), Load(math.inf, 128, 32, 8))
 
@@ -139,14 +139,15 @@ def test_only_the_switch_tells_the_first_two_servers_apart():
         assert json.loads(way.arguments[1])["compile_ranges_endpoints"] == points
 
 
-def test_weights_are_asked_for_where_splitpoint_is():
-    own, ours, ranges = ways("eager", [[8]], "int4")
+def test_rounding_is_asked_for_where_splitpoint_is():
+    rounding = {"weights": "int4", "activations": "int8"}
+    own, ours, ranges = ways("eager", [[8]], rounding)
     assert own.arguments == ("--enforce-eager",)
     for way in (ours, ranges):
         assert way.arguments[-2] == "--additional-config"
-        assert json.loads(way.arguments[-1]) == {"splitpoint": {"weights": "int4"}}
-    text = str(ServeReport({**ABOUT, "weights": "int4"}, TWO_ROUNDS.starts))
-    assert "x with weights in int4, 1 threads a rank" in text
+        assert json.loads(way.arguments[-1]) == {"splitpoint": rounding}
+    text = str(ServeReport({**ABOUT, "rounding": rounding}, TWO_ROUNDS.starts))
+    assert "; weights in int4, activations in int8, 1 threads a rank" in text
 
 
 def test_what_each_further_range_adds_to_a_start():

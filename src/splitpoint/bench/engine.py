@@ -21,6 +21,7 @@ from ..report.environment import environment
 from ..torch_internals.instruction_sets import AVX2_VARIABLES
 from .differences import LONGEST_PROMPT, compare
 from .engine_check import TOKENS, CheckReport
+from .rounding import Rounding, in_words
 
 Say = Callable[[str], None]
 
@@ -73,7 +74,7 @@ class EngineReport:
                 f"{env['clock']}, medians of {processes} processes each, in turn",
                 f"vLLM {env['vllm']}, torch {env['torch']} on {env['cpu']}, {env['vectors']}",
                 *(["as if the CPU had AVX2 alone"] if env["isa"] == "avx2" else []),
-                *([f"with splitpoint, weights are in {env['weights']}"] if env["weights"] else []),
+                *([f"with splitpoint, {in_words(env['rounding'])}"] if env["rounding"] else []),
                 "",
                 *align(rows, right=range(1, len(rows[0]))),
                 "",
@@ -93,7 +94,7 @@ def run(
     starts: int = 2,
     eager: bool = True,
     isa: str | None = None,
-    weights: str | None = None,
+    rounding: Rounding | None = None,
     others: Sequence[str] = (),
     say: Say = lambda line: None,
 ) -> EngineReport:
@@ -111,7 +112,7 @@ def run(
         isa: "avx2" to have vLLM, torch, oneDNN and this package go without AVX-512 and AMX, in so
             far as they ask torch or the environment; code that the compiler made for this CPU
             stays.
-        weights: what this package rounds weights to, where it is there.
+        rounding: what this package rounds "weights" and "activations" to, where it is there.
         others: of `OTHERS`, what is timed too.
         say: is told what goes on.
 
@@ -122,7 +123,7 @@ def run(
     task = {
         **_task(model, dtype, threads, eager),
         "isa": isa,
-        "weights": weights,
+        "rounding": dict(rounding or {}),
         "batches": list(batches),
         "prompt": prompt,
         "tokens": tokens,
@@ -139,7 +140,7 @@ def run(
         **_about(found, model, dtype, threads, eager),
         "clock": clock,
         "isa": isa,
-        "weights": weights,
+        "rounding": dict(rounding or {}),
     }
     return EngineReport(about, tuple(found))
 
@@ -198,7 +199,7 @@ def _task(model: str, dtype: str, threads: int, eager: bool) -> dict[str, Any]:
         "eager": eager,
         "check": 0,
         "isa": None,
-        "weights": None,
+        "rounding": {},
     }
 
 

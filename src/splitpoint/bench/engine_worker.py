@@ -34,7 +34,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     if current_platform.is_zen_cpu() != task["zentorch"]:
         raise SystemExit("vLLM uses zentorch on AMD's processors with AVX-512 only")
 
-    asked = {KEY: {"weights": task["weights"]}} if task["ours"] and task["weights"] else {}
+    asked = {KEY: task["rounding"]} if task["ours"] and task["rounding"] else {}
     most = task["prompt"] + task["tokens"] + 1
     llm = LLM(
         task["folder"],

@@ -25,6 +25,7 @@ from ..report.environment import environment
 from . import load as generator
 from . import transformers_server, vllm_client
 from .load import Answer, Ask, Load, ask_vllm
+from .rounding import Rounding
 from .serve_report import ServeReport, Start
 from .server import HOST, Server, free_port
 
@@ -74,8 +75,8 @@ class Setting:
 
     folder: Path
     """In Hugging Face's format."""
-    weights: str | None
-    """What this package rounds weights to."""
+    rounding: Rounding
+    """What this package rounds "weights" and "activations" to."""
     vocabulary: int
     dtype: str
     threads: int
@@ -91,7 +92,7 @@ class Setting:
 def ways(
     mode: str,
     split_points: Sequence[Sequence[int]] = (),
-    weights: str | None = None,
+    rounding: Rounding | None = None,
     others: Sequence[str] = (),
 ) -> list[Way]:
     """The servers to compare.
@@ -99,13 +100,13 @@ def ways(
     Args:
         mode: "eager": vLLM compiles nothing; "compiled": it does, as by its default.
         split_points: for each there is one more, compiled for the ranges that they make.
-        weights: what this package rounds weights to, where it is there.
+        rounding: what this package rounds "weights" and "activations" to, where it is there.
         others: of `OTHERS`; each is there with this package and without.
     """
     eager = ("--enforce-eager",) if mode == "eager" else ()
     asked: tuple[str, ...] = ()
-    if weights is not None:
-        asked = ("--additional-config", json.dumps({KEY: {"weights": weights}}))
+    if rounding:
+        asked = ("--additional-config", json.dumps({KEY: dict(rounding)}))
     found = [
         Way("vLLM", {SWITCH: "0"}, eager, with_splitpoint=False),
         Way("with splitpoint", {SWITCH: "1"}, (*eager, *asked)),
@@ -143,7 +144,7 @@ def run(
     rounds: int = 2,
     mode: str = "eager",
     split_points: Sequence[Sequence[int]] = (),
-    weights: str | None = None,
+    rounding: Rounding | None = None,
     others: Sequence[str] = (),
     client: str | None = None,
     say: Say = lambda line: None,
@@ -165,7 +166,7 @@ def run(
         rounds: starts of each server.
         mode: as `ways`.
         split_points: as `ways`.
-        weights: as `ways`.
+        rounding: as `ways`.
         others: as `ways`.
         client: "vllm" for `vllm bench serve`, "own" for `bench.load`; None for the first that is
             installed and that all servers understand.
@@ -188,7 +189,7 @@ def run(
     for size in ranks:
         check_ranks(model, config, size, threads)
     check_others(others, ranks, client)
-    servers = ways(mode, split_points, weights, others)
+    servers = ways(mode, split_points, rounding, others)
     names = [way.name for way in servers]
     if len(set(names)) < len(names):
         raise UsageError("--ranges was given twice with as many ranges: each needs another number")
@@ -207,7 +208,7 @@ def run(
     with _folder() as work:
         setting = Setting(
             folder,
-            weights,
+            dict(rounding or {}),
             config.vocab_size,
             {"bf16": "bfloat16", "fp32": "float32"}[dtype],
             threads,
@@ -229,7 +230,7 @@ def run(
         "mode": mode,
         "client": setting.client,
         "requests": requests,
-        "weights": weights,
+        "rounding": dict(rounding or {}),
     }
     return ServeReport(about, tuple(found))
 
@@ -314,7 +315,7 @@ def start(setting: Setting, way: Way, size: int, turn: int, say: Say) -> Start:
 def _command(setting: Setting, way: Way, size: int, port: int) -> list[str]:
     if not way.is_vllm:
         return transformers_server.command(
-            setting.folder, port, setting.dtype, way.with_splitpoint, setting.weights
+            setting.folder, port, setting.dtype, way.with_splitpoint, setting.rounding
         )
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .load import Load, Served
+from .rounding import in_words
 
 COLUMNS = {
     "mean_ttft": "Mean TTFT (ms)",
@@ -144,10 +145,10 @@ class ServeReport:
 
     def __str__(self) -> str:
         env = self.environment
-        weights = f" with weights in {env['weights']}" if env["weights"] else ""
+        rounding = f"; {in_words(env['rounding'])}" if env["rounding"] else ""
         rounds = 1 + max(start.turn for start in self.starts)
         lines = [
-            f"{env['model']}, {env['dtype']}{weights}, {env['threads']} threads a rank, "
+            f"{env['model']}, {env['dtype']}{rounding}, {env['threads']} threads a rank, "
             f"{env['mode']}; "
             f"{env['requests']} requests a row, medians of {rounds} rounds, sent by "
             f"{'vllm bench serve' if env['client'] == 'vllm' else 'splitpoint'}",

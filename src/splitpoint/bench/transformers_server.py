@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .rounding import Rounding
 from .server import HOST
 
 NEEDED = ("transformers", "fastapi", "uvicorn", "openai", "typer")
@@ -40,7 +41,11 @@ def unavailable() -> str | None:
 
 
 def command(
-    folder: Path, port: int, dtype: str, with_splitpoint: bool, weights: str | None = None
+    folder: Path,
+    port: int,
+    dtype: str,
+    with_splitpoint: bool,
+    rounding: Rounding | None = None,
 ) -> list[str]:
     """What starts a server.
 
@@ -49,13 +54,13 @@ def command(
         port: of this machine's own address.
         dtype: "bfloat16" or "float32".
         with_splitpoint: whether `integrations.transformers` compiles the model.
-        weights: what it rounds them to.
+        rounding: what it rounds "weights" and "activations" to.
     """
     return [
         *(sys.executable, "-m", "splitpoint.bench.transformers_server", str(folder)),
         *("--port", str(port), "--dtype", dtype),
         *(["--with-splitpoint"] if with_splitpoint else []),
-        *(["--weights", weights] if with_splitpoint and weights else []),
+        *(["--rounding", json.dumps(dict(rounding))] if with_splitpoint and rounding else []),
     ]
 
 
@@ -119,10 +124,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--with-splitpoint", action="store_true")
-    parser.add_argument("--weights")
+    parser.add_argument("--rounding", type=json.loads, default={})
     args = parser.parse_args(arguments)
     if args.with_splitpoint:
-        compile_what_is_loaded(args.weights)
+        compile_what_is_loaded(args.rounding)
     # Its class and not its command, which asks the network for a newer version.
     from transformers.cli.serve import Serve
 
@@ -138,7 +143,7 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def compile_what_is_loaded(weights: str | None) -> None:
+def compile_what_is_loaded(rounding: Rounding) -> None:
     """Have `integrations.transformers` compile the server's model when it has been loaded, before
     the server answers."""
     from transformers.cli.serving.model_manager import ModelManager
@@ -150,19 +155,20 @@ def compile_what_is_loaded(weights: str | None) -> None:
         model, processor = load(self, *args, **given)
         if id(model) not in compiled:
             compiled.add(id(model))
-            _compile(model, weights)
+            _compile(model, rounding)
         return model, processor
 
     ModelManager.load_model_and_processor = load_and_compile
 
 
-def _compile(model: Any, weights: Any) -> None:
+def _compile(model: Any, rounding: Rounding) -> None:
     import torch
 
     from ..integrations import transformers
 
     start = time.perf_counter()
-    transformers.compile(model, replace(transformers.CONFIG, weights=weights))
+    asked: dict[str, Any] = dict(rounding)
+    transformers.compile(model, replace(transformers.CONFIG, **asked))
     prompt = torch.ones(1, 2, dtype=torch.long)
     model.generate(prompt, do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=2)
     print(f"Splitpoint: compiled, or loaded, in {time.perf_counter() - start:.1f} s", flush=True)

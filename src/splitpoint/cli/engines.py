@@ -15,8 +15,10 @@ def bench_vllm(args: argparse.Namespace) -> None:
 
     check_outputs(json=args.json)
     if args.check:
-        if args.weights:
-            raise UsageError("--check compares equal weights: leave --weights out")
+        if _rounding(args):
+            raise UsageError(
+                "--check compares equal weights: leave --weights and --activations out"
+            )
         checked = check(
             args.model,
             dtype=args.dtype,
@@ -37,11 +39,18 @@ def bench_vllm(args: argparse.Namespace) -> None:
         starts=args.starts,
         eager=not args.compiled,
         isa=args.isa,
-        weights=args.weights,
+        rounding=_rounding(args),
         others=args.others,
         say=say,
     )
     show(report, args.json)
+
+
+def _rounding(args: argparse.Namespace) -> dict[str, str]:
+    given = {"weights": args.weights, "activations": args.activations}
+    if args.activations and not args.weights:
+        raise UsageError("--activations go with --weights int8 or int4: give both")
+    return {name: kind for name, kind in given.items() if kind}
 
 
 def bench_serve(args: argparse.Namespace) -> None:
@@ -63,7 +72,7 @@ def bench_serve(args: argparse.Namespace) -> None:
         rounds=args.rounds,
         mode="compiled" if args.compiled else "eager",
         split_points=args.ranges,
-        weights=args.weights,
+        rounding=_rounding(args),
         others=args.others,
         client=args.client,
         say=say,

@@ -34,8 +34,17 @@ def rounded_before(model: Path, folder: Path, weights: str) -> Path:
     return folder
 
 
-def asked(weights: str) -> dict[str, object]:
-    return {"additional_config": {"splitpoint": {"weights": weights}}}
+def asked(weights: str, activations: str | None = None) -> dict[str, object]:
+    rounding = {"weights": weights, "activations": activations}
+    return {"additional_config": {"splitpoint": rounding}}
+
+
+def set_times(cache: Path, ours: float, others: float) -> None:
+    """What starts find as measured: the same at all rows."""
+    (path,) = (cache / "vllm").iterdir()
+    kept = json.loads(path.read_text())
+    kept["seconds"] = dict.fromkeys(kept["seconds"], {"1": (ours, others)})
+    path.write_text(json.dumps(kept))
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -66,6 +75,23 @@ def test_vllm_answers_as_with_the_rounded_model(
     compiled = start(model, cache, llm={**asked(weights), "enforce_eager": False})
     assert compiled.tokens == want.tokens
     assert "up to 16 rows, unpacked for more" in compiled.said
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_layers_round_their_input_where_that_is_faster(
+    model: Path, cache: Path, weights: str
+) -> None:
+    plain = start(model, cache, llm=asked(weights))
+    start(model, cache, llm=asked(weights, "int8"))
+    set_times(cache, ours=1.0, others=2.0)
+    assert start(model, cache, llm=asked(weights, "int8")).tokens == plain.tokens
+
+    set_times(cache, ours=2.0, others=1.0)
+    rounding = start(model, cache, llm=asked(weights, "int8"))
+    assert f"in {weights} with x in int8" in rounding.said
+    assert "an embedding any rows" in rounding.said or "an embedding unpacked" in rounding.said
+    compiled = start(model, cache, llm={**asked(weights, "int8"), "enforce_eager": False})
+    assert compiled.tokens == rounding.tokens
 
 
 def test_a_value_that_is_none_leaves_a_server_with_vllms_own(model: Path, cache: Path, own) -> None:

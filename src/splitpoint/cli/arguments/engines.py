@@ -78,7 +78,7 @@ examples:
         help="'zentorch': vLLM with AMD's package too, where it is installed; it is hidden from "
         "the other processes",
     )
-    _weights(parser)
+    _rounding(parser)
     parser.add_argument(
         "--check",
         type=positive,
@@ -91,11 +91,16 @@ examples:
     run_arguments(parser)
 
 
-def _weights(parser: Any) -> None:
+def _rounding(parser: Any) -> None:
     parser.add_argument(
         "--weights",
         choices=("int8", "int4"),
         help="what this package rounds weights of linear layers to, where it is there",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=("int8",),
+        help="what these layers round their input to, where that is faster; beside --weights",
     )
 
 
@@ -172,7 +177,7 @@ examples:
         help="one more server, compiled by this package for ranges that end at these sizes; '' for "
         "one range; given several times, what each further range adds to a start is said too",
     )
-    _weights(parser)
+    _rounding(parser)
     parser.add_argument(
         "--others",
         type=some_of(SERVERS),

@@ -6,33 +6,41 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .shapes import Other
+
 NOISE = 1.05
 """Kernels whose times differ by less count as equally fast."""
 
 Measured = Mapping[int, tuple[float, float]]
-"""Seconds a call of this package's kernel and of vLLM's own, by rows of x."""
+"""Seconds a call of this package's kernel, and the other way that a layer has (`Shape.other`), by
+rows of x."""
+
+SAID: dict[Other, tuple[str, str]] = {
+    "vLLM": ("", "left to vLLM"),
+    "unpacked": (", unpacked for more", "unpacked at each call"),
+    "x in int8": (", with x in int8 for more", "with x in int8"),
+}
+"""Of the other way: what is said where it serves more rows, and where it serves all."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """This package's kernel for up to `most` rows; for more vLLM's own or, of a rounded weight, its
-    product with what was unpacked."""
+    """This package's kernel for up to `most` rows; for more the other way."""
 
     most: int | None
     """None: for any rows; 0: for none."""
 
     @property
     def keeps_both(self) -> bool:
-        """Whether a layer needs its weight in both layouts."""
+        """Whether a layer goes both ways."""
         return self.most is not None and self.most > 0
 
-    def said(self, rounds: bool = False) -> str:
-        """In words, of a layer whose weight is rounded or not."""
+    def said(self, other: Other = "vLLM") -> str:
+        """In words, of a layer that has another way."""
+        beyond, always = SAID[other]
         if self.keeps_both:
-            return f"up to {self.most} rows" + (", unpacked for more" if rounds else "")
-        if self.most is None:
-            return "any rows"
-        return "unpacked at each call" if rounds else "left to vLLM"
+            return f"up to {self.most} rows{beyond}"
+        return "any rows" if self.most is None else always
 
 
 OURS, THEIRS = Choice(None), Choice(0)

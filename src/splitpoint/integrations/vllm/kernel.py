@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import Weights
 from ...kernels.memory import Streamed
 from .choice import THEIRS, Choice
 from .measuring import CpuLinear
-from .rounded import Rounded, by_rows
+from .rounded import by_rows
+from .shapes import Shape
 
 _linear_packed = torch.ops.splitpoint.linear_packed
 
@@ -70,31 +70,32 @@ class Setter:
         self._memory = memory
         self._late: dict[int, Late] = {}
 
-    def set(self, module: Any, may_free: bool, choice: Choice, weights: Weights | None) -> None:
+    def set(self, module: Any, may_free: bool, choice: Choice, shape: Shape) -> None:
         """Set a layer's `cpu_linear`, and free its weight if that may be."""
-        if weights is None and choice == THEIRS:
+        rounds = shape.weights is not None
+        if not rounds and choice == THEIRS:
             self._theirs(module, may_free)
         elif not may_free:
             # Layers may share it, as an LM head and an embedding do.
             key = module.weight.data_ptr()
             if key not in self._late:
                 weight = module.weight.data
-                self._late[key] = Late(lambda: self._packed(weight, choice, weights))
+                self._late[key] = Late(lambda: self._packed(weight, choice, shape))
             module.cpu_linear = self._late[key]
-        elif weights is None and choice.most is not None:
+        elif not rounds and choice.most is not None:
             ours = Packed(module.weight.data, self._memory)
             self._theirs(module, True)
             module.cpu_linear = either(ours, module.cpu_linear, choice.most)
         else:
-            module.cpu_linear = self._packed(module.weight.data, choice, weights)
+            module.cpu_linear = self._packed(module.weight.data, choice, shape)
             empty = torch.empty(0, dtype=module.weight.dtype)
             module.weight = nn.Parameter(empty, requires_grad=False)
 
-    def _packed(self, weight: Tensor, choice: Choice, weights: Weights | None) -> CpuLinear:
+    def _packed(self, weight: Tensor, choice: Choice, shape: Shape) -> CpuLinear:
         """What needs the weight in no other form."""
-        if weights is None:
+        if shape.weights is None:
             return Packed(weight, self._memory)
-        return by_rows(Rounded(weight, weights, self._memory), choice)
+        return by_rows(weight, shape, choice, self._memory)
 
 
 def either(ours: Packed, theirs: CpuLinear, most: int) -> CpuLinear:

@@ -16,16 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import kernels
-from ...config import Weights
+from ...config import Activations, Weights
 from ...kernels import build
+from ...kernels.layout import MOST_INT8_DEPTH
 from ...kernels.memory import Streamed
+from ...tuning.linear import WORTH_ROUNDING
 from ...tuning.measure import Budget
 from . import names
-from .choice import OURS, Choice, Measured, choose
+from .choice import OURS, THEIRS, Choice, Measured, choose
 from .chosen import note
 from .fence import log
 from .measuring import Prepare, measure
 from .memory import spare_bytes
+from .settings import Settings
 from .shapes import HEAD, INT4_NEEDS, TYPES, Shape, kind_for
 from .store import Kept
 from .threads import check_threads
@@ -44,6 +47,8 @@ class Layer:
     """Whether nobody reads the module's weight as it is."""
     weights: Weights | None
     """What its weight is rounded to."""
+    activations: Activations | None
+    """What its input may be rounded to."""
 
     @property
     def weight(self) -> Tensor:
@@ -55,7 +60,8 @@ class Layer:
     def shape(self) -> Shape:
         """What its choice depends on."""
         columns, k = self.weight.shape
-        return Shape(columns, k, self.weight.dtype, not self.may_free, self.weights)
+        stays = not self.may_free
+        return Shape(columns, k, self.weight.dtype, stays, self.weights, self.activations)
 
 
 class Loading:
@@ -63,20 +69,20 @@ class Loading:
 
     Args:
         theirs: vLLM's function that gives a layer its `cpu_linear`.
-        weights: what they are to be rounded to, as `Config.weights`.
+        settings: what a user asks for.
 
     Raises:
         KernelBuildError: when there are no kernels here.
         SharedCores: when threads have no core of their own.
     """
 
-    def __init__(self, theirs: Prepare, weights: Weights | None = None) -> None:
+    def __init__(self, theirs: Prepare, settings: Settings) -> None:
         check_threads()
         if not build.place().exists():
             log.info("Splitpoint: building its kernels, once a machine: a minute of CPU time")
         kernels.load()
         self._theirs = theirs
-        self.weights = weights
+        self.settings = settings
         self._waiting: list[Layer] = []
         self._done: list[str] = []
         """What layers have got, in order."""
@@ -93,8 +99,11 @@ class Loading:
             and weight.numel() > 0
         )
         if takes:
-            kind = kind_for(self.weights, weight.shape[1], is_head=not may_free)
-            self._waiting.append(Layer(module, may_free, kind))
+            k = weight.shape[1]
+            kind = kind_for(self.settings.weights, k, is_head=not may_free)
+            may_round_x = kind is not None and may_free and k <= MOST_INT8_DEPTH
+            activations = self.settings.activations if may_round_x else None
+            self._waiting.append(Layer(module, may_free, kind, activations))
             self._seen.add(id(module))
             module.cpu_linear = F.linear  # until then
         return takes
@@ -116,15 +125,16 @@ class Loading:
                 layer = self._waiting[0]
                 shape = layer.shape  # that of its weight, which may be freed
                 choice = chosen[shape]
-                setter.set(layer.module, layer.may_free, choice, layer.weights)
-                self._done.append(f"{shape} {choice.most}")
+                setter.set(layer.module, layer.may_free, choice, shape)
+                self._done.append(f"{shape.key} {choice.most}")
                 del self._waiting[0]
             log.info(
                 "Splitpoint: packed kernels for linear layers: %s (%s)", said(chosen, counts), how
             )
-        if self.weights is not None:
+        weights = self.settings.weights
+        if weights is not None:
             others = self._others(model)
-            log.info("Splitpoint: %s", said_of_weights(self.weights, counts, others))
+            log.info("Splitpoint: %s", said_of_weights(weights, counts, others))
 
     def _others(self, model: nn.Module) -> Counter[str]:
         """Modules of other kinds that have weights: how many of which class."""
@@ -136,7 +146,7 @@ class Loading:
 
     def note(self) -> None:
         """Tell vLLM's stores which layers have which kernels."""
-        left = [f"{layer.shape} left" for layer in self._waiting]
+        left = [f"{layer.shape.key} left" for layer in self._waiting]
         note(names.CONFIG.value(), [*self._done, *left])
 
     def leave_the_rest(self) -> None:
@@ -152,7 +162,7 @@ class Loading:
         kept = Kept()
         known = kept.read()
         measured: dict[Shape, Measured] = {
-            shape: known[str(shape)] for shape in weights if str(shape) in known
+            shape: known[shape.key] for shape in weights if shape.key in known
         }
         new = {shape: each for shape, each in weights.items() if shape not in measured}
         if not new:
@@ -172,15 +182,16 @@ def choices(
 ) -> dict[Shape, Choice]:
     """A choice for each shape. The layers of a shape keep their weights in both layouts as long as
     the copies take no more than `spare` bytes, those with the fewest bytes first. A weight that
-    stays as it is gets no two copies beside."""
+    stays as it is gets no two copies beside. What rounds x must be worth its error."""
     chosen: dict[Shape, Choice] = {}
     for shape in sorted(counts, key=lambda shape: shape.nbytes * counts[shape]):
-        size = shape.nbytes * counts[shape]
+        size = shape.second_bytes * counts[shape]
         times = measured.get(shape, {})
-        if shape.weights is not None:  # in one form, which both ways read
-            chosen[shape] = choose(times, True) if times else OURS
-            continue
-        chosen[shape] = choose(times, size <= spare and not shape.stays)
+        if shape.activations is not None:
+            times = {rows: (own, WORTH_ROUNDING * other) for rows, (own, other) in times.items()}
+        may_keep_both = size <= spare and not (size and shape.stays)
+        missing = THEIRS if shape.weights is None else OURS
+        chosen[shape] = choose(times, may_keep_both) if times else missing
         if chosen[shape].keeps_both:
             spare -= size
     return chosen
@@ -189,8 +200,7 @@ def choices(
 def said(chosen: Mapping[Shape, Choice], counts: Mapping[Shape, int]) -> str:
     """Which layers got what, in one line."""
     return ", ".join(
-        f"{counts[shape]} of {shape} {choice.said(rounds=shape.weights is not None)}"
-        for shape, choice in chosen.items()
+        f"{counts[shape]} of {shape} {choice.said(shape.other)}" for shape, choice in chosen.items()
     )
 
 

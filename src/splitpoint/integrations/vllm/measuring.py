@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import Weights
 from ...errors import OutputMismatch
 from ...kernels.bounds import exceeded
 from ...kernels.memory import Streamed
@@ -42,7 +41,7 @@ def measure(
     weights: Mapping[Shape, Sequence[Tensor]], theirs: Prepare, budget: Budget
 ) -> dict[Shape, Measured]:
     """Times of each shape by rows, few rows first, until the budget is spent: of this package's
-    kernel and vLLM's own or, of rounded weights, what `Rounded.unpacked` takes.
+    kernel and the other way that a layer has (`Shape.other`).
 
     Args:
         weights: of some layers of each shape.
@@ -74,16 +73,16 @@ class _Slices:
     """Slices of the weights of a shape as both kernels have them."""
 
     def __init__(self, shape: Shape, weights: Sequence[Tensor], theirs: Prepare) -> None:
-        self.shape, self.kind = shape, shape.weights
+        self.shape = shape
         columns = min(shape.columns, max(CHECKED_COLUMNS, MOST_ELEMENTS // max(1, shape.k)))
         parts = [part for weight in weights for part in torch.split(weight, columns)]
         whole = [part for part in parts if part.shape[0] == columns]
         self.first = whole[0]
         self.ours: list[CpuLinear] = []
-        self.theirs: list[CpuLinear] = []
-        """vLLM's own or, of rounded weights, the product with what is unpacked at each call."""
-        if self.kind is not None:
-            self._round(self.kind)
+        self.others: list[CpuLinear] = []
+        """The other way."""
+        if shape.weights is not None:
+            self._round()
             return
         count = min(MOST_COPIES, math.ceil(COLD_BYTES / whole[0].nbytes))
         from .kernel import Packed
@@ -94,18 +93,18 @@ class _Slices:
             layer: Any = nn.Module()
             layer.weight = nn.Parameter(part, requires_grad=False)
             theirs(layer, False)
-            self.theirs.append(functools.partial(_call, layer))
+            self.others.append(functools.partial(_call, layer))
 
-    def _round(self, kind: Weights) -> None:
-        """Both kernels read one form of a rounded weight; what is in it changes no time."""
+    def _round(self) -> None:
+        """What is in a rounded weight changes no time."""
         from .rounded import Rounded
 
         memory = Streamed()
-        first = Rounded(self.first, kind, memory)
+        first = Rounded(self.first, self.shape, memory)
         count = min(MOST_COPIES, math.ceil(COLD_BYTES / first.weights[0].nbytes))
         for each in [first, *(first.copy(memory) for _ in range(count - 1))]:
             self.ours.append(each)
-            self.theirs.append(each.unpacked)
+            self.others.append(each.other)
 
     def times(self, rows: int) -> tuple[float, float]:
         """Median seconds a call; infinite for a kernel of this package where it is wrong.
@@ -119,9 +118,9 @@ class _Slices:
         if self._ours_are_right(x):
             ours_in_turn = itertools.cycle(self.ours)
             calls["ours"] = lambda: next(ours_in_turn)(x, None, None)
-        if self._theirs_are_right(x):
-            theirs_in_turn = itertools.cycle(self.theirs)
-            calls["theirs"] = lambda: next(theirs_in_turn)(x, None, None)
+        if self._others_are_right(x):
+            others_in_turn = itertools.cycle(self.others)
+            calls["others"] = lambda: next(others_in_turn)(x, None, None)
         if not calls:
             raise OutputMismatch(f"no kernel for {self.shape} is right on this machine")
         timings = interleave(
@@ -131,30 +130,29 @@ class _Slices:
             repeats=5,
             warm_up=1,
         )
-        ours, theirs = (
-            timings[name].median_s if name in timings else math.inf for name in ("ours", "theirs")
+        ours, others = (
+            timings[name].median_s if name in timings else math.inf for name in ("ours", "others")
         )
-        return ours, theirs
+        return ours, others
 
     def _ours_are_right(self, x: Tensor) -> bool:
         """Whether sums in fp32, in any order, can make the first and last columns what they are."""
         y = self.ours[0](x, None, None)
-        if self.kind is not None:
-            return self._is_rounded_product(y, x, is_unpacked=False)
+        if self.shape.weights is not None:
+            return self._is_rounded_product(y, x, is_other=False)
         picked = self._picked()
         return exceeded([y[:, picked]], x, [self.first[picked]]) <= 1
 
-    def _theirs_are_right(self, x: Tensor) -> bool:
+    def _others_are_right(self, x: Tensor) -> bool:
         """As `_ours_are_right`; vLLM's own is not this package's to judge."""
-        if self.kind is None:
+        if self.shape.weights is None:
             return True
-        return self._is_rounded_product(self.theirs[0](x, None, None), x, is_unpacked=True)
+        return self._is_rounded_product(self.others[0](x, None, None), x, is_other=True)
 
-    def _is_rounded_product(self, y: Tensor, x: Tensor, is_unpacked: bool) -> bool:
+    def _is_rounded_product(self, y: Tensor, x: Tensor, is_other: bool) -> bool:
         from .rounded import Reference
 
-        assert self.kind is not None
-        return Reference(self.first, self.kind, self._picked()).agrees(y, x, is_unpacked)
+        return Reference(self.first, self.shape, self._picked()).agrees(y, x, is_other)
 
     def _picked(self) -> list[int]:
         """The first and last columns."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from ...config import Weights
+from ...config import Activations, Weights
 from ...errors import InvalidField, UnknownField
 from . import KEY, names
 
@@ -19,6 +19,9 @@ class Settings:
 
     weights: Weights | None = None
     """What linear layers are rounded to, as `Config.weights`."""
+    activations: Activations | None = None
+    """What these layers, heads aside, round their input to where that is faster, as
+    `Config.activations`."""
 
 
 def settings() -> Settings:
@@ -26,7 +29,7 @@ def settings() -> Settings:
 
     Raises:
         UnknownField: for a field that there is not.
-        InvalidField: for a value that is none of its field's.
+        InvalidField: for a value that is none of its field's, or for activations without weights.
     """
     config = names.CONFIG.value()
     additional = None if config is None else config.additional_config
@@ -49,8 +52,12 @@ def parse(given: Any) -> Settings:
     for name in given:
         if name not in known:
             raise UnknownField(f"{where} has no field {name!r}, only {', '.join(known)}")
-    weights = given.get("weights")
-    if weights not in (None, *get_args(Weights)):
-        choices = " or ".join(map(repr, get_args(Weights)))
-        raise InvalidField(f"weights of {where} must be {choices}, got {weights!r}")
-    return Settings(weights)
+    for name, kind in (("weights", Weights), ("activations", Activations)):
+        value = given.get(name)
+        if value not in (None, *get_args(kind)):
+            choices = " or ".join(map(repr, get_args(kind)))
+            raise InvalidField(f"{name} of {where} must be {choices}, got {value!r}")
+    found = Settings(**given)
+    if found.activations is not None and found.weights is None:
+        raise InvalidField(f"activations of {where} go with weights in int8 or int4: set both")
+    return found

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from ...config import Weights
+from ...config import Activations, Weights
 from ...kernels.int4 import int4_group
+
+Other = Literal["vLLM", "unpacked", "x in int8"]
+"""A layer by vLLM's own kernel, over a rounded weight that is unpacked at each call, or over a
+rounded weight with x rounded too."""
 
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 """Dtypes that kernels here take, x and weight alike, by the name they have in text."""
@@ -24,6 +29,8 @@ class Shape:
     """Whether the weight stays as it is, being an embedding's too."""
     weights: Weights | None = None
     """What kernels round it to; None where they take it as it is."""
+    activations: Activations | None = None
+    """What kernels may round x to; only beside weights that are rounded."""
 
     def __str__(self) -> str:
         kind = f" in {self.weights}" if self.weights else ""
@@ -31,9 +38,28 @@ class Shape:
         return f"{self.columns}x{self.k} {TYPES[self.dtype]}{kind}{suffix}"
 
     @property
+    def key(self) -> str:
+        """What tells its measurements from others."""
+        return f"{self}, x in {self.activations}" if self.activations else str(self)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of a weight."""
         return self.columns * self.k * self.dtype.itemsize
+
+    @property
+    def other(self) -> Other:
+        """What there is beside this package's kernel over x as it is."""
+        if self.weights is None:
+            return "vLLM"
+        return "unpacked" if self.activations is None else "x in int8"
+
+    @property
+    def second_bytes(self) -> int:
+        """Bytes of the copy that the other way needs for itself."""
+        if self.weights is None:
+            return self.nbytes
+        return self.columns * self.k if self.weights == "int8" and self.activations else 0
 
 
 HEAD: Weights = "int8"

@@ -72,7 +72,7 @@ class StandIn:
         finally:
             loading, self._loading = self._loading, None
         if loading is not None:
-            weights = loading.weights
+            weights = loading.settings.weights
             with fence(f"not all weights are rounded to {weights}: {OWN}" if weights else OWN):
                 loading.take_over(model)
             with fence("what vLLM keeps of compiled models may not fit the next start"):
@@ -103,7 +103,7 @@ class StandIn:
         with fence(f"weights are not rounded to {given.weights}: {OWN}" if given.weights else OWN):
             from .loading import Loading  # with torch and the kernels, which take their time
 
-            return Loading(self._dispatch, given.weights)
+            return Loading(self._dispatch, given)
         return None
 
     def dispatch_cpu_unquantized_gemm(self, layer: Any, remove_weight: bool) -> None:

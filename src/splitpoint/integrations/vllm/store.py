@@ -53,7 +53,7 @@ class Kept:
         self.path = cache_folder() / "vllm" / f"linear-{digest[:24]}.json"
 
     def read(self) -> dict[str, dict[int, tuple[float, float]]]:
-        """By the text of a shape; nothing where the file is not there or not whole."""
+        """By the key of a shape; nothing where the file is not there or not whole."""
         try:
             found = json.loads(self.path.read_text())
             if found["conditions"] != self.conditions:
@@ -75,7 +75,7 @@ class Kept:
         seconds = self.read()
         for shape, times in measured.items():
             # The digits that mean something.
-            seconds[str(shape)] = {
+            seconds[shape.key] = {
                 n: (float(f"{a:.4g}"), float(f"{b:.4g}")) for n, (a, b) in times.items()
             }
         text = json.dumps({"conditions": self.conditions, "seconds": seconds}, indent=1)
