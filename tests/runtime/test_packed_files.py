@@ -53,10 +53,12 @@ def x(size: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that has the model compiled, and no files of weights."""
+    """A store that has the model compiled, and no files of weights: by a process, as those have
+    other settings that start from it than what other tests may have left here."""
     folder = tmp_path_factory.mktemp("filled") / "kept"
-    torch.set_num_threads(1)  # as the processes have that start from it
-    plain(make(), folder)
+    filling = Running(folder, "serve(); raise SystemExit").process
+    _, said = filling.communicate(timeout=200)
+    assert filling.returncode == 0, said
     return folder
 
 

@@ -189,7 +189,7 @@ class _Measuring:
                 if not self._rounds_weights(name)
                 for run in each
             ]
-            seen = max(self.probes.read_bytes / min(reads), *(needed / step for step in steps))
+            seen = max([self.probes.read_bytes / min(reads), *(needed / step for step in steps)])
             self.read_gb_s = seen / 1e9
             floor_ms = needed / self.read_gb_s / 1e6
         return [

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ... import api
-from ...config import Config
+from ...config import Activations, Config, Weights
 from ...errors import UnsupportedModel
 from ...ranges import align
 from ...runtime.paged_cache import CACHED_ATTENTION, PagedCache
@@ -54,7 +54,7 @@ class Decoder:
                 f"{type(model).__name__} has no body apart from its head: compile it with "
                 f"splitpoint.compile"
             )
-        self.body = api.compile(
+        self.body: Any = api.compile(
             Body(with_config(inner, configs)),
             replace(config, splitting_ops=(*config.splitting_ops, CACHED_ATTENTION)),
             dynamic_dims={"input_ids": 1, "position_ids": 1},
@@ -62,7 +62,7 @@ class Decoder:
         head = with_config(model, configs)
         head._modules[model.base_model_prefix] = Given()
         of_head = replace(config, weights=HEAD) if config.weights else config
-        self.head = api.compile(Head(head), of_head, dynamic_dims={"hidden": 0})
+        self.head: Any = api.compile(Head(head), of_head, dynamic_dims={"hidden": 0})
         self.weights, self.activations = config.weights, config.activations
         self.max_size = config.max_size
         heads = text.num_attention_heads
@@ -309,6 +309,10 @@ class Decoder:
     def _check(self) -> None:
         """Compare with the model itself, on a few tokens.
 
+        With activations in int8 what two ways of computing round differently grows too much on its
+        way through the layers to tell much: there the model over the cache is compared as it is,
+        not compiled, and what was compiled within wide bounds.
+
         Raises:
             UnsupportedModel: when logits differ by more than rounding explains.
         """
@@ -317,8 +321,32 @@ class Decoder:
         count = min(max(12, window + 10 if window < 512 else 0), self.max_size + 1)
         chance = torch.Generator().manual_seed(0)
         ids = torch.randint(0, text.vocab_size, (1, count), generator=chance)
+        within = CHECKED_WITHIN[self.model.dtype]
+        if self.activations is not None:
+            compiled = self.body, self.head
+            self.body, self.head = (part.module for part in compiled)
+            try:
+                self._compare(ids, within, None, None)
+            finally:
+                self.body, self.head = compiled
+            within = ROUNDED_WITHIN
+        self._compare(ids, within, self.weights, self.activations)
+        self._checked = True
+
+    def _compare(
+        self,
+        ids: Tensor,
+        within: float,
+        weights: Weights | None,
+        activations: Activations | None,
+    ) -> None:
+        """Compare logits of body and head with those of the model that rounds these.
+
+        Raises:
+            UnsupportedModel: as `_check`.
+        """
         with torch.no_grad():
-            with rounding(self.model, self.weights, activations=self.activations):
+            with rounding(self.model, weights, activations=activations):
                 expected = self.stock(input_ids=ids, use_cache=False).logits[0].double()
             layer = PagedLayer(self.cache, 1)
             parts = (ids[:, :-1], ids[:, -1:])
@@ -329,14 +357,11 @@ class Decoder:
         # another expert.
         errors = (torch.cat(found).double() - expected).norm(dim=-1) / spread
         error = float(errors[-8:].median())
-        coarse = torch.bfloat16 if self.activations else self.model.dtype
-        most = CHECKED_WITHIN[coarse]
-        if not error <= most:
+        if not error <= within:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} gives other logits over the paged cache (off by "
-                f"{error:.1e} of their spread, {most} is allowed): leave it to transformers"
+                f"{error:.1e} of their spread, {within} is allowed): leave it to transformers"
             )
-        self._checked = True
 
     def __repr__(self) -> str:
         rows = [("part", "captured", "ranges")]
@@ -347,8 +372,11 @@ class Decoder:
 
 CHECKED_WITHIN = {torch.float32: 0.01, torch.bfloat16: 0.25}
 """How far a token's logits may be off, as a share of their spread, in the median of a few tokens.
-Rounding gives some 1e-6 and 0.03, and attention that sees other keys 0.5 and more. Activations in
-int8, in whichever layers, are as coarse as bfloat16."""
+Rounding gives some 1e-6 and 0.03, and attention that sees other keys 0.5 and more."""
+
+ROUNDED_WITHIN = 0.7
+"""The same with activations in int8, in whichever layers. SmolLM2 in bfloat16 and in float32, both
+with the same rounding of all, are 0.3 apart; logits that have nothing to do with each other 1.4."""
 
 _FORWARD = (
     "input_ids",
