@@ -166,18 +166,22 @@ class Binding:
         for owner in owners:
             others += [*owner.parameters(), *owner.buffers()]
         bound = [each for _, bound in runs_ for each in bound]
-        self.originals.free(unread(runs_, others), bound, self)
+        self.weights.forget()
+        try:
+            self.originals.free(unread(runs_, others), bound, self)
+        finally:
+            self.weights.note()
         for owner in owners:
             convert_whole_only(owner)
-        self.weights.note()
 
     def _renew_watch(self, graph: Graph) -> None:
         graph.state.renew(self.weights.packed_ids())
 
-    def repack(self) -> None:
-        """Bring packed copies of weights that were updated in place up to date."""
+    def repack(self, whole: bool = False) -> None:
+        """Bring packed copies of weights that were updated in place up to date; all with `whole`,
+        also of weights that do not look updated."""
         with self.lock:
-            self.weights.repack()
+            self.weights.repack(whole)
             if self._frees:
                 self._free()
 

@@ -147,11 +147,15 @@ class CompiledModel:
 
     def stats(self) -> Stats:
         """Counters since creation or the last `reset()`."""
+        programs = self._programs()
+        eager_calls = self._early_eager_calls + (self._parts.eager_calls if self._parts else 0)
+        return stats_of(programs, eager_calls)
+
+    def _programs(self) -> list[Program]:
         programs = [self._program] if self._program else []
         if self._parts is not None:
             programs += [part.program for part in self._parts.parts]
-        eager_calls = self._early_eager_calls + (self._parts.eager_calls if self._parts else 0)
-        return stats_of(programs, eager_calls)
+        return programs
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing is compiled in the background any more (`Config.background`); False
@@ -162,6 +166,13 @@ class CompiledModel:
         """
         program = self._program
         return program is None or program.wait(timeout_s)
+
+    def repack(self) -> None:
+        """Bring all packed and rounded copies of weights up to date, after updates that torch does
+        not count: of `weight.data` (`weight.data += delta`, as some libraries merge adapters), of a
+        NumPy array that shares a weight's memory, of weights made in `torch.inference_mode()`."""
+        for program in self._programs():
+            program.binding.repack(whole=True)
 
     def close(self) -> None:
         """Compile nothing more in the background, and wait until the piece that is compiled now

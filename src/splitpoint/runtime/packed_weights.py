@@ -23,7 +23,8 @@ class PackedWeights:
     A weight that is updated in place, or whose `.data` is exchanged, is packed anew into the
     same copy, so that whoever holds a copy goes on with it; the pages of a file that are written
     to are this process's own from then on. A weight that was freed needs nothing
-    until it is given data.
+    until it is given data. What torch does not count (updates of `weight.data`, of arrays that
+    share its memory, of inference tensors) is not seen.
 
     Args:
         store: where `add` keeps copies as files that are mapped, or None to have them in memory of
@@ -42,8 +43,12 @@ class PackedWeights:
         """By id; held, so that ids stay theirs."""
         self._freed: list[torch.Tensor] = []
         self._tensors: list[torch.Tensor] = []
-        self._versions: list[int] = []
         self._pointers: list[int] = []
+        self._storages: list[torch.UntypedStorage] = []
+        """Of `_tensors`, so that what takes their place lies elsewhere."""
+        self._counting: list[torch.Tensor] = []
+        """Those whose updates are counted."""
+        self._versions: list[int] = []
 
     @property
     def nbytes(self) -> int:
@@ -96,23 +101,22 @@ class PackedWeights:
     def fresh(self) -> bool:
         """Whether no packed weight was updated since it was packed."""
         return (
-            list(map(_version, self._tensors)) == self._versions
+            list(map(_version, self._counting)) == self._versions
             and list(map(_pointer, self._tensors)) == self._pointers
             and all(map(is_freed, self._freed))
         )
 
-    def repack(self) -> None:
-        """Pack anew what was updated.
+    def repack(self, whole: bool = False) -> None:
+        """Pack anew what was updated, or all with `whole`.
 
         Raises:
             WeightsFreed: when somebody else freed a weight.
         """
-        marks = zip(self._versions, self._pointers, strict=True)
-        changed = [
-            weight
-            for weight, mark in zip(self._tensors, marks, strict=True)
-            if (weight._version, weight.data_ptr()) != mark
-        ]
+        counted = zip(self._counting, self._versions, strict=True)
+        placed = zip(self._tensors, self._pointers, strict=True)
+        updated = {id(weight) for weight, version in counted if weight._version != version}
+        updated |= {id(weight) for weight, place in placed if weight.data_ptr() != place}
+        changed = [each for each in self._tensors if whole or id(each) in updated]
         for weight in [*changed, *(each for each in self._freed if not is_freed(each))]:
             for layout in LAYOUTS:
                 if (copy := self._copies.get((id(weight), layout))) is not None:
@@ -130,14 +134,22 @@ class PackedWeights:
 
     def note(self) -> None:
         """Take the weights as they are: what the copies are equal to."""
-        self._freed, self._tensors, self._versions, self._pointers = [], [], [], []
+        self.forget()
         for weight in self._weights.values():
             self._take(weight)
+
+    def forget(self) -> None:
+        """Hold no memory of the weights, until `note`."""
+        self._freed, self._tensors, self._pointers, self._storages = [], [], [], []
+        self._counting, self._versions = [], []
 
     def _take(self, weight: torch.Tensor) -> None:
         if is_freed(weight):
             self._freed.append(weight)
-        else:
-            self._tensors.append(weight)
+            return
+        self._tensors.append(weight)
+        self._pointers.append(weight.data_ptr())
+        self._storages.append(weight.untyped_storage())
+        if not weight.is_inference():
+            self._counting.append(weight)
             self._versions.append(weight._version)
-            self._pointers.append(weight.data_ptr())

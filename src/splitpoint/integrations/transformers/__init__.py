@@ -105,6 +105,19 @@ def undo(model: Any) -> Any:
     return model
 
 
+def repack(model: Any) -> Any:
+    """Have a compiled model use weights as they are now, after updates that torch does not count
+    (`splitpoint.CompiledModel.repack`). Returns the model.
+
+    Raises:
+        ConfigError: when it is not compiled.
+    """
+    decoder = decoder_of(model)
+    decoder.body.repack()
+    decoder.head.repack()
+    return model
+
+
 def decoder_of(model: Any) -> Decoder:
     """What serves a compiled model: its parts, plans and counters.
 
