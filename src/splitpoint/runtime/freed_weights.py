@@ -107,7 +107,7 @@ class FreedParameter(nn.Parameter):
 
     __torch_function__ = classmethod(_torch_function)
     __repr__ = _shown  # type: ignore[assignment]
-    set_ = _set  # type: ignore[assignment]
+    set_ = _set
 
 
 class FreedTensor(Tensor):
@@ -115,7 +115,7 @@ class FreedTensor(Tensor):
 
     __torch_function__ = classmethod(_torch_function)
     __repr__ = _shown  # type: ignore[assignment]
-    set_ = _set  # type: ignore[assignment]
+    set_ = _set
 
 
 _FREED: dict[type, type] = {nn.Parameter: FreedParameter, Tensor: FreedTensor}
