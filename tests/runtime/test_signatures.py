@@ -253,3 +253,5 @@ def test_calls_that_fail_leave_later_ones_as_they_were() -> None:
     torch.testing.assert_close(compiled(x, a=x), layer(x, x))
     torch.testing.assert_close(compiled(x), layer(x))
     assert len(compiled.stats().kinds) == 2
+    with pytest.raises(errors.WrongArguments, match=r": got an unexpected keyword argument 'b'$"):
+        compiled(x, b=x)

@@ -133,7 +133,8 @@ class CompiledModel:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:
             return None
         fits = inspect.signature(forward_of(self.module))
-        return WrongArguments(f"the arguments do not fit {fits}: {error}")
+        said = str(error).removeprefix("entry() ")  # nobody has heard of that
+        return WrongArguments(f"the arguments do not fit {fits}: {said}")
 
     # --- what the user reads -----------------------------------------------------------
 
