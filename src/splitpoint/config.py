@@ -528,8 +528,8 @@ def _batch_invariant(name: str, value: object, config: Config) -> object:
     for other, wanted in _WHERE_INVARIANT.items():
         if getattr(config, other) not in wanted:
             raise InvalidField(
-                f"{name}=True needs {other}={wanted[0]!r}, got {getattr(config, other)!r}: leave "
-                f"one of them out"
+                f"{name}=True needs {other}={' or '.join(map(repr, wanted))}, got "
+                f"{getattr(config, other)!r}: leave one of them out"
             )
     config._set("on_guard", "error")
     config._set("on_break", "error")

@@ -101,6 +101,8 @@ def test_what_cannot_be_done_is_said_first(folder, tmp_path, monkeypatch):
         run(job, tp=1, threads=torch.get_num_threads())
     with pytest.raises(errors.UsageError, match="cannot read the policy"):
         read_policy(tmp_path / "none.json")
+    with pytest.raises(errors.UsageError, match="9999 ranks want 9999 cores, here are"):
+        run(job, tp=9999, threads=1)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(errors.UsageError, match="--tp 2 under torchrun, which started 4"):

@@ -120,6 +120,13 @@ class TestErrors:
             (("bench", "forward", "smollm2", "--json", "no/such/x.json"), "cannot write no/such"),
             (("bench", "forward", "smollm2", "--dtype", "int3"), "invalid choice: 'int3'"),
             (("bench", "forward", "smollm2", "--baselines", "x"), "'x' is not one of max-autotune"),
+            (("bench", "forward", "smollm2", "--threads", "1000000"), "1000000 threads are more"),
+            (("run", "smollm2", "--threads", "1000000"), "1000000 threads are more than 8 for"),
+            (("plan", "--split-points", "8,,9"), "'8,,9' is not a list of integers such as"),
+            (
+                ("bench", "collective", "--hidden", "7", "--tokens", "1", "--quant", "nvfp4"),
+                "blocks of 16 columns, which 7 is no multiple of",
+            ),
             (("demo", "--png", "no/such/x.png"), "cannot write no/such/x.png"),
             (("demo", "--config", "missing.json"), "cannot read --config missing.json"),
         ],

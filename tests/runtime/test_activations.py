@@ -308,7 +308,9 @@ def test_what_does_not_go_together_is_refused(given: dict[str, Any], said: str) 
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
-    with pytest.raises(NothingToRound, match="the model has none\nexpected weights='int8'"):
+    with pytest.raises(
+        NothingToRound, match="the model has none\nexpected weights='int8' or 'int4' beside it"
+    ):
         compile(make(), Config(**ASKED | {"weights": None}))(x(4))
     with pytest.raises(NothingToRound, match="in float32 or bfloat16"):
         compile(make(torch.float64), Config(**ASKED))(x(4, torch.float64))

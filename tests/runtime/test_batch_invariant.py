@@ -135,6 +135,18 @@ def product(x: Tensor) -> Tensor:
     return x @ x.T
 
 
+def bilinear(x: Tensor) -> Tensor:
+    return F.bilinear(x, x, torch.ones(3, WIDTH, WIDTH))
+
+
+def solved(x: Tensor) -> Tensor:
+    return torch.linalg.solve(torch.eye(WIDTH) + 1, x.T).T
+
+
+def inverted(x: Tensor) -> Tensor:
+    return x * torch.linalg.inv(torch.eye(WIDTH) + x[:1].sum())[0]
+
+
 def attends(scale: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     def attend(x: Tensor) -> Tensor:
         q = x.to(dtype).view(1, -1, 4, WIDTH // 4).transpose(1, 2)
@@ -147,6 +159,9 @@ def attends(scale: float, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize(
     ("function", "says"),
     [
+        (bilinear, "is aten::_trilinear, and a library divides this product"),
+        (solved, "is aten::_linalg_solve_ex, and a library divides this by"),
+        (inverted, "is aten::linalg_inv_ex, and a library divides this by"),
         (product, "is aten::mm, and a library divides this product"),
         (attends(-1.0, torch.float32), "attention .* stays torch's, and a library divides this"),
         (attends(1.0, torch.float64), "attention 4 heads of 24.* stays torch's"),
@@ -193,7 +208,7 @@ def test_a_product_over_one_k_is_none():
         ({"split_points": [8]}, "batch_invariant=True needs split_points=(), got (8,)"),
         ({"compile_sizes": [1]}, "batch_invariant=True needs compile_sizes=(), got (1,)"),
         ({"backend": "eager"}, "batch_invariant=True needs backend='inductor', got 'eager'"),
-        ({"weights": "int4"}, "batch_invariant=True needs weights=None, got 'int4'"),
+        ({"weights": "int4"}, "batch_invariant=True needs weights=None or 'int8', got 'int4'"),
         ({"linear": "inductor"}, "batch_invariant=True needs linear='auto', got 'inductor'"),
         ({"background": True}, "batch_invariant=True needs background=False, got True"),
         ({"on_out_of_plan": "eager"}, "needs on_out_of_plan='error', got 'eager'"),

@@ -180,7 +180,18 @@ def _copied(module: Any, other: Any) -> None:
         assert ours.copy_(theirs) is ours
 
 
-UPDATES = {"loaded": _loaded, "assigned": _assigned, "data": _data, "copied": _copied}
+def _set(module: Any, other: Any) -> None:
+    for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
+        assert ours.set_(theirs.detach().clone()) is ours
+
+
+UPDATES = {
+    "loaded": _loaded,
+    "assigned": _assigned,
+    "data": _data,
+    "copied": _copied,
+    "set": _set,
+}
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)

@@ -233,3 +233,25 @@ def test_dynamic_dims_may_name_an_argument_that_is_none_in_some_calls():
                 mask = None if mask is None else torch.rand(size, 4)
                 torch.testing.assert_close(compiled(x, mask), masked(x, mask))
         assert compiled.stats().captures == 2
+
+
+def test_calls_that_fail_leave_later_ones_as_they_were() -> None:
+    model = nn.Linear(4, 4).eval().requires_grad_(False)
+
+    def layer(x: torch.Tensor, a: torch.Tensor | None = None) -> torch.Tensor:
+        y = nn.functional.linear(x, model.weight)
+        return y if a is None else y + a
+
+    compiled = compile(layer, Config(**{**vars(PLAIN), "max_signatures": 2}))
+    x = torch.randn(16, 4)
+    torch.testing.assert_close(compiled(x), layer(x))
+    for wrong in (torch.randn(16, 3), torch.randn(16, 33)):
+        with pytest.raises(errors.SplitpointError):
+            compiled(wrong)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        compiled(x.double())
+    torch.testing.assert_close(compiled(x, a=x), layer(x, x))
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert len(compiled.stats().kinds) == 2
+    with pytest.raises(errors.WrongArguments, match=r": got an unexpected keyword argument 'b'$"):
+        compiled(x, b=x)

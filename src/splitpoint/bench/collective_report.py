@@ -15,6 +15,8 @@ import torch
 
 from ..collectives.launch import run_ranks
 from ..collectives.policy import QUANTS, Algorithm, Key, Policy, Quant, seed_policy
+from ..collectives.reference import FP4_BLOCK
+from ..errors import UsageError
 from ..report.environment import environment
 from . import collective, vllm_shm
 from .collective import (
@@ -193,10 +195,15 @@ def run(
     completed by the seeds, would choose.
 
     Raises:
+        UsageError: when nvfp4 has no blocks of a hidden size.
         OutputMismatch: when a variant is wrong.
         WorkspaceError: when shared memory cannot be used here.
         RankFailed: when a process dies.
     """
+    if "nvfp4" in quants and (odd := [width for width in hidden if width % FP4_BLOCK]):
+        raise UsageError(
+            f"nvfp4 has blocks of {FP4_BLOCK} columns, which {odd[0]} is no multiple of"
+        )
     rows: list[Row] = []
     for count in ranks:
         say(f"{count} ranks ...")

@@ -31,6 +31,9 @@ Collectives = Literal["auto", "shm", "gloo"]
 COMPILE_PATIENCE_S = 600.0
 """How long a rank may wait for one that still compiles."""
 
+MOST_SHARING = 8
+"""Ranks that may have fewer cores than they are: they wait for each other, but answer."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -69,7 +72,8 @@ def run(job: Job, *, tp: int | None, threads: int) -> Answer | None:
         The answer; None in a rank of torchrun other than 0.
 
     Raises:
-        UsageError: when `tp` is not the number of ranks that torchrun started.
+        UsageError: when `tp` is not the number of ranks that torchrun started, or far more than
+            there are cores.
         RankFailed, ModelNotFound, WorkspaceError: as they come up in a rank.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -89,6 +93,11 @@ def run(job: Job, *, tp: int | None, threads: int) -> Answer | None:
     if tp in (None, 1):
         torch.set_num_threads(threads)
         return answer_in_rank(job)
+    cores = os.cpu_count() or 1
+    if tp > max(cores, MOST_SHARING):
+        raise UsageError(
+            f"{tp} ranks want {tp} cores, here are {cores}: --tp {max(cores, MOST_SHARING)} at most"
+        )
     first: Answer = run_ranks(tp, threads, answer_in_rank, job)[0]
     return first
 

@@ -19,6 +19,7 @@ from ..torch_internals.sizes import statically_equal
 from .base import Pass
 
 PRODUCT = "a library divides this product by how many rows there are"
+LAPACK = "a library divides this by how many rows or matrices there are"
 ATTENTION = "a library divides this attention by how many queries there are"
 SHARED = "the order in which ranks are summed depends on how many rows there are"
 
@@ -44,8 +45,56 @@ VARIES: Mapping[str, str] = {
             "mkldnn::_linear_pointwise",
             "mkldnn::_convolution_pointwise",
             "mkl::_mkl_linear",
+            "aten::addbmm",
+            "aten::_trilinear",
+            "aten::bilinear",
+            "aten::matmul",
+            "aten::einsum",
+            "aten::tensordot",
+            "aten::_cdist_forward",
+            "aten::_euclidean_dist",
+            "aten::cdist",
+            "aten::_sparse_mm",
+            "aten::_sparse_addmm",
+            "aten::mkldnn_rnn_layer",
         ),
         PRODUCT,
+    ),
+    **dict.fromkeys(
+        (
+            "aten::_linalg_det",
+            "aten::_linalg_eigh",
+            "aten::_linalg_eigvals",
+            "aten::_linalg_slogdet",
+            "aten::_linalg_solve_ex",
+            "aten::_linalg_svd",
+            "aten::linalg_cholesky_ex",
+            "aten::linalg_eig",
+            "aten::linalg_eigvals",
+            "aten::linalg_householder_product",
+            "aten::linalg_inv_ex",
+            "aten::linalg_ldl_factor_ex",
+            "aten::linalg_ldl_solve",
+            "aten::linalg_lstsq",
+            "aten::linalg_lu",
+            "aten::linalg_lu_factor_ex",
+            "aten::linalg_lu_solve",
+            "aten::linalg_matrix_exp",
+            "aten::linalg_pinv",
+            "aten::linalg_qr",
+            "aten::linalg_solve_triangular",
+            "aten::_cholesky_solve_helper",
+            "aten::cholesky",
+            "aten::cholesky_inverse",
+            "aten::cholesky_solve",
+            "aten::geqrf",
+            "aten::inverse",
+            "aten::lu_solve",
+            "aten::ormqr",
+            "aten::svd",
+            "aten::triangular_solve",
+        ),
+        LAPACK,
     ),
     **dict.fromkeys(
         (

@@ -133,7 +133,8 @@ class CompiledModel:
         if error.__traceback__ is None or error.__traceback__.tb_next is not None:
             return None
         fits = inspect.signature(forward_of(self.module))
-        return WrongArguments(f"the arguments do not fit {fits}: {error}")
+        said = str(error).removeprefix("entry() ")  # nobody has heard of that
+        return WrongArguments(f"the arguments do not fit {fits}: {said}")
 
     # --- what the user reads -----------------------------------------------------------
 
@@ -236,39 +237,61 @@ class CompiledModel:
 
     def _other_call(self, *args: Any, **kwargs: Any) -> Any:
         """A call whose arguments are not seen to be of a kind that was captured."""
+        is_new = False
         with self._lock:
             program: Program | None = self._program
             before = self._dynamic
-            found = self._kind_of(program.dispatches if program else [], args, kwargs)
-            if not isinstance(found, tuple):
-                signature = self._signature(args, kwargs)
-                if 0 in signature.lengths:  # nothing to capture from, and nothing to gain
-                    self.__dict__["_early_eager_calls"] += 1
-                    return self.module(*args, **kwargs)
-                if said := out_of_plan(signature.dims, signature.lengths, self.config.max_size):
-                    return self._out_of_plan(said, args, kwargs)
-                try:
+            try:
+                found = self._kind_of(program.dispatches if program else [], args, kwargs)
+                if not isinstance(found, tuple):
+                    signature = self._signature(args, kwargs)
+                    if 0 in signature.lengths:  # nothing to capture from, and nothing to gain
+                        self.__dict__["_dynamic"] = before
+                        self.__dict__["_early_eager_calls"] += 1
+                        return self.module(*args, **kwargs)
+                    dims, lengths = signature.dims, signature.lengths
+                    if said := out_of_plan(dims, lengths, self.config.max_size):
+                        self.__dict__["_dynamic"] = before
+                        return self._out_of_plan(said, args, kwargs)
                     if self._parts is not None:
                         return self._parts.first_call(signature, args, kwargs)
-                    found = self._start(signature), signature.lengths
-                except (GraphBreak, SideEffect, OutsideGraph) as error:
-                    if self.config.on_break == "error":
+                    try:
+                        found, is_new = (self._start(signature), lengths), True
+                    except (GraphBreak, SideEffect, OutsideGraph) as error:
+                        if self.config.on_break == "error":
+                            raise
+                        return self._cut(error, signature, args, kwargs)
+                    except CaptureError as error:
+                        if isinstance(found, InputError):  # says more than where tracing stopped
+                            raise found from error
                         raise
-                    return self._cut(error, signature, args, kwargs)
-                except CaptureError as error:
-                    self.__dict__["_dynamic"] = before
-                    if isinstance(found, InputError):  # says more than where tracing stopped
-                        raise found from error
-                    raise
-                if self._dynamic is not before:
-                    log.warning(
-                        "other dimensions change too, so the model was captured and compiled anew, "
-                        "which dynamic_dims=%s saves from the start",
-                        self._dynamic.found,
-                    )
+                    if self._dynamic is not before:
+                        log.warning(
+                            "other dimensions change too, so the model was captured and compiled "
+                            "anew, which dynamic_dims=%s saves from the start",
+                            self._dynamic.found,
+                        )
+            except BaseException:  # what a refused call showed is not to change later ones
+                self.__dict__["_dynamic"] = before
+                raise
             dispatch, lengths = found
             program = self._program
         assert program is not None
+        try:
+            return self._run(program, dispatch, lengths, args, kwargs)
+        except Exception:
+            if is_new:
+                self._forget(program, dispatch, before)
+            raise
+
+    def _run(
+        self,
+        program: Program,
+        dispatch: Dispatch,
+        lengths: Lengths,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         index = program.index_at(dispatch, lengths)
         if index == NOT_SERVED:
             return self._not_served(dispatch, lengths, args, kwargs)
@@ -276,6 +299,17 @@ class CompiledModel:
         tensors = dispatch.arguments.tensors_in(dispatch.arguments.bind(args, kwargs))
         with torch.no_grad():
             return program.runners[index](*lengths, *tensors)
+
+    def _forget(self, program: Program, dispatch: Dispatch, before: Dynamic) -> None:
+        """Take back a kind whose first call failed: it would count among `max_signatures`. The
+        first kind stays, as there is nothing to go back to: weights may be freed, and what is
+        compiled says why it failed. So does what the background still compiles."""
+        with self._lock:
+            known = program.dispatches
+            if self._program is program and dispatch in known[1:] and not self.config.background:
+                program.drop(dispatch)
+                entry = write_entry(program, self._not_served, self._other_call)
+                self.__dict__.update(_dynamic=before, _call=entry)
 
     def _cut(
         self, why: CaptureError, signature: Signature, args: tuple[Any, ...], kwargs: Any

@@ -72,12 +72,30 @@ def _torch_function(
     if name in ("__get__", "__set__"):
         name = f".{func.__self__.__name__}"  # type: ignore[attr-defined]
     weight = next(filter(is_freed, args), target)
+    raise _gone(name, weight)
+
+
+def _gone(name: str, weight: object) -> WeightsFreed:
     what = f"a weight {list(weight.shape)}" if isinstance(weight, Tensor) else "a weight"
-    raise WeightsFreed(
+    return WeightsFreed(
         f"{name} needs {what} whose memory was freed, because every compiled range reads a copy "
         f"of it (free_original_weights=True): give it its values again (load_state_dict, copy_, "
         f".data = ...), or compile with free_original_weights=False"
     )
+
+
+def _set(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`Tensor.set_`, which torch does not send through `__torch_function__`: new memory, as by
+    `.data = ...`."""
+    if given := [*filter(is_freed, (*args, *kwargs.values()))]:
+        raise _gone("set_", given[0])
+    kind = type(weight)
+    _restore(weight)
+    try:
+        return weight.set_(*args, **kwargs)
+    except BaseException:
+        weight.__class__ = kind
+        raise
 
 
 def _shown(weight: Tensor, *, tensor_contents: Any = None) -> str:
@@ -89,6 +107,7 @@ class FreedParameter(nn.Parameter):
 
     __torch_function__ = classmethod(_torch_function)
     __repr__ = _shown  # type: ignore[assignment]
+    set_ = _set
 
 
 class FreedTensor(Tensor):
@@ -96,6 +115,7 @@ class FreedTensor(Tensor):
 
     __torch_function__ = classmethod(_torch_function)
     __repr__ = _shown  # type: ignore[assignment]
+    set_ = _set
 
 
 _FREED: dict[type, type] = {nn.Parameter: FreedParameter, Tensor: FreedTensor}

@@ -37,8 +37,11 @@ def refuse_nothing_to_round(config: Config, graphs: Sequence[Graph]) -> None:
     raise NothingToRound(
         f"activations={config.activations!r} is for linear layers on CPU in float32 or bfloat16 "
         f"whose weights are int8 with one factor a column or 4 bits, and the model has none\n"
-        f"expected {'None' if config.weights else 'weights=' + repr('int8') + ' beside it'}"
+        f"expected {'None' if config.weights else _ROUNDED}"
     )
+
+
+_ROUNDED = "weights='int8' or 'int4' beside it"
 
 
 def _can_round(config: Config, shape: LinearShape) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .sizes import Symbols, in_terms_of_size
 
@@ -64,5 +69,15 @@ def read_assumptions(
 
 def _origin(location: str) -> str:
     """`path:line in function` of `source line  # path:line in function (torch's own line)`."""
-    user = re.search(r"# (\S+:\d+ in \S+)", location)
-    return user[1] if user else location.strip().strip("()")
+    user = re.search(r"# (\S+)(:\d+ in \S+)", location)
+    return _whole(user[1]) + user[2] if user else location.strip().strip("()")
+
+
+def _whole(path: str) -> str:
+    """A path as it was before torch left out the folders it shares with torch itself: where that
+    is the root alone, torch leaves out one character more."""
+    ours = Path(torch.__file__).parents
+    if os.path.isabs(path) or any((folder / path).exists() for folder in list(ours)[:-1]):
+        return path
+    found = glob.glob(f"/?{glob.escape(path)}")
+    return found[0] if len(found) == 1 else path

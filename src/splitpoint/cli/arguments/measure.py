@@ -25,6 +25,7 @@ from .shared import (
     run_arguments,
     seconds,
     some_of,
+    thread_count,
     two_or_more,
     verb,
 )
@@ -470,7 +471,7 @@ def _collective_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=thread_count,
         default=1,
         metavar="N",
         help="threads of each rank (default: %(default)s)",

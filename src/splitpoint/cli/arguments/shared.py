@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ COLLECTIVE_BASELINES = ("gloo", "compiled", "kernel", "vllm")
 """The names of `bench.collective.BASELINES`, which is too heavy to import for help."""
 QUANTS = ("none", "fp8_static", "fp8_token", "nvfp4")
 PROMPT = "Why is the sky blue? Answer in two sentences."
+
+THREADS_A_CORE = 8
+"""With far more, torch ends in a segmentation fault."""
 
 BASELINES = ("max-autotune", "fp32", "openvino", "vllm", "zentorch", "torchao", "llamacpp")
 """The names of `bench.baselines.BASELINES`, which is too heavy to import for help."""
@@ -76,7 +80,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads",
-        type=positive,
+        type=thread_count,
         default=1,
         metavar="N",
         help="threads of torch's kernels (default: %(default)s)",
@@ -163,7 +167,7 @@ def store_argument(parser: argparse.ArgumentParser) -> None:
 def integers(text: str) -> list[int]:
     """Integers with commas between them."""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        return [int(part) for part in text.split(",")] if text.strip() else []
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a list of integers such as 8,32"
@@ -217,6 +221,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
     return int(text)
+
+
+def thread_count(text: str) -> int:
+    """An integer of 1 or more, and no more threads than a machine can start at once."""
+    count, cores = positive(text), os.cpu_count() or 1
+    if count > THREADS_A_CORE * cores:
+        raise argparse.ArgumentTypeError(
+            f"{count} threads are more than {THREADS_A_CORE} for each of the {cores} cores here"
+        )
+    return count
 
 
 def natural(text: str) -> int:
