@@ -81,6 +81,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything."""
         self.crop(-self.seen)
 
+    def close(self) -> None:
+        """Give the sequences back now, whoever still refers to this."""
+        _close(self.pool, self.sequences)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         self._take(beam_idx.tolist())
