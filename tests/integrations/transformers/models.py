@@ -111,8 +111,9 @@ def dynamic_rope() -> Any:
 
 def deepseek_v3() -> Any:
     """Keys of another size than values."""
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
     config = transformers.DeepseekV3Config(
-        **(SIZES | {"num_key_value_heads": 4, "head_dim": None}),
+        **(sizes | {"num_key_value_heads": 4}),
         n_routed_experts=4,
         num_experts_per_tok=2,
         n_group=1,

@@ -22,7 +22,7 @@ from ...ranges import align
 from ...runtime.paged_cache import BLOCK_TOKENS, CACHED_ATTENTION, PagedCache
 from .attention import NAME, register
 from .continuous import Places, is_step
-from .copies import Body, Given, Head, with_config
+from .copies import Body, Given, Head, install_hooks, with_config
 from .layer import PagedLayer
 from .rope import rope_limit
 from .rounding import HEAD, rounding
@@ -56,6 +56,7 @@ class Decoder:
                 f"{type(model).__name__} has no body apart from its head: compile it with "
                 f"splitpoint.compile"
             )
+        install_hooks(inner)
         self.body: Any = api.compile(
             Body(with_config(inner, configs)),
             replace(config, splitting_ops=(*config.splitting_ops, CACHED_ATTENTION)),
@@ -168,6 +169,9 @@ class Decoder:
             return "gradients are wanted (torch.no_grad() says that they are not)"
         if self.model.training:
             return "the model is in training mode"
+        keep = given["logits_to_keep"]
+        if mask is not None and isinstance(keep, int) and keep == 1 and not bool(mask[:, -1].all()):
+            return "its attention_mask hides the last column, whose logits it asks for"
         return None
 
     def _leave_to_the_model(self, why: str, given: dict[str, Any]) -> Any:
@@ -412,6 +416,12 @@ class Decoder:
         if not place:
             return None
         return self.cache.blocks[:, 0, sequence.blocks[-1], :, place].fill_(float("nan"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
+        raise UnsupportedModel(
+            f"a compiled {type(self.model).__name__} cannot be copied: copy it before compile(), "
+            f"or call undo(model) first"
+        )
 
     def __repr__(self) -> str:
         rows = [("part", "captured", "ranges")]

@@ -128,7 +128,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         raise UnsupportedModel(
             "this cache was filled by a compiled model, and the model itself cannot go on with it: "
-            "call the compiled one, without what it leaves to the model (labels, output_attentions)"
+            "call the compiled one, without what it leaves to the model (labels, "
+            "output_attentions, a mask that hides the last column)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:
