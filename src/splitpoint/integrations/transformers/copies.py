@@ -9,7 +9,7 @@ from torch import nn
 
 try:
     from transformers.utils import output_capturing
-except ImportError:  # before transformers 5.2, where hooks are there only during such a call
+except ImportError:  # other versions of transformers may not have it
     output_capturing = None
 
 from .attention import CACHE, STEPS, TABLES
