@@ -73,6 +73,68 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
+def gpt_neo() -> Any:
+    """Attention of its own, which no registry replaces."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=211,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global"], 2]],
+        max_position_embeddings=512,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def long_rope() -> Any:
+    """Positions are turned otherwise in calls of more than 64."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0 + i for i in range(8)],
+        "original_max_position_embeddings": 64,
+        "factor": 4.0,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=rope))
+
+
+def dynamic_rope() -> Any:
+    """As `long_rope`, from 64 positions on."""
+    sizes = SIZES | {"max_position_embeddings": 64}
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters=rope))
+
+
+def deepseek_v3() -> Any:
+    """Keys of another size than values."""
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    config = transformers.DeepseekV3Config(
+        **(sizes | {"num_key_value_heads": 4}),
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=24,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def stablelm() -> Any:
+    """Attention that is not told what its model was given."""
+    sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
+    return transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes))
+
+
 MODELS = (llama, qwen3, gemma3, gemma2, phi3, qwen3_moe, gpt2)
 
 

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import splitpoint.integrations.transformers as sp  # noqa: E402
 
-from .models import PLAIN, gemma3, llama, made, tokens  # noqa: E402
+from .models import PLAIN, gemma3, llama, long_rope, made, tokens  # noqa: E402
 
 PROMPTS = [tokens(1, count, count)[0].tolist() for count in (8, 5, 88, 36, 1, 31, 32, 33, 64, 200)]
 
@@ -76,6 +76,19 @@ def test_a_cache_that_is_full_says_so() -> None:
     ).values()
     assert "max_cache_tokens" in str(failed.error)
     assert failed.generated_tokens == []
+
+
+def test_positions_that_change_the_rope_are_refused() -> None:
+    model = made(long_rope)
+    settings = transformers.ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=128)
+    config = transformers.GenerationConfig(eos_token_id=-1, max_new_tokens=12, do_sample=False)
+    expected = run(model, PROMPTS[:2])
+    sp.compile(model, PLAIN)
+    assert run(model, PROMPTS[:2]) == expected
+    (failed,) = model.generate_batch(
+        PROMPTS[2:3], generation_config=config, continuous_batching_config=settings
+    ).values()
+    assert "'longrope'" in str(failed.error)
 
 
 def test_compiled_by_inductor_nothing_is_compiled_after_the_first_batch() -> None:

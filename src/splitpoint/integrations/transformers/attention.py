@@ -63,11 +63,18 @@ def paged_attention(
             f"{type(module).__name__} is not given what its model's forward was: leave this model "
             f"to transformers"
         )
+    cache = kwargs[CACHE]
+    if not key.shape[1::2] == value.shape[1::2] == cache.shape[3::2]:
+        raise UnsupportedModel(
+            f"{type(module).__name__} has keys of {key.shape[1]} heads of {key.shape[3]} and "
+            f"values of {value.shape[1]} of {value.shape[3]}, and by its configuration they are "
+            f"{cache.shape[3]} of {cache.shape[5]}: leave this model to transformers"
+        )
     result = torch.ops.splitpoint.cached_attention(
         query,
         key,
         value,
-        kwargs[CACHE],
+        cache,
         kwargs[STEPS],
         kwargs[TABLES],
         layer=module.layer_idx,

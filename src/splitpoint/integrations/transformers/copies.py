@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import nn
 
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # other versions of transformers may not have it
+    output_capturing = None
+
 from .attention import CACHE, STEPS, TABLES
 
 
@@ -31,6 +36,17 @@ def with_config(module: nn.Module, configs: dict[int, Any]) -> Any:
         return other
 
     return copied(module)
+
+
+def install_hooks(inner: nn.Module) -> None:
+    """Have transformers put its hooks for hidden states and attentions on a model's layers now.
+
+    It does so at the first call that asks for them, and they stay: a model that was captured
+    before has changed then. They do nothing in other calls.
+    """
+    install = getattr(output_capturing, "maybe_install_capturing_hooks", None)
+    if install is not None:
+        install(inner)
 
 
 class States:

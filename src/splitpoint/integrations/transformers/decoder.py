@@ -6,6 +6,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +17,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ... import api
 from ...config import Activations, Config, Weights
-from ...errors import UnsupportedModel
+from ...errors import CaptureError, UnsupportedModel
 from ...ranges import align
-from ...runtime.paged_cache import CACHED_ATTENTION, PagedCache
+from ...runtime.paged_cache import BLOCK_TOKENS, CACHED_ATTENTION, PagedCache
 from .attention import NAME, register
 from .continuous import Places, is_step
-from .copies import Body, Given, Head, with_config
+from .copies import Body, Given, Head, install_hooks, with_config
 from .layer import PagedLayer
+from .rope import rope_limit
 from .rounding import HEAD, rounding
 
 log = logging.getLogger("splitpoint")
@@ -54,6 +56,7 @@ class Decoder:
                 f"{type(model).__name__} has no body apart from its head: compile it with "
                 f"splitpoint.compile"
             )
+        install_hooks(inner)
         self.body: Any = api.compile(
             Body(with_config(inner, configs)),
             replace(config, splitting_ops=(*config.splitting_ops, CACHED_ATTENTION)),
@@ -65,6 +68,7 @@ class Decoder:
         self.head: Any = api.compile(Head(head), of_head, dynamic_dims={"hidden": 0})
         self.weights, self.activations = config.weights, config.activations
         self.max_size = config.max_size
+        self.rope = rope_limit(text)
         heads = text.num_attention_heads
         self.cache = PagedCache(
             text.num_hidden_layers,
@@ -123,8 +127,7 @@ class Decoder:
         if why is not None:
             return self._leave_to_the_model(why, given)
         assert input_ids is not None
-        if not self._checked:
-            self._check()
+        self._check_once()
         keeps = self.model.config.use_cache if use_cache is None else use_cache
         temporary = layer is None and past_key_values is None and not keeps
         if layer is None:
@@ -166,6 +169,9 @@ class Decoder:
             return "gradients are wanted (torch.no_grad() says that they are not)"
         if self.model.training:
             return "the model is in training mode"
+        keep = given["logits_to_keep"]
+        if mask is not None and isinstance(keep, int) and keep == 1 and not bool(mask[:, -1].all()):
+            return "its attention_mask hides the last column, whose logits it asks for"
         return None
 
     def _leave_to_the_model(self, why: str, given: dict[str, Any]) -> Any:
@@ -176,8 +182,7 @@ class Decoder:
 
     def _continuous(self, given: dict[str, Any]) -> Any:
         """A step of transformers' continuous batching."""
-        if not self._checked:
-            self._check()
+        self._check_once()
         theirs = given["cache"]
         try:
             if theirs not in self._places:
@@ -185,6 +190,8 @@ class Decoder:
         except UnsupportedModel as why:
             return self._leave_to_the_model(str(why), given)
         ids, places = given["input_ids"].long(), given["position_ids"].long()
+        if self.rope is not None:
+            self.rope.check(places)
         with torch.no_grad(), self.cache.lock:
             hidden = self._hidden(ids, places, *self._places[theirs].begin(given))
             rows = given["logits_to_keep"]
@@ -210,6 +217,8 @@ class Decoder:
         kept = self._kept(layer, mask, count)
         if positions is None:
             positions = torch.arange(layer.seen, layer.seen + count).unsqueeze(0)
+        if self.rope is not None:
+            self.rope.check(positions)
         positions = positions.expand(batch, count)
         before = layer.seen, layer.kept
         if kept is None:
@@ -306,6 +315,12 @@ class Decoder:
 
     # --- once --------------------------------------------------------------------------
 
+    def _check_once(self) -> None:
+        if not self._checked:
+            with self.cache.lock:  # calls of other threads wait, and the check has the cache alone
+                if not self._checked:
+                    self._check()
+
     def _check(self) -> None:
         """Compare with the model itself, on a few tokens.
 
@@ -318,20 +333,36 @@ class Decoder:
         """
         text = self.model.config.get_text_config(decoder=True)
         window = getattr(text, "sliding_window", None) or 0
-        count = min(max(12, window + 10 if window < 512 else 0), self.max_size + 1)
+        count = max(10, min(window + 10 if window < 512 else 0, self.max_size + DECODED))
+        if self.rope is not None:
+            count = min(count, self.rope.positions)
+        has_room = self.cache.capacity >= 2 * count + 2 * BLOCK_TOKENS
+        rows = 2 if has_room and self.cache.tables.shape[0] > 1 else 1
         chance = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, text.vocab_size, (1, count), generator=chance)
+        ids = torch.randint(0, text.vocab_size, (rows, count), generator=chance)
         within = CHECKED_WITHIN[self.model.dtype]
         if self.activations is not None:
-            compiled = self.body, self.head
-            self.body, self.head = (part.module for part in compiled)
-            try:
+            with self._uncompiled():
                 self._compare(ids, within, None, None)
-            finally:
-                self.body, self.head = compiled
             within = ROUNDED_WITHIN
-        self._compare(ids, within, self.weights, self.activations)
+        try:
+            self._compare(ids, within, self.weights, self.activations)
+        except CaptureError:
+            # What attention refuses is a failed capture to torch, which leaves the words out.
+            with self._uncompiled(), torch.no_grad():
+                self._logits(PagedLayer(self.cache, 1), ids[:1, :1], None, None, 0)
+            raise
         self._checked = True
+
+    @contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """Body and head as they are before compilation."""
+        compiled = self.body, self.head
+        self.body, self.head = (part.module for part in compiled)
+        try:
+            yield
+        finally:
+            self.body, self.head = compiled
 
     def _compare(
         self,
@@ -342,26 +373,55 @@ class Decoder:
     ) -> None:
         """Compare logits of body and head with those of the model that rounds these.
 
+        All rows are one step, as prompts and then token by token. Each row's prompt and each row's
+        decoded tokens count by themselves: attention over the step at hand alone gets the first
+        row's prompt right.
+
         Raises:
             UnsupportedModel: as `_check`.
         """
+        first = max(1, ids.shape[1] - DECODED)
         with torch.no_grad():
             with rounding(self.model, weights, activations=activations):
-                expected = self.stock(input_ids=ids, use_cache=False).logits[0].double()
-            layer = PagedLayer(self.cache, 1)
-            parts = (ids[:, :-1], ids[:, -1:])
-            found = [self._logits(layer, part, None, None, 0)[0] for part in parts]
-            layer.reset()
+                expected = self.stock(input_ids=ids, use_cache=False).logits.double()
+            layer = PagedLayer(self.cache, ids.shape[0])
+            found = [self._logits(layer, ids[:, :first], None, None, 0)]
+            for column in torch.split(ids[:, first:], 1, 1):
+                marked = self._mark(layer)
+                found.append(self._logits(layer, column, None, None, 0))
+                if marked is not None and bool(marked.isnan().all()):
+                    raise UnsupportedModel(
+                        f"{type(self.model).__name__} computes its attention itself, and not over "
+                        f"the paged cache: leave this model to transformers"
+                    )
+            layer.close()
         spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+        errors = (torch.cat(found, 1).double() - expected).norm(dim=-1) / spread
         # Of most tokens that a window may hide others from: in bfloat16 a single one may go through
         # another expert.
-        errors = (torch.cat(found).double() - expected).norm(dim=-1) / spread
-        error = float(errors[-8:].median())
+        groups = [errors[:, :first][:, -8:], errors[:, first:]]
+        error = max(float(each.median(1).values.max()) for each in groups if each.numel())
         if not error <= within:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} gives other logits over the paged cache (off by "
                 f"{error:.1e} of their spread, {within} is allowed): leave it to transformers"
             )
+
+    def _mark(self, layer: PagedLayer) -> Tensor | None:
+        """Where the next key of the first sequence goes in each layer, with NaN there; None where
+        that is in a block which it does not have yet. A graph that came from a store says nothing
+        of what it calls, but it does write."""
+        sequence = layer.sequences[0]
+        place = sequence.length % BLOCK_TOKENS
+        if not place:
+            return None
+        return self.cache.blocks[:, 0, sequence.blocks[-1], :, place].fill_(float("nan"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
+        raise UnsupportedModel(
+            f"a compiled {type(self.model).__name__} cannot be copied: copy it before compile(), "
+            f"or call undo(model) first"
+        )
 
     def __repr__(self) -> str:
         rows = [("part", "captured", "ranges")]
@@ -373,6 +433,9 @@ class Decoder:
 CHECKED_WITHIN = {torch.float32: 0.01, torch.bfloat16: 0.25}
 """How far a token's logits may be off, as a share of their spread, in the median of a few tokens.
 Rounding gives some 1e-6 and 0.03, and attention that sees other keys 0.5 and more."""
+
+DECODED = 3
+"""Of the tokens that are compared, how many go one at a time."""
 
 ROUNDED_WITHIN = 0.7
 """The same with activations in int8, in whichever layers. SmolLM2 in bfloat16 and in float32, both

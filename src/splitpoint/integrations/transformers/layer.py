@@ -81,6 +81,10 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything."""
         self.crop(-self.seen)
 
+    def close(self) -> None:
+        """Give the sequences back now, whoever still refers to this."""
+        _close(self.pool, self.sequences)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         self._take(beam_idx.tolist())
@@ -124,7 +128,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         raise UnsupportedModel(
             "this cache was filled by a compiled model, and the model itself cannot go on with it: "
-            "call the compiled one, without what it leaves to the model (labels, output_attentions)"
+            "call the compiled one, without what it leaves to the model (labels, "
+            "output_attentions, a mask that hides the last column)"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:
