@@ -148,15 +148,12 @@ class CompiledModel:
 
     def stats(self) -> Stats:
         """Counters since creation or the last `reset()`."""
-        programs = self._programs()
         eager_calls = self._early_eager_calls + (self._parts.eager_calls if self._parts else 0)
-        return stats_of(programs, eager_calls)
+        return stats_of(self._programs(), eager_calls)
 
     def _programs(self) -> list[Program]:
-        programs = [self._program] if self._program else []
-        if self._parts is not None:
-            programs += [part.program for part in self._parts.parts]
-        return programs
+        own = [self._program] if self._program else []
+        return own if self._parts is None else [*own, *(p.program for p in self._parts.parts)]
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing is compiled in the background any more (`Config.background`); False
