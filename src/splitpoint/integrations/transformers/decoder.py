@@ -285,6 +285,7 @@ class Decoder:
         """The last hidden states [1, tokens, hidden] of the next tokens of some sequences, of which
         there is room for all, in parts of at most `max_size`."""
         cache = self.cache
+        ids, places = ids.contiguous(), places.contiguous()  # other strides are another capture
         parts = []
         first, before = 0, list(held)
         for part in in_parts(tokens, self.max_size):
