@@ -202,7 +202,8 @@ def run(
     """
     if "nvfp4" in quants and (odd := [width for width in hidden if width % FP4_BLOCK]):
         raise UsageError(
-            f"nvfp4 has blocks of {FP4_BLOCK} columns, which {odd[0]} is no multiple of"
+            f"nvfp4 has blocks of {FP4_BLOCK} columns, which {odd[0]} is no multiple of: leave one "
+            f"of them out"
         )
     rows: list[Row] = []
     for count in ranks:

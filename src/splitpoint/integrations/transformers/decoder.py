@@ -435,12 +435,12 @@ CHECKED_WITHIN = {torch.float32: 0.01, torch.bfloat16: 0.25}
 """How far a token's logits may be off, as a share of their spread, in the median of a few tokens.
 Rounding gives some 1e-6 and 0.03, and attention that sees other keys 0.5 and more."""
 
-DECODED = 3
-"""Of the tokens that are compared, how many go one at a time."""
-
 ROUNDED_WITHIN = 0.7
 """The same with activations in int8, in whichever layers. SmolLM2 in bfloat16 and in float32, both
 with the same rounding of all, are 0.3 apart; logits that have nothing to do with each other 1.4."""
+
+DECODED = 3
+"""Of the tokens that are compared, how many go one at a time."""
 
 _FORWARD = (
     "input_ids",

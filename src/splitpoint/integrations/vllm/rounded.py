@@ -143,22 +143,27 @@ def _group(k: int) -> int:
 # --- the ways as one operator ----------------------------------------------------------
 
 
-def _packed(x: Tensor, packed: Tensor, scale: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
+def _packed(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    round_x: bool = False,
+) -> Tensor:
     scales = [] if scale is None else [scale]
     biases = [] if bias is None else [bias.to(x.dtype)]
-    made: Tensor = torch.ops.splitpoint.linear_packed(x, [packed], [n], scales, biases)[0]
+    made: Tensor = torch.ops.splitpoint.linear_packed(
+        x, [packed], [n], scales, biases, round_x=round_x
+    )[0]
     return made
 
 
 def _rounding(
     x: Tensor, packed: Tensor, scale: Tensor | None, n: int, bias: Tensor | None
 ) -> Tensor:
-    scales = [] if scale is None else [scale]
-    biases = [] if bias is None else [bias.to(x.dtype)]
-    made: Tensor = torch.ops.splitpoint.linear_packed(
-        x, [packed], [n], scales, biases, round_x=scale is None
-    )[0]
-    return made
+    # Over int8, which alone has a scale, the layout says so.
+    return _packed(x, packed, scale, n, bias, round_x=scale is None)
 
 
 def _unpacked(
