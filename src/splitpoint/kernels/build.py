@@ -48,6 +48,7 @@ COMMON_FLAGS = (
 
 AVX512_FLAGS = ("-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 AVX512_BF16_FLAGS = (*AVX512_FLAGS, "-mavx512bf16")
+AMX_FLAGS = (*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ INSTRUCTION_SETS = (
     InstructionSet("avx512", "kAvx512", AVX512_FLAGS, ("x86_64",)),
     InstructionSet("avx512_vnni", "kAvx512Vnni", (*AVX512_FLAGS, "-mavx512vnni"), ("x86_64",)),
     InstructionSet("avx512_bf16", "kAvx512Bf16", AVX512_BF16_FLAGS, ("x86_64",)),
-    InstructionSet("amx", "kAmx", (*AVX512_BF16_FLAGS, "-mamx-tile", "-mamx-bf16"), ("x86_64",)),
+    InstructionSet("amx", "kAmx", AMX_FLAGS, ("x86_64",)),
 )
 
 

@@ -317,10 +317,12 @@ void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* r
     return;
   }
 
-  // x is copied where the kernels cannot use it as it is: bf16 without bf16 instructions, and
-  // rows so far apart that they would all compete for the same few cache lines.
-  const bool widens =
-      bf16 && (!table->dots_bf16 || (!made.packed && first.w_type == DType::i8));
+  // x is copied where the kernels cannot use it as it is, or not as fast: bf16 without bf16
+  // instructions, few rows over int8 (`widened_int8_rows`), and rows so far apart that they would all
+  // compete for the same few cache lines.
+  const bool few = t <= table->widened_int8_rows && !first.batch_invariant;
+  const bool widens_int8 = first.w_type == DType::i8 && (few || !made.packed);
+  const bool widens = bf16 && (!table->dots_bf16 || widens_int8);
   const int64_t item = !bf16 || widens ? 4 : 2;
   const bool spreads = made.packed && t >= kCompetingRows && k * item >= kAliasBytes / 4 &&
                        (widens ? k : x_stride) * item % (kAliasBytes / 4) == 0;

@@ -1,6 +1,7 @@
-// The product over a packed weight on AMX: tiles of 16 rows by 16 columns, multiplied 32 values of
-// k at a time. The packed layout of bf16 (pairs of k, column by column) is what the instruction
-// takes, so a weight is read where it lies; int8 and 4 bits are widened a slice at a time.
+// The product over a packed weight on AMX: tiles of 16 rows by 16 columns, multiplied 64 bytes of x
+// at a time. The packed layouts of bf16 (pairs of k, column by column) and of int8 for an x that is
+// rounded too (fours of k) are what the instructions take, so these weights are read where they lie;
+// int8 and 4 bits beside an x in bf16 are widened a slice at a time.
 //
 // All else, and few rows, for which the tiles would stay empty, runs on the kernels of AVX-512.
 #pragma once
@@ -10,31 +11,34 @@
 
 namespace splitpoint::SPLITPOINT_ISA {
 
-inline constexpr int64_t kPanelRowBytes = 2 * kBlock * sizeof(Bf16);  // a pair of k's, all columns
+// Bytes of x that a tile's row holds, and of the values of all columns that four of them meet.
+inline constexpr int64_t kStepBytes = 64;
+inline constexpr int64_t kPanelRowBytes = 4 * kBlock;
 
-// Rows at and above which the tiles are worth it.
-inline constexpr int64_t kFewestRows = 4;
+// Rows from which tiles are worth it: of bf16, of int8 beside an x in bf16, and of int8 on both sides.
+inline constexpr int64_t kFewestRows = 2, kFewestInt8Rows = 3, kFewestRoundedRows = 4;
 
-// Depth of a slice: its weights stay in the first-level cache, 32 KiB of 48, for all rows.
-inline constexpr int64_t kSliceDepth = 512;
-// bf16 that is not deeper than this is not sliced: writing and reading sums once more takes longer
-// than reading weights from the second-level cache (10 % at a depth of 1,536).
-inline constexpr int64_t kWholeDepth = 4096;
+// Bytes of a slice's weights: they stay in the first-level cache of 48 KiB for all rows.
+inline constexpr int64_t kTileSliceBytes = 32 * 1024;
+// Up to here weights are not sliced: writing and reading sums once more takes longer than reading
+// weights from the second-level cache (10 % at a depth of 1,536 in bf16).
+inline constexpr int64_t kWholeBytes = 8 * kTileSliceBytes;
 
 // Bytes of the rows of x that stay in the second-level cache, of 2 MiB on every CPU with AMX,
-// while all weights pass by.
-inline constexpr int64_t kGroupBytes = 768 * 1024;
+// while all weights pass by: 64 rows at a depth of 8,192 in bf16, since for 32 reading the weights
+// takes longer than multiplying.
+inline constexpr int64_t kGroupBytes = 1152 * 1024;
 inline constexpr int64_t kMostGroupRows = 512;
 
 // sums[rows, kBlock] (+)= x[rows, depth] @ panel[kBlock, depth]^T for up to kPairRows rows, and
-// what is fetched meanwhile: `fetch_step` bytes a step of kTileDepth.
+// what is fetched meanwhile: `fetch_step` bytes a step of kStepBytes. Strides and depth in bytes.
 struct Pair {
-  const Bf16* x;
+  const char* x;
   int64_t stride;
-  const Bf16* w;
+  const char* w;
   int64_t depth;
   int64_t rows;
-  float* sums;
+  float* sums;            // of bf16, or int32 of int8
   bool accumulate;
   const char* fetch;
   int64_t fetch_step;
@@ -43,82 +47,112 @@ struct Pair {
 // What is left of x and the panel after whole steps, padded with zeros (0 * NaN is not 0, so both
 // sides are).
 struct alignas(64) Rest {
-  Bf16 x[kPairRows][kTileDepth];
-  Bf16 w[kTileRows][2 * kBlock];
+  char x[kPairRows][kStepBytes];
+  char w[kTileRows][kPanelRowBytes];
 };
 
-template <bool kTwo>
-SPLITPOINT_INLINE void multiply(const void* x, int64_t x_bytes, const void* w) {
-  _tile_loadd(4, x, x_bytes);
+// The instructions take the numbers of their tiles as they are written.
+template <class Value, bool kTwo>
+SPLITPOINT_INLINE void multiply(const void* x, int64_t x_stride, const void* w) {
+  constexpr bool kInt8 = sizeof(Value) == 1;
+  _tile_loadd(4, x, x_stride);
   _tile_loadd(6, w, kPanelRowBytes);
   _tile_loadd(7, static_cast<const char*>(w) + kPanelRowBytes / 2, kPanelRowBytes);
-  _tile_dpbf16ps(0, 4, 6);
-  if (kTwo) _tile_loadd(5, static_cast<const char*>(x) + kTileRows * x_bytes, x_bytes);
-  _tile_dpbf16ps(1, 4, 7);
-  if (kTwo) {
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+  if constexpr (kInt8) {
+    _tile_dpbssd(0, 4, 6);
+  } else {
+    _tile_dpbf16ps(0, 4, 6);
   }
-}
-
-template <bool kTwo>
-inline void run_pair(const Pair& p) {
-  constexpr int64_t kSumBytes = kBlock * sizeof(float);
-  float* second = p.sums + kTileRows * kBlock;
-  written();
-  if (p.accumulate) {
-    _tile_loadd(0, p.sums, kSumBytes);
-    _tile_loadd(1, p.sums + kTileRows, kSumBytes);
+  if (kTwo) _tile_loadd(5, static_cast<const char*>(x) + kTileRows * x_stride, x_stride);
+  if constexpr (kInt8) {
+    _tile_dpbssd(1, 4, 7);
     if (kTwo) {
-      _tile_loadd(2, second, kSumBytes);
-      _tile_loadd(3, second + kTileRows, kSumBytes);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
     }
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
+    _tile_dpbf16ps(1, 4, 7);
     if (kTwo) {
-      _tile_zero(2);
-      _tile_zero(3);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
-  }
-  const Bf16* x = p.x;
-  const Bf16* w = p.w;
-  const char* fetch = p.fetch;
-  const int64_t x_bytes = p.stride * static_cast<int64_t>(sizeof(Bf16));
-  for (int64_t left = p.depth; left >= kTileDepth; left -= kTileDepth) {
-    for (int64_t i = 0; i < p.fetch_step; i += 64) __builtin_prefetch(fetch + i, 0, 2);
-    fetch += p.fetch_step;
-    multiply<kTwo>(x, x_bytes, w);
-    x += kTileDepth;
-    w += kTileDepth * kBlock;
-  }
-  if (const int64_t left = p.depth % kTileDepth) {
-    Rest rest{};
-    for (int64_t r = 0; r < p.rows; ++r) {
-      __builtin_memcpy(rest.x[r], x + r * p.stride, left * sizeof(Bf16));
-    }
-    __builtin_memcpy(rest.w, w, ceil_div(left, 2) * kPanelRowBytes);
-    written();
-    multiply<kTwo>(rest.x, sizeof(rest.x[0]), rest.w);
-  }
-  _tile_stored(0, p.sums, kSumBytes);
-  _tile_stored(1, p.sums + kTileRows, kSumBytes);
-  if (kTwo) {
-    _tile_stored(2, second, kSumBytes);
-    _tile_stored(3, second + kTileRows, kSumBytes);
   }
 }
 
-// Where a product's weights come from: `read` gives a slice of a panel, from k0 on, as pairs of
-// bf16, and `end_of` where it ends as it is stored.
+// Sums lie in tiles 0 to 3: rows 0 to 15 and then 16 to 31, each in two halves of the columns.
+template <bool kTwo>
+SPLITPOINT_INLINE void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+template <bool kTwo>
+SPLITPOINT_INLINE void load_sums(const float* from) {
+  constexpr int64_t kSumBytes = kBlock * sizeof(float);
+  _tile_loadd(0, from, kSumBytes);
+  _tile_loadd(1, from + kTileRows, kSumBytes);
+  if (kTwo) {
+    _tile_loadd(2, from + kTileRows * kBlock, kSumBytes);
+    _tile_loadd(3, from + kTileRows * kBlock + kTileRows, kSumBytes);
+  }
+}
+template <bool kTwo>
+SPLITPOINT_INLINE void store_sums(float* to) {
+  constexpr int64_t kSumBytes = kBlock * sizeof(float);
+  _tile_stored(0, to, kSumBytes);
+  _tile_stored(1, to + kTileRows, kSumBytes);
+  if (kTwo) {
+    _tile_stored(2, to + kTileRows * kBlock, kSumBytes);
+    _tile_stored(3, to + kTileRows * kBlock + kTileRows, kSumBytes);
+  }
+}
 
-struct Bf16Source {
-  static constexpr int64_t kMostDepth = kWholeDepth;
-  static constexpr int64_t kDepthBytes = kBlock * sizeof(Bf16);  // of one k
-  Panels<Dot<Bf16Pairs>> panels;
+template <class Value, bool kTwo>
+inline void run_pair(const Pair& p) {
+  written();
+  if (p.accumulate) {
+    load_sums<kTwo>(p.sums);
+  } else {
+    zero_sums<kTwo>();
+  }
+  const char* x = p.x;
+  const char* w = p.w;
+  const char* fetch = p.fetch;
+  for (int64_t left = p.depth; left >= kStepBytes; left -= kStepBytes) {
+    for (int64_t i = 0; i < p.fetch_step; i += 64) __builtin_prefetch(fetch + i, 0, 2);
+    fetch += p.fetch_step;
+    multiply<Value, kTwo>(x, p.stride, w);
+    x += kStepBytes;
+    w += kTileRows * kPanelRowBytes;
+  }
+  if (const int64_t left = p.depth % kStepBytes) {
+    Rest rest{};
+    for (int64_t r = 0; r < p.rows; ++r) __builtin_memcpy(rest.x[r], x + r * p.stride, left);
+    __builtin_memcpy(rest.w, w, ceil_div(left, 4) * kPanelRowBytes);
+    written();
+    multiply<Value, kTwo>(rest.x, sizeof(rest.x[0]), rest.w);
+  }
+  store_sums<kTwo>(p.sums);
+}
 
-  Bf16Source(const LinearArgs& a, const Part& part) : panels(a, part) {}
-  const Bf16* read(int64_t block, int half, int64_t k0, int64_t) const {
+// Where a product's weights come from: `read` gives a slice of a panel, from k0 on, as the tiles take
+// it, in values of x's type, and `end_of` where it ends as it is stored.
+
+// Bf16 in pairs, or int8 in fours.
+template <class W, class V>
+struct AsTheyLie {
+  using Value = V;
+  static constexpr bool kUnpacks = false;
+  static constexpr int64_t kSlice = kTileSliceBytes / (kBlock * sizeof(V));
+  static constexpr int64_t kMostDepth = kWholeBytes / (kBlock * sizeof(V));
+  static constexpr int64_t kDepthBytes = kBlock * sizeof(V);  // of one k
+  Panels<W> panels;
+
+  AsTheyLie(const LinearArgs& a, const Part& part) : panels(a, part) {}
+  const void* read(int64_t block, int half, int64_t k0, int64_t) const {
     return panels.at(block, half) + k0 * kBlock;
   }
   const char* end_of(int64_t block, int half, int64_t k) const {
@@ -126,16 +160,29 @@ struct Bf16Source {
   }
 };
 
+struct Int8Fours {
+  using Stored = int8_t;
+  static constexpr int kDepth = 4;
+};
+
+using Bf16Source = AsTheyLie<Dot<Bf16Pairs>, Bf16>;
+using QuadsSource = AsTheyLie<Int8Fours, int8_t>;
+
 struct Int8Source {
-  static constexpr int64_t kMostDepth = kSliceDepth;
+  using Value = Bf16;
+  static constexpr bool kUnpacks = true;
+  static constexpr int64_t kSlice = kTileSliceBytes / (kBlock * sizeof(Bf16));
+  static constexpr int64_t kMostDepth = kWholeBytes / (kBlock * sizeof(Bf16));
   static constexpr int64_t kDepthBytes = kBlock;
   Panels<Dot<Int8Pairs>> panels;
-  alignas(64) Bf16 pairs[kSliceDepth * kBlock];
+  alignas(64) Bf16 pairs[kMostDepth * kBlock];
 
   Int8Source(const LinearArgs& a, const Part& part) : panels(a, part) {}
-  const Bf16* read(int64_t block, int half, int64_t k0, int64_t depth) {
+  const void* read(int64_t block, int half, int64_t k0, int64_t depth) {
     const int8_t* w = panels.at(block, half) + k0 * kBlock;
     for (int64_t k = 0; k < depth; k += 2) {
+      // One pair of tiles alone does not fetch enough while it multiplies.
+      __builtin_prefetch(w + k * kBlock + kAheadBytes, 0, 2);
       for (int v = 0; v < kBlockVecs; ++v) {
         const auto pair = Int8Pairs::pairs(w + k * kBlock, v);
         __builtin_memcpy(pairs + k * kBlock + v * 2 * kLanes, &pair, sizeof(pair));
@@ -149,14 +196,17 @@ struct Int8Source {
 };
 
 struct Int4Source {
-  static constexpr int64_t kMostDepth = kSliceDepth;  // a multiple of every group
+  using Value = Bf16;
+  static constexpr bool kUnpacks = true;
+  static constexpr int64_t kSlice = kTileSliceBytes / (kBlock * sizeof(Bf16));  // of whole groups
+  static constexpr int64_t kMostDepth = kWholeBytes / (kBlock * sizeof(Bf16));
   static constexpr int64_t kDepthBytes = kBlock / 2;
   Int4Panels panels;
   Int4Groups groups;
-  alignas(64) Bf16 pairs[kSliceDepth * kBlock];
+  alignas(64) Bf16 pairs[kMostDepth * kBlock];
 
   Int4Source(const LinearArgs& a, const Part& part) : panels(a, part), groups(a) {}
-  const Bf16* read(int64_t block, int half, int64_t k0, int64_t depth) {
+  const void* read(int64_t block, int half, int64_t k0, int64_t depth) {
     int4_unpack(groups, end_of(block, half, k0), depth / groups.group, pairs);
     return pairs;
   }
@@ -165,15 +215,37 @@ struct Int4Source {
   }
 };
 
+// Sums of rows of x as fp32, times the rows' scales; what they are before is int32 or fp32.
+template <class Sum>
+inline void scale_rows(float* sums, const float* scales, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int v = 0; v < kBlock; v += kLanes) {
+      float* to = sums + r * kBlock + v;
+      store(to, __builtin_convertvector(load_bits<Sum>(to), Vec) * scales[r]);
+    }
+  }
+}
+
+// The k's that are not sliced. What is unpacked for few rows, or in no more than two slices, is read
+// from the first-level cache.
+template <class Source>
+inline int64_t most_depth(const LinearArgs& a, const Part& part) {
+  const bool few = part.t1 - part.t0 <= kTileRows || a.k <= 2 * Source::kSlice;
+  return Source::kUnpacks && few ? Source::kSlice : Source::kMostDepth;
+}
+
 // The loops, from outside in: groups of rows, column blocks, the one or two weights, slices of k,
 // pairs of row tiles.
-template <class Source>
+template <class Source, class Y>
 inline void amx_part(const LinearArgs& a, const Part& part) {
-  const auto* x = static_cast<const Bf16*>(a.x);
+  using Value = typename Source::Value;
+  constexpr int64_t kItem = sizeof(Value);
+  const auto* x = static_cast<const char*>(a.x);
+  const int64_t x_stride = a.x_stride * kItem;
   Source source(a, part);
-  const int64_t slices = a.k > Source::kMostDepth ? ceil_div(a.k, kSliceDepth) : 1;
-  const int64_t slice = slices == 1 ? a.k : kSliceDepth;
-  const int64_t fitting = kGroupBytes / (a.k * static_cast<int64_t>(sizeof(Bf16)) + 1);
+  const int64_t slices = a.k > most_depth<Source>(a, part) ? ceil_div(a.k, Source::kSlice) : 1;
+  const int64_t slice = slices == 1 ? a.k : Source::kSlice;
+  const int64_t fitting = kGroupBytes / (a.k * kItem + 1);
   const int64_t most = fitting < kPairRows         ? kPairRows
                        : fitting > kMostGroupRows ? kMostGroupRows
                                                   : fitting / kPairRows * kPairRows;
@@ -185,37 +257,42 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
     const int64_t rows = part.t1 - t0 < most ? part.t1 - t0 : most;
     const int64_t pairs = ceil_div(rows, kPairRows);
     // Each pair fetches its part of the slice that is read after this one.
-    const int64_t step_bytes = ceil_div(kTileDepth * Source::kDepthBytes, pairs * 64) * 64;
+    const int64_t step_bytes =
+        ceil_div(kStepBytes / kItem * Source::kDepthBytes, pairs * 64) * 64;
     for (int64_t block = part.block0; block < part.block1; ++block) {
       for (int half = 0; half < halves; ++half) {
         for (int64_t s = 0; s < slices; ++s) {
           const int64_t k0 = s * slice;
           const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
-          const bool ends = s + 1 == slices && half + 1 == halves;
-          const char* next = s + 1 == slices ? source.panels.after(block, half)
-                                             : source.end_of(block, half, k0 + depth);
-          const Bf16* w = source.read(block, half, k0, depth);
+          const bool whole = s + 1 == slices;
+          const char* next = whole ? source.panels.after(block, half)
+                                   : source.end_of(block, half, k0 + depth);
+          const void* w = source.read(block, half, k0, depth);
           for (int64_t i = 0; i < pairs; ++i) {
             const int64_t r0 = i * kPairRows;
             const int64_t count = rows - r0 < kPairRows ? rows - r0 : kPairRows;
             tiles.use(count);
-            const Pair pair{x + (t0 + r0) * a.x_stride + k0,
-                            a.x_stride,
-                            w,
-                            depth,
+            const int64_t fetched = i * step_bytes * (depth * kItem / kStepBytes);
+            float* of_pair = sums[half] + r0 * kBlock;
+            const Pair pair{x + (t0 + r0) * x_stride + k0 * kItem,
+                            x_stride,
+                            static_cast<const char*>(w),
+                            depth * kItem,
                             count,
-                            sums[half] + r0 * kBlock,
+                            of_pair,
                             s > 0,
-                            next ? next + i * step_bytes * (depth / kTileDepth) : nullptr,
+                            next ? next + fetched : nullptr,
                             next ? step_bytes : 0};
             if (count > kTileRows) {
-              run_pair<true>(pair);
+              run_pair<Value, true>(pair);
             } else {
-              run_pair<false>(pair);
+              run_pair<Value, false>(pair);
             }
-            if (ends) {
-              finish_tile<Bf16>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, count,
-                                block);
+            if (!whole) continue;
+            if (kItem == 1) scale_rows<IntVec>(of_pair, a.x_scales + t0 + r0, count);
+            if (half + 1 == halves) {
+              finish_tile<Y>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, count,
+                             block);
             }
           }
         }

@@ -14,6 +14,8 @@
 
 namespace splitpoint::SPLITPOINT_ISA {
 
+inline constexpr int64_t kWidenedInt8Rows = 0;
+
 #if defined(__AVX512BF16__)
 
 // Only what has bf16 on both sides is compiled again for this instruction set.
