@@ -41,7 +41,7 @@ def test_data_that_is_exchanged_is_followed(change: Callable, width: int, inner:
     for _ in range(3):
         change(model)
         expected = model(x)
-        # Sums of `inner` products in two orders; a stale weight is thirty times further off or more.
+        # Sums of `inner` products in two orders; a stale weight is thirty times away or more.
         order = inner**0.5 * torch.finfo(x.dtype).eps * expected.abs().max()
         assert_close(compiled(x), expected, rtol=1.3e-6, atol=float(order))
 

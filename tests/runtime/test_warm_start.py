@@ -315,27 +315,31 @@ def test_the_module_is_followed_after_a_warm_start(linear: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "says"),
     [
-        lambda m: setattr(m[1], "approximate", "tanh"),
-        lambda m: m[0].register_forward_hook(lambda *_: None),
-        lambda m: m.__setitem__(1, torch.nn.ReLU()),
-        lambda m: setattr(m[0], "weight", torch.nn.Parameter(torch.randn(8, 8).t())),
-        lambda m: m[0].double(),
+        (lambda m: setattr(m[1], "approximate", "tanh"), "approximate"),
+        (lambda m: m[0].register_forward_hook(lambda *_: None), "0: .*_forward_hooks"),
+        (lambda m: m.__setitem__(1, torch.nn.ReLU()), "1: "),
+        (
+            lambda m: setattr(m[0], "weight", torch.nn.Parameter(torch.randn(8, 8).t())),
+            r"0\.weight was Parameter torch.float32 .* and is",
+        ),
+        (lambda m: m[0].double(), r"0\.weight was .*float32.*, and is .*float64"),
+        (lambda m: delattr(m[0], "bias"), r"there is no 0\.bias any more"),
     ],
 )
-def test_a_change_after_a_warm_start_is_an_error(change: Any) -> None:
+def test_a_change_after_a_warm_start_is_an_error(change: Any, says: str) -> None:
     module = model()
     compiled = warm(module, linear="inductor")
     change(module)
-    with pytest.raises(StateChanged):
+    with pytest.raises(StateChanged, match=says):
         compiled(torch.randn(5, 8))
 
 
 def test_a_change_of_torchs_state_is_an_error() -> None:
     compiled = warm(model(), linear="inductor")
     torch.set_num_threads(2)
-    with pytest.raises(StateChanged):
+    with pytest.raises(StateChanged, match=r"torch\.get_num_threads\(\) was \d+, and is 2"):
         compiled(torch.randn(5, 8))
 
 

@@ -13,7 +13,7 @@ import enum
 import importlib
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -411,7 +411,21 @@ class Checker:
         if changed := self._methods.explain():
             return changed
         found = Checker(self.facts, Roots(self.roots.owner, self.roots.function)).prove()
-        return "; ".join(found[:5]) or "an object was replaced by an equal one"
+        return "; ".join((found or list(self._replaced()))[:5])
+
+    def _replaced(self) -> Iterator[str]:
+        """What is another object than it was, though like it."""
+        kinds = dict(self.facts.modules)
+        for path, function, known in self._values:
+            values = function(_submodule({"": self.roots.owner}, path))
+            codes = self.facts.kinds[kinds[path]].codes
+            for code, value, before in zip(codes, values, known, strict=True):
+                if not _same((value,), (before,)):
+                    yield f"{path or 'the module'}: {code} is another object, though like it was"
+        loose = zip(self.facts.loose.codes, self._loose(), self._loose_now, strict=True)
+        for code, value, before in loose:
+            if not _same((value,), (before,)):
+                yield f"{code} is another object, though like it was"
 
 
 def _same(values: tuple[Any, ...], known: tuple[Any, ...]) -> bool:

@@ -47,6 +47,8 @@ def bench_generate(args: argparse.Namespace) -> None:
     if len(asked) > 1:
         names = " and ".join(f"--{'plot' if flag == 'png' else flag}" for flag in asked)
         raise UsageError(f"{names} ask for different things: leave all but one of them out")
+    if args.rate and not args.requests:
+        raise UsageError("--rate says how many --requests come a second: give --requests N too")
     check_outputs(png=args.png, json=args.json)
     say(f"loading {args.model} ({args.dtype}) ...")
     model, _ = load(
@@ -60,7 +62,7 @@ def bench_generate(args: argparse.Namespace) -> None:
         checked.require()
     elif args.requests:
         served = continuous.run(
-            *what, requests=args.requests, rate=args.rate, rounds=args.rounds, **how
+            *what, requests=args.requests, rate=args.rate or 8.0, rounds=args.rounds, **how
         )
         show(served, args.json)
         served.require()

@@ -43,7 +43,9 @@ def read_table(path: Path) -> tuple[list[Measurement], str]:
         rows = [_measurement(row) for row in data["rows"]]
         return rows, str(data["source"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidPolicy(f"{path} is not a table of measurements: {error!r}") from error
+        raise InvalidPolicy(
+            f"{path} is not a table of measurements ({error}): give what --json wrote"
+        ) from error
 
 
 def _measurement(row: dict[str, object]) -> Measurement:

@@ -156,7 +156,11 @@ def load_encoder(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             model = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise _not_found(name, error) from error
+            raise ModelNotFound(
+                f"cannot load {name!r} as an encoder with its tokenizer ({_one_line(error)}): give "
+                f"{MINILM!r}, a folder with config.json, weights and tokenizer, or the id of a "
+                f"model on the Hugging Face hub"
+            ) from error
     return model.eval().requires_grad_(False), tokenizer
 
 

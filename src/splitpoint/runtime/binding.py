@@ -197,6 +197,6 @@ class Binding:
                 )
             raise StateChanged(
                 f"the module, or something global that it reads, is not as it was when it was "
-                f"captured: {graph.state.explain()}. Change it back, or call reset() to capture "
-                f"and compile anew"
+                f"captured: {graph.state.explain()}. Change it back, or capture and compile "
+                f"anew: reset() of the compiled model, of a transformers model undo() and compile()"
             )

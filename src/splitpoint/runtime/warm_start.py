@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from ..capture.module_state import ModuleState
 from ..capture.reads import Reads
 from ..capture.regions import Regions
 from ..capture.signature import Signature
-from ..capture.watch import CheckRest
 from ..compilers.artifact import Missing
 from ..config import Config
 from ..errors import StateChanged
@@ -33,7 +32,7 @@ from ..store.constants import NotKept
 from ..store.key import digest
 from ..store.store import Store
 from ..torch_internals.guard_expressions import NotPortable
-from ..torch_internals.state import quick_state
+from ..torch_internals.state import QUICK_STATE, quick_state
 from .dispatch import Dispatch
 from .garbage import no_collection, rare_collection
 from .kept_lanes import LanesLoader, lanes_entry
@@ -185,25 +184,31 @@ class _Loader(LanesLoader):
     def run(self) -> Dispatch:
         entry = self.entry
         device = common_device((leaf.path, leaf.device) for leaf in self.signature.tensors)
-        shared = _checks_of(self.checker, device_row(device))
-        graphs = [self.graph(each, *shared, device) for each in entry["graphs"]]
+        checks = _Checks(self.checker, device_row(device))
+        graphs = [self.graph(each, checks, device) for each in entry["graphs"]]
         nothing: Any = None
         regions = Regions((nothing,) * entry["captures"], array("H"), {}, tuple(entry["refusals"]))
         return self.start(graphs, entry["notes"], self.signature, regions)
 
-    def graph(
-        self,
-        data: Mapping[str, Any],
-        check_facts: Callable[[], bool],
-        check_rest: CheckRest,
-        device: torch.device,
-    ) -> Graph:
-        owner, checker = self.roots.owner, self.checker
+    def graph(self, data: Mapping[str, Any], checks: _Checks, device: torch.device) -> Graph:
+        owner = self.roots.owner
         where = [(path, holder, name) for path, holder, name in data["bound"]]
         kinds = data["kinds"]
 
         def fetch() -> list[Any]:
             return [_tensor(owner, *each) for each in where]
+
+        def other_tensors() -> Iterator[str]:
+            for place, kind in zip(where, kinds, strict=True):
+                path = ".".join(filter(None, (place[0], place[2])))
+                try:
+                    tensor = _tensor(owner, *place)
+                except (AttributeError, LookupError):
+                    yield f"there is no {path} any more"
+                    continue
+                now = tensor_kind(tensor) if torch.is_tensor(tensor) else type(tensor).__name__
+                if now != kind:
+                    yield f"{path} was {kind}, and is {now}"
 
         def check() -> bool:
             try:
@@ -213,15 +218,18 @@ class _Loader(LanesLoader):
             return (
                 all(map(torch.is_tensor, now))
                 and [tensor_kind(tensor) for tensor in now] == kinds
-                and check_facts()
+                and checks.facts()
             )
+
+        def explain() -> str:
+            return "; ".join([*list(other_tensors())[:5], *checks.explain()])
 
         return Graph(
             _EMPTY,
             (),
             data["arguments"],
             None,
-            ModuleState(owner, fetch, check, check_rest, checker.explain, check_facts),
+            ModuleState(owner, fetch, check, checks.rest, explain, checks.facts),
             data["pieces"],
             conditions=self.assumptions(data["conditions"], self.signature),
             unique=tuple(data["unique"]),
@@ -231,24 +239,35 @@ class _Loader(LanesLoader):
         )
 
 
-def _checks_of(checker: Checker, device: Device) -> tuple[Callable[[], bool], CheckRest]:
-    """`ModuleState.check_facts` and `.check_rest` of all graphs that rely on these facts."""
-    settings = device.settings
+class _Checks:
+    """What all graphs that rely on the same facts have checked: these, and settings of torch."""
 
-    def with_settings() -> tuple[Any, ...]:
-        return quick_state() + settings()
+    def __init__(self, checker: Checker, device: Device) -> None:
+        self.checker = checker
+        settings = device.settings
 
-    now = with_settings if settings() else quick_state
-    state = now()
+        def with_settings() -> tuple[Any, ...]:
+            return quick_state() + settings()
 
-    def check_facts() -> bool:
-        return now() == state and checker.holds()
+        self._now = with_settings if settings() else quick_state
+        self._state = self._now()
 
-    def check_rest(_: Any, reads: Reads | None) -> Callable[[], bool]:
-        rest = checker.rest(reads)
+    def facts(self) -> bool:
+        return self._now() == self._state and self.checker.holds()
+
+    def rest(self, _: Any, reads: Reads | None) -> Callable[[], bool]:
+        now, state, rest = self._now, self._state, self.checker.rest(reads)
         return lambda: now() == state and rest()
 
-    return check_facts, check_rest
+    def explain(self) -> Iterator[str]:
+        """What does not hold any more."""
+        if changed := self.checker.explain():
+            yield changed
+        now = self._now()
+        names = [*QUICK_STATE, *["a setting of the device"] * (len(now) - len(QUICK_STATE))]
+        for name, before, value in zip(names, self._state, now, strict=True):
+            if value != before:
+                yield f"{name} was {before}, and is {value}"
 
 
 def _tensor(owner: torch.nn.Module | None, path: str, holder: str, name: str) -> Any:

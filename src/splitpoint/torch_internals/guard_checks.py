@@ -128,7 +128,11 @@ class Checks:
     def explain(self) -> str:
         """Which guard no longer holds."""
         with no_dispatch_modes(), torch.inference_mode(False), torch.no_grad():
-            return "; ".join(self._all.check_verbose(self._arguments).verbose_code_parts)
+            parts = self._all.check_verbose(self._arguments).verbose_code_parts
+        # What Dynamo advises on parameters is for torch.compile.
+        return "; ".join(
+            part.split(" Guard failed on a parameter")[0].rstrip(".") for part in parts
+        )
 
     def _build(self, guards: Iterable[Any] | None) -> Any:
         """Dynamo's manager of some of the guards, or of all. They go by what is there now."""

@@ -34,6 +34,17 @@ def no_dispatch_modes() -> contextlib.AbstractContextManager[object]:
     return off
 
 
+QUICK_STATE = (
+    "torch.get_num_threads()",
+    "torch.get_default_dtype()",
+    "torch.is_autocast_enabled('cpu')",
+    "torch.are_deterministic_algorithms_enabled()",
+    "the number of modes over torch's functions",
+    "whether torch's functions can be overridden",
+)
+"""What `quick_state` returns, in words."""
+
+
 def quick_state() -> tuple[Any, ...]:
     """What of torch's state is compared at every call."""
     return (

@@ -179,9 +179,8 @@ examples:
     parser.add_argument(
         "--rate",
         type=above_zero,
-        default=8.0,
         metavar="R",
-        help="with --requests: how many come a second (default: %(default)s)",
+        help="with --requests: how many come a second (default: 8)",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write environment and rows as JSON"
