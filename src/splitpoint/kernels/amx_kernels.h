@@ -9,6 +9,7 @@
 namespace splitpoint::SPLITPOINT_ISA::tiles {
 
 inline constexpr bool kDots = true;
+inline constexpr bool kTakesLines = true;
 inline constexpr bool kInt8Dots = true;
 inline constexpr bool kInt4Bytes = true;
 

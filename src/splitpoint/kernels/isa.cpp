@@ -19,8 +19,8 @@ namespace splitpoint {
 extern const KernelTable SPLITPOINT_TABLE;
 const KernelTable SPLITPOINT_TABLE = {
     SPLITPOINT_TEXT(SPLITPOINT_ISA),   SPLITPOINT_KERNELS::kDots,
-    SPLITPOINT_KERNELS::kInt8Dots,     SPLITPOINT_KERNELS::kInt4Bytes,
-    SPLITPOINT_KERNELS::kWidenedInt8Rows,
+    SPLITPOINT_KERNELS::kTakesLines,   SPLITPOINT_KERNELS::kInt8Dots,
+    SPLITPOINT_KERNELS::kInt4Bytes,    SPLITPOINT_KERNELS::kWidenedInt8Rows,
     SPLITPOINT_KERNELS::run_packed,    SPLITPOINT_KERNELS::run_gemv,
     SPLITPOINT_KERNELS::attend,        SPLITPOINT_KERNELS::widen,
     SPLITPOINT_KERNELS::run_pack,      SPLITPOINT_KERNELS::sum_groups,

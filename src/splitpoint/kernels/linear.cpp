@@ -324,7 +324,8 @@ void run_linear(const LinearLayers& made, const Tensor& x_given, const Tensor* r
   const bool widens_int8 = first.w_type == DType::i8 && (few || !made.packed);
   const bool widens = bf16 && (!table->dots_bf16 || widens_int8);
   const int64_t item = !bf16 || widens ? 4 : 2;
-  const bool spreads = made.packed && t >= kCompetingRows && k * item >= kAliasBytes / 4 &&
+  const bool competes = made.packed && t >= kCompetingRows && (item == 4 || !table->takes_lines);
+  const bool spreads = competes && k * item >= kAliasBytes / 4 &&
                        (widens ? k : x_stride) * item % (kAliasBytes / 4) == 0;
   Tensor copy;
   if (widens || spreads) {

@@ -18,11 +18,9 @@ inline constexpr int64_t kPanelRowBytes = 4 * kBlock;
 // Rows from which tiles are worth it: of bf16, of int8 beside an x in bf16, and of int8 on both sides.
 inline constexpr int64_t kFewestRows = 2, kFewestInt8Rows = 3, kFewestRoundedRows = 4;
 
-// Bytes of a slice's weights: they stay in the first-level cache of 48 KiB for all rows.
-inline constexpr int64_t kTileSliceBytes = 32 * 1024;
-// Up to here weights are not sliced: writing and reading sums once more takes longer than reading
-// weights from the second-level cache (10 % at a depth of 1,536 in bf16).
-inline constexpr int64_t kWholeBytes = 8 * kTileSliceBytes;
+// Bytes of a slice's weights, at most: they stay in the first-level cache of 48 KiB for all rows of x,
+// which passes by; so do those that are unpacked, beside what they are unpacked from.
+inline constexpr int64_t kTileSliceBytes = 40 * 1024, kUnpackedBytes = 32 * 1024;
 
 // Bytes of the rows of x that stay in the second-level cache, of 2 MiB on every CPU with AMX,
 // while all weights pass by: 64 rows at a depth of 8,192 in bf16, since for 32 reading the weights
@@ -51,11 +49,16 @@ struct alignas(64) Rest {
   char w[kTileRows][kPanelRowBytes];
 };
 
-// The instructions take the numbers of their tiles as they are written.
-template <class Value, bool kTwo>
+// The instructions take the numbers of their tiles as they are written. With kPasses, x passes by the
+// weights in the first-level cache.
+template <class Value, bool kTwo, bool kPasses>
 SPLITPOINT_INLINE void multiply(const void* x, int64_t x_stride, const void* w) {
   constexpr bool kInt8 = sizeof(Value) == 1;
-  _tile_loadd(4, x, x_stride);
+  if constexpr (kPasses) {
+    _tile_stream_loadd(4, x, x_stride);
+  } else {
+    _tile_loadd(4, x, x_stride);
+  }
   _tile_loadd(6, w, kPanelRowBytes);
   _tile_loadd(7, static_cast<const char*>(w) + kPanelRowBytes / 2, kPanelRowBytes);
   if constexpr (kInt8) {
@@ -63,7 +66,12 @@ SPLITPOINT_INLINE void multiply(const void* x, int64_t x_stride, const void* w) 
   } else {
     _tile_dpbf16ps(0, 4, 6);
   }
-  if (kTwo) _tile_loadd(5, static_cast<const char*>(x) + kTileRows * x_stride, x_stride);
+  const char* second = static_cast<const char*>(x) + kTileRows * x_stride;
+  if constexpr (kTwo && kPasses) {
+    _tile_stream_loadd(5, second, x_stride);
+  } else if constexpr (kTwo) {
+    _tile_loadd(5, second, x_stride);
+  }
   if constexpr (kInt8) {
     _tile_dpbssd(1, 4, 7);
     if (kTwo) {
@@ -110,7 +118,7 @@ SPLITPOINT_INLINE void store_sums(float* to) {
   }
 }
 
-template <class Value, bool kTwo>
+template <class Value, bool kTwo, bool kPasses>
 inline void run_pair(const Pair& p) {
   written();
   if (p.accumulate) {
@@ -124,7 +132,7 @@ inline void run_pair(const Pair& p) {
   for (int64_t left = p.depth; left >= kStepBytes; left -= kStepBytes) {
     for (int64_t i = 0; i < p.fetch_step; i += 64) __builtin_prefetch(fetch + i, 0, 2);
     fetch += p.fetch_step;
-    multiply<Value, kTwo>(x, p.stride, w);
+    multiply<Value, kTwo, kPasses>(x, p.stride, w);
     x += kStepBytes;
     w += kTileRows * kPanelRowBytes;
   }
@@ -133,7 +141,7 @@ inline void run_pair(const Pair& p) {
     for (int64_t r = 0; r < p.rows; ++r) __builtin_memcpy(rest.x[r], x + r * p.stride, left);
     __builtin_memcpy(rest.w, w, ceil_div(left, 4) * kPanelRowBytes);
     written();
-    multiply<Value, kTwo>(rest.x, sizeof(rest.x[0]), rest.w);
+    multiply<Value, kTwo, kPasses>(rest.x, sizeof(rest.x[0]), rest.w);
   }
   store_sums<kTwo>(p.sums);
 }
@@ -145,10 +153,8 @@ inline void run_pair(const Pair& p) {
 template <class W, class V>
 struct AsTheyLie {
   using Value = V;
-  static constexpr bool kUnpacks = false;
-  static constexpr int64_t kSlice = kTileSliceBytes / (kBlock * sizeof(V));
-  static constexpr int64_t kMostDepth = kWholeBytes / (kBlock * sizeof(V));
-  static constexpr int64_t kDepthBytes = kBlock * sizeof(V);  // of one k
+  static constexpr int64_t kSliceBytes = kTileSliceBytes;
+  static constexpr int64_t kDepthBytes = kBlock * sizeof(V);  // of one k, as it is stored
   Panels<W> panels;
 
   AsTheyLie(const LinearArgs& a, const Part& part) : panels(a, part) {}
@@ -170,12 +176,10 @@ using QuadsSource = AsTheyLie<Int8Fours, int8_t>;
 
 struct Int8Source {
   using Value = Bf16;
-  static constexpr bool kUnpacks = true;
-  static constexpr int64_t kSlice = kTileSliceBytes / (kBlock * sizeof(Bf16));
-  static constexpr int64_t kMostDepth = kWholeBytes / (kBlock * sizeof(Bf16));
+  static constexpr int64_t kSliceBytes = kUnpackedBytes;
   static constexpr int64_t kDepthBytes = kBlock;
   Panels<Dot<Int8Pairs>> panels;
-  alignas(64) Bf16 pairs[kMostDepth * kBlock];
+  alignas(64) Bf16 pairs[kUnpackedBytes / sizeof(Bf16)];
 
   Int8Source(const LinearArgs& a, const Part& part) : panels(a, part) {}
   const void* read(int64_t block, int half, int64_t k0, int64_t depth) {
@@ -197,13 +201,11 @@ struct Int8Source {
 
 struct Int4Source {
   using Value = Bf16;
-  static constexpr bool kUnpacks = true;
-  static constexpr int64_t kSlice = kTileSliceBytes / (kBlock * sizeof(Bf16));  // of whole groups
-  static constexpr int64_t kMostDepth = kWholeBytes / (kBlock * sizeof(Bf16));
+  static constexpr int64_t kSliceBytes = kUnpackedBytes;
   static constexpr int64_t kDepthBytes = kBlock / 2;
   Int4Panels panels;
   Int4Groups groups;
-  alignas(64) Bf16 pairs[kMostDepth * kBlock];
+  alignas(64) Bf16 pairs[kUnpackedBytes / sizeof(Bf16)];
 
   Int4Source(const LinearArgs& a, const Part& part) : panels(a, part), groups(a) {}
   const void* read(int64_t block, int half, int64_t k0, int64_t depth) {
@@ -226,14 +228,6 @@ inline void scale_rows(float* sums, const float* scales, int64_t rows) {
   }
 }
 
-// The k's that are not sliced. What is unpacked for few rows, or in no more than two slices, is read
-// from the first-level cache.
-template <class Source>
-inline int64_t most_depth(const LinearArgs& a, const Part& part) {
-  const bool few = part.t1 - part.t0 <= kTileRows || a.k <= 2 * Source::kSlice;
-  return Source::kUnpacks && few ? Source::kSlice : Source::kMostDepth;
-}
-
 // The loops, from outside in: groups of rows, column blocks, the one or two weights, slices of k,
 // pairs of row tiles.
 template <class Source, class Y>
@@ -243,8 +237,10 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
   const auto* x = static_cast<const char*>(a.x);
   const int64_t x_stride = a.x_stride * kItem;
   Source source(a, part);
-  const int64_t slices = a.k > most_depth<Source>(a, part) ? ceil_div(a.k, Source::kSlice) : 1;
-  const int64_t slice = slices == 1 ? a.k : Source::kSlice;
+  constexpr int64_t kMostDepth = Source::kSliceBytes / (kBlock * kItem);
+  const int64_t slices = ceil_div(a.k, kMostDepth);
+  const int64_t together = kStepBytes / kItem > a.group ? kStepBytes / kItem : a.group;
+  const int64_t slice = ceil_div(ceil_div(a.k, slices), together) * together;
   const int64_t fitting = kGroupBytes / (a.k * kItem + 1);
   const int64_t most = fitting < kPairRows         ? kPairRows
                        : fitting > kMostGroupRows ? kMostGroupRows
@@ -283,10 +279,12 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
                             s > 0,
                             next ? next + fetched : nullptr,
                             next ? step_bytes : 0};
-            if (count > kTileRows) {
-              run_pair<Value, true>(pair);
+            if (count <= kTileRows) {
+              run_pair<Value, false, false>(pair);
+            } else if (pairs == 1) {
+              run_pair<Value, true, false>(pair);
             } else {
-              run_pair<Value, false>(pair);
+              run_pair<Value, true, true>(pair);
             }
             if (!whole) continue;
             if (kItem == 1) scale_rows<IntVec>(of_pair, a.x_scales + t0 + r0, count);

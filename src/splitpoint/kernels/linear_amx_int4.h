@@ -121,7 +121,7 @@ inline void run_groups(const Int4Groups& g, const GroupsPair& p) {
   for (int64_t i = 0; i < p.groups; ++i, panel += g.bytes()) {
     zero_sums<kTwo>();
     for (int64_t k = 0; k < depth; k += step) {
-      multiply<Value, kTwo>(x, p.stride, w);
+      multiply<Value, kTwo, true>(x, p.stride, w);
       x += step;
       w += step / 4 * kPanelRowBytes;
     }
@@ -140,9 +140,6 @@ inline void run_groups(const Int4Groups& g, const GroupsPair& p) {
   }
 }
 
-// Bytes of values that stay in the first-level cache for all rows.
-inline constexpr int64_t kValueBytes = kTileSliceBytes;
-
 // Rows from which this is faster than the dot products of AVX-512, of an x in bf16 and in int8.
 inline constexpr int64_t kFewestInt4Rows = 2, kFewestInt4RoundedRows = 15;
 
@@ -156,14 +153,14 @@ template <class As, class Y>
 inline void amx_int4_part(const LinearArgs& a, const Part& part) {
   using Value = typename As::Value;
   constexpr int64_t kItem = sizeof(Value);
-  constexpr int64_t kSlice = kValueBytes / (kBlock * kItem);  // a multiple of every group
+  constexpr int64_t kSlice = kUnpackedBytes / (kBlock * kItem);  // a multiple of every group
   const Int4Panels panels(a, part);
   const Int4Groups g(a);
   const As as;
   const int64_t step = g.group * kItem < kStepBytes ? g.group * kItem : kStepBytes;
   const int64_t x_stride = a.x_stride * kItem;
   const int halves = a.gated ? 2 : 1;
-  alignas(64) char values[kValueBytes];
+  alignas(64) char values[kUnpackedBytes];
   alignas(64) float sums[2][kMostGroupRows * kBlock];
   TileState tiles;
 

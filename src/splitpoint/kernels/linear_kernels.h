@@ -14,6 +14,7 @@
 
 namespace splitpoint::SPLITPOINT_ISA {
 
+inline constexpr bool kTakesLines = false;
 inline constexpr int64_t kWidenedInt8Rows = 0;
 
 #if defined(__AVX512BF16__)

@@ -105,6 +105,7 @@ struct CachedSequence;
 struct KernelTable {
   const char* name;
   bool dots_bf16;         // multiplies bf16 pairs itself; otherwise x must be widened to f32
+  bool takes_lines;       // reads whole cache lines of a bf16 x at a time, so that none is read twice
   bool dots_int8;         // multiplies int8 itself; otherwise `quantise` makes int16 of x
   bool bytes_int4;        // the same for 4-bit weights
   int64_t widened_int8_rows;  // of a bf16 x which int8 weights multiply faster as fp32, at most

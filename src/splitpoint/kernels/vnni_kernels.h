@@ -18,6 +18,7 @@ using SPLITPOINT_ISA::kInt8Dots;
 using SPLITPOINT_ISA::quantise;
 
 inline constexpr bool kDots = false;
+inline constexpr bool kTakesLines = false;
 inline constexpr int64_t kWidenedInt8Rows = 0;
 
 inline void run_packed(const LinearArgs& a, const Part& part) {
