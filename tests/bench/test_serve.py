@@ -150,6 +150,17 @@ def test_rounding_is_asked_for_where_splitpoint_is():
     assert "; weights in int4, activations in int8, 1 threads a rank" in text
 
 
+def test_with_several_ranks_fusing_is_compared_with_not():
+    *_, fused, apart = ways("eager", [[8]], {"weights": "int8"}, ranks=(1, 2))
+    assert (fused.one_rank, apart.one_rank) == (True, False)
+    assert fused.arguments[:2] == apart.arguments[:2]
+    asked = [json.loads(way.arguments[3])["splitpoint"] for way in (fused, apart)]
+    assert asked == [{"weights": "int8"}, {"weights": "int8", "fuse_allreduce": False}]
+    alone = [start(way, 0, 1, ranks=1) for way in ("vLLM", "ours")]
+    text = str(report(*alone, *(start(w, 0, 1, ranks=2) for w in ("vLLM", "ours", "not fused"))))
+    assert [len(cells(text, way)) for way in ("vLLM", "ours", "not fused")] == [2, 2, 1]
+
+
 def test_what_each_further_range_adds_to_a_start():
     rounds = [
         start(way, turn, 1, seconds=seconds, ranges=ranges)

@@ -67,6 +67,8 @@ class Way:
     is_vllm: bool = True
     """Whether it is vLLM's server, and not that of transformers."""
     with_splitpoint: bool = True
+    one_rank: bool = True
+    """Whether it is started with one rank too."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def ways(
     split_points: Sequence[Sequence[int]] = (),
     rounding: Rounding | None = None,
     others: Sequence[str] = (),
+    ranks: Sequence[int] = (1,),
 ) -> list[Way]:
     """The servers to compare.
 
@@ -102,11 +105,11 @@ def ways(
         split_points: for each there is one more, compiled for the ranges that they make.
         rounding: what this package rounds "weights" and "activations" to, where it is there.
         others: of `OTHERS`; each is there with this package and without.
+        ranks: with more than one, models compiled for ranges are also there with all-reduces and
+            norms that are not fused.
     """
     eager = ("--enforce-eager",) if mode == "eager" else ()
-    asked: tuple[str, ...] = ()
-    if rounding:
-        asked = ("--additional-config", json.dumps({KEY: dict(rounding)}))
+    asked = _additional(rounding) if rounding else ()
     found = [
         Way("vLLM", {SWITCH: "0"}, eager, with_splitpoint=False),
         Way("with splitpoint", {SWITCH: "1"}, (*eager, *asked)),
@@ -119,16 +122,23 @@ def ways(
             "compile_ranges_endpoints": list(points),
         }
         env = {SWITCH: "1", "VLLM_USE_LAYERNAME": "0"}
-        arguments = ("--compilation-config", json.dumps(config), *asked)
+        arguments = ("--compilation-config", json.dumps(config))
         count = len(set(points)) + 1
         name = f"with {count} range{'s' if count > 1 else ''}"
-        found.append(Way(name, env, arguments, count))
+        found.append(Way(name, env, (*arguments, *asked), count))
+        if max(ranks) > 1:
+            apart = _additional({**(rounding or {}), "fuse_allreduce": False})
+            found.append(Way(f"{name}, not fused", env, (*arguments, *apart), one_rank=False))
     for name in others:
         found += [
             Way(name, {}, is_vllm=False, with_splitpoint=False),
             Way(f"{name} with splitpoint", {}, is_vllm=False),
         ]
     return found
+
+
+def _additional(given: Mapping[str, Any]) -> tuple[str, str]:
+    return "--additional-config", json.dumps({KEY: dict(given)})
 
 
 def run(
@@ -189,7 +199,7 @@ def run(
     for size in ranks:
         check_ranks(model, config, size, threads)
     check_others(others, ranks, client)
-    servers = ways(mode, split_points, rounding, others)
+    servers = ways(mode, split_points, rounding, others, ranks)
     names = [way.name for way in servers]
     if len(set(names)) < len(names):
         raise UsageError("--ranges was given twice with as many ranges: each needs another number")
@@ -218,6 +228,8 @@ def run(
             work,
         )
         for turn, size, way in itertools.product(range(rounds), ranks, servers):
+            if size == 1 and not way.one_rank:
+                continue
             parallel = f", {size} ranks" if size > 1 else ""
             say(f"{way.name}{parallel}, round {turn + 1} of {rounds} ...")
             found.append(start(setting, way, size, turn, say))

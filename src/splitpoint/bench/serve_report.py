@@ -56,10 +56,9 @@ class ServeReport:
     environment: dict[str, Any]
     starts: tuple[Start, ...]
 
-    @property
-    def ways(self) -> list[str]:
-        """The servers, the one that others are compared with first."""
-        return list(dict.fromkeys(start.way for start in self.starts))
+    def ways(self, ranks: int) -> list[str]:
+        """The servers of so many ranks, the one that others are compared with first."""
+        return list(dict.fromkeys(start.way for start in self.starts if start.ranks == ranks))
 
     @property
     def groups(self) -> list[Group]:
@@ -110,9 +109,9 @@ class ServeReport:
         """Where the first start's greedy answers leave those of the first way or, where servers do
         not tell tokens, how many are the text of the first such way's."""
         firsts = {s.way: s for s in reversed(self.starts) if s.ranks == ranks}
-        own, other = firsts[self.ways[0]], firsts[way]
+        own, other = firsts[self.ways(ranks)[0]], firsts[way]
         if not all(other.answers):
-            own = next(firsts[each] for each in self.ways if not all(firsts[each].answers))
+            own = next(firsts[each] for each in self.ways(ranks) if not all(firsts[each].answers))
             if own is other or not other.texts:
                 return "not compared: the server does not tell tokens"
             same = sum(a == b for a, b in zip(own.texts, other.texts, strict=True))
@@ -170,12 +169,13 @@ class ServeReport:
     def _table(self, group: Group) -> list[str]:
         rows = [_row("QPS", "Server", *COLUMNS.values()), _row(*["---"] * (2 + len(COLUMNS)))]
         for qps in self.rates:
-            base = self.median(self.ways[0], group, qps)
-            for way in self.ways:
+            first, *_ = ways = self.ways(group[0])
+            base = self.median(first, group, qps)
+            for way in ways:
                 made = self.median(way, group, qps)
                 cells = [f"{getattr(made, name):.{_digits(name)}f}" for name in COLUMNS]
                 rows.append(_row(f"{qps:g}", way, *cells))
-                if way != self.ways[0]:
+                if way != first:
                     rows.append(_row("", "ratio", *(_ratio(base, made, name) for name in COLUMNS)))
         return rows
 
@@ -185,16 +185,15 @@ class ServeReport:
             _row(*["---"] * 5),
         ]
         for ranks in dict.fromkeys(start.ranks for start in self.starts):
-            for way in self.ways:
+            for number, way in enumerate(self.ways(ranks)):
                 cold, warm = self.startup(way, ranks)
-                first = way == self.ways[0]
                 rows.append(
                     _row(
                         way,
                         str(ranks),
                         f"{cold:.1f}",
                         f"{warm:.1f}" if warm is not None else "",
-                        "" if first else self.agreement(way, ranks),
+                        self.agreement(way, ranks) if number else "",
                     )
                 )
             if (each := self.further_range(ranks)) is not None:
@@ -237,7 +236,7 @@ def save_picture(report: ServeReport, path: Path) -> None:
                 COLUMNS[name],
                 {
                     w: [getattr(report.median(w, group, q), name) for q in report.rates]
-                    for w in report.ways
+                    for w in report.ways(group[0])
                 },
             )
             for name in ("median_ttft", "median_tpot")

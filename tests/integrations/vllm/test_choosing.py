@@ -79,6 +79,16 @@ def test_times_are_found_again(kept: store.Kept) -> None:
     assert [path.name for path in kept.path.parent.iterdir()] == [kept.path.name]
 
 
+def test_processes_that_measure_side_by_side_take_the_times_of_the_first(
+    kept: store.Kept,
+) -> None:
+    shape, other = Shape(64, 32, torch.bfloat16), Shape(96, 32, torch.bfloat16)
+    assert kept.add({shape: {1: (1.00006, 2.0)}}) == {shape: {1: (1.0, 2.0)}}
+    found = store.Kept().add({shape: {1: (2.0, 1.0)}, other: {1: (3.0, 1.0)}})
+    assert found == {shape: {1: (1.0, 2.0)}, other: {1: (3.0, 1.0)}}
+    assert store.Kept().add({shape: {1: (2.0, 1.0)}}) == {shape: {1: (1.0, 2.0)}}
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"conditions": 1}', "\x00", '{"seconds": 3}'])
 def test_a_damaged_file_is_written_anew(kept: store.Kept, text: str) -> None:
     kept.path.parent.mkdir()

@@ -34,7 +34,7 @@ def test_servers_answer_the_same_and_end(
         client="own",
         split_points=[[8]],
     )
-    assert [start.way for start in report.starts] == report.ways * 2
+    assert [start.way for start in report.starts] == report.ways(1) * 2
     assert report.ways == ["vLLM", "with splitpoint", "with 2 ranges"]
     own, ours, ranges, _, _, again = report.starts
     assert own.answers == ours.answers == ranges.answers == again.answers

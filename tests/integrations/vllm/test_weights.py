@@ -43,6 +43,7 @@ def test_rounding_is_asked_for(weights, activations) -> None:
         ({"weights": ["int8"]}, InvalidField, "must be 'int8' or 'int4', got"),
         ({"weights": "int8", "activations": "int4"}, InvalidField, "must be 'int8', got 'int4'"),
         ({"activations": "int8"}, InvalidField, "go with weights in int8 or int4: set both"),
+        ({"fuse_allreduce": "no"}, InvalidField, "must be true or false, got 'no'"),
         ({"weight": "int8"}, UnknownField, "has no field 'weight', only weights, activations"),
         ("int8", InvalidField, "must be an object such as {'weights': 'int8'}, got int8"),
     ],

@@ -154,7 +154,8 @@ examples:
         type=positives,
         default=(1,),
         metavar="N,N,...",
-        help="tensor-parallel sizes; each is a table (default: 1)",
+        help="tensor-parallel sizes; each is a table (default: 1); with more than one rank, what "
+        "--ranges asks for is there with all-reduces and norms fused and not",
     )
     parser.add_argument(
         "--rounds",

@@ -171,7 +171,7 @@ class Loading:
         found = measure(new, self._theirs, budget)
         how = f"measured in {budget.spent_s:.1f} s"
         try:
-            kept.add(found)
+            found = kept.add(found)
         except OSError as error:
             how += f"; not kept, as {kept.path} cannot be written: {error.strerror}"
         return measured | found, how

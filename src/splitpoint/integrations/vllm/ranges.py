@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx
 
 from ...config import Config
+from ...errors import InvalidField, UnknownField
 from ...passes.allreduce_rmsnorm import AllReduceRMSNorm
 from ...passes.noop import NoopElimination
 from ...runtime.dynamo_backend import Part, check_options, part_of
@@ -25,6 +26,7 @@ from ...torch_internals.kept_captures import serializable_callable
 from . import names, tensor_parallel
 from .chosen import chosen
 from .fence import log
+from .settings import settings_of
 from .store import vllm_version
 
 SPLITTING_OPS = (
@@ -50,9 +52,10 @@ def __getattr__(name: str) -> Any:
         # It reads this after it has looked its backend up, and turns it off in the same way itself.
         os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     ranks = tensor_parallel.attach()  # here, where no rank is tracing
+    fused = ranks is not None and fuses(config)
 
     def backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        asked = config_of(given, ranks is not None)
+        asked = config_of(given, fused)
         check_options(asked)
         reduces = 0
         if ranks is not None:
@@ -85,13 +88,23 @@ def config_of(given: Mapping[str, Any], fuses: bool) -> Config:
     return config
 
 
+def fuses(vllm_config: Any) -> bool:
+    """Whether all-reduces are to be fused with norms. Settings that are none have been told of when
+    the model's layers were made."""
+    try:
+        return settings_of(vllm_config).fuse_allreduce
+    except (UnknownField, InvalidField):
+        return True
+
+
 def about(vllm_config: Any) -> dict[str, Any]:
     """All that what is compiled for a model depends on, beside its code, as JSON."""
     given, group = options(vllm_config), tensor_parallel.attached_group()
+    config = config_of(given, group is not None and fuses(vllm_config))
     return {
         "options": {**given, "splitting_ops": list(given["splitting_ops"])},
         "group": group,
-        "passes": [each.uuid() for each in config_of(given, group is not None).passes],
+        "passes": [each.uuid() for each in config.passes],
         "kernels": chosen(vllm_config),
         "vllm": vllm_version(),
     }
@@ -138,7 +151,8 @@ class Kept(serializable_callable()):  # type: ignore[misc]
         start = time.perf_counter()
         vllm_config = names.CONFIG.value()
         now = about(vllm_config)
-        part = load_part(data, now, config_of(options(vllm_config), now["group"] is not None))
+        fused = now["group"] is not None and fuses(vllm_config)
+        part = load_part(data, now, config_of(options(vllm_config), fused))
         log.info(
             "Splitpoint: %d ranges in %.2f s, as they were kept: nothing is compiled",
             len(part.program.plan.entries),

@@ -22,6 +22,8 @@ class Settings:
     activations: Activations | None = None
     """What these layers, heads aside, round their input to where that is faster, as
     `Config.activations`."""
+    fuse_allreduce: bool = True
+    """Whether the ranges of this package fuse all-reduces with the norms that follow."""
 
 
 def settings() -> Settings:
@@ -31,7 +33,15 @@ def settings() -> Settings:
         UnknownField: for a field that there is not.
         InvalidField: for a value that is none of its field's, or for activations without weights.
     """
-    config = names.CONFIG.value()
+    return settings_of(names.CONFIG.value())
+
+
+def settings_of(config: Any) -> Settings:
+    """The settings in one of vLLM's configurations, if it is one.
+
+    Raises:
+        UnknownField, InvalidField: as `settings`.
+    """
     additional = None if config is None else config.additional_config
     # A platform may put an object of its own there.
     return parse(additional.get(KEY)) if isinstance(additional, dict) else Settings()
@@ -57,6 +67,9 @@ def parse(given: Any) -> Settings:
         if value not in (None, *get_args(kind)):
             choices = " or ".join(map(repr, get_args(kind)))
             raise InvalidField(f"{name} of {where} must be {choices}, got {value!r}")
+    fuses = given.get("fuse_allreduce", True)
+    if not isinstance(fuses, bool):
+        raise InvalidField(f"fuse_allreduce of {where} must be true or false, got {fuses!r}")
     found = Settings(**given)
     if found.activations is not None and found.weights is None:
         raise InvalidField(f"activations of {where} go with weights in int8 or int4: set both")

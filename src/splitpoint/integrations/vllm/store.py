@@ -7,16 +7,21 @@ import importlib.metadata
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 
 import torch
 
 from ... import kernels
 from ...paths import cache_folder, make_folder
 from ...report.environment import cpu_model
+from ...store.lock import locked
 from .choice import Measured
 from .shapes import Shape
 
 FORMAT = 1
+
+WAIT_S = 5.0
+"""For another process that writes, which takes it a millisecond."""
 
 
 def conditions() -> dict[str, object]:
@@ -65,19 +70,31 @@ class Kept:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}  # it is written anew
 
-    def add(self, measured: dict[Shape, Measured]) -> None:
-        """Write what is new beside what is there, in one step.
+    def add(self, measured: Mapping[Shape, Measured]) -> dict[Shape, Measured]:
+        """Write what is new beside what is there, in one step, and return the times of these shapes
+        as they are there. Ranks that measure side by side have those of the first, so that all
+        choose alike, and as they will when they start again.
 
         Raises:
             OSError: when it cannot be written.
         """
         make_folder(self.path.parent)
-        seconds = self.read()
-        for shape, times in measured.items():
-            # The digits that mean something.
-            seconds[shape.key] = {
-                n: (float(f"{a:.4g}"), float(f"{b:.4g}")) for n, (a, b) in times.items()
-            }
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            locked(folder, self.path.parent, WAIT_S)
+            seconds = self.read()
+            for shape, times in measured.items():
+                # The digits that mean something.
+                seconds.setdefault(
+                    shape.key,
+                    {n: (float(f"{a:.4g}"), float(f"{b:.4g}")) for n, (a, b) in times.items()},
+                )
+            self._write(seconds)
+        finally:
+            os.close(folder)
+        return {shape: seconds[shape.key] for shape in measured}
+
+    def _write(self, seconds: Mapping[str, Measured]) -> None:
         text = json.dumps({"conditions": self.conditions, "seconds": seconds}, indent=1)
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".linear-")
         with os.fdopen(handle, "w") as file:
