@@ -7,6 +7,7 @@ import torch
 from splitpoint import kernels
 from splitpoint.passes.linear_sites import LinearShape
 from splitpoint.ranges import Range
+from splitpoint.torch_internals.onednn import onednn_linear, onednn_linear_available
 from splitpoint.tuning.linear import LinearTuner, Weights, last_probe, probes
 
 SHAPE = LinearShape(columns=(512,), k=512, dtype=torch.bfloat16)
@@ -62,6 +63,20 @@ def test_a_models_own_weights_are_what_plain_variants_are_timed_on() -> None:
     assert len(plain) == len(packed) == 256
     calls = weights.calls(2, ["inductor", "gemv", "packed"])
     assert set(calls) == {"inductor", "gemv", "packed"}
+
+
+@pytest.mark.skipif(not onednn_linear_available(torch.float32), reason="no oneDNN here")
+def test_copies_that_only_their_kernel_can_make_are_copies_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels.load()
+    monkeypatch.setattr("splitpoint.tuning.linear.COLD_BYTES", 4 * 64 * 32 * 4)
+    weights = Weights(LinearShape(columns=(64,), k=32, dtype=torch.float32))
+    copies = [each[0] for each in weights.copies("onednn")]
+    assert len({id(each) for each in copies}) == len(copies) == 4
+    x = torch.randn(3, 32)
+    for each in copies:
+        torch.testing.assert_close(onednn_linear(x, each), x @ weights.matrices[0].t())
 
 
 def test_a_weight_larger_than_the_cache_is_not_copied_but_put_out_of_it(

@@ -27,7 +27,7 @@ from ..passes.linear import VARIANTS
 from ..passes.linear_sites import LinearShape, find
 from ..torch_internals.operators import op_name
 from ..torch_internals.sizes import layout_at
-from ..tuning.linear import COLD_BYTES, INDUCTOR, TIE, LinearTuner
+from ..tuning.linear import COLD_BYTES, EVICTED_BYTES, INDUCTOR, TIE, LinearTuner
 from ..tuning.measure import THREAD_CPU_TIME, Timing, clock_for, interleave
 from .lanes import Lane
 from .packed_weights import PackedWeights
@@ -207,7 +207,7 @@ class PieceTimer:
         """How many times as long a lane's own piece takes as another, at the ends and the hint of
         its range, as far as they take no more than a moment; 1 where repeats disagree by more than
         the two do."""
-        evicted = streamed_bytes(COLD_BYTES)
+        evicted = streamed_bytes(EVICTED_BYTES)
         for size in sorted({lane.sizes[0], lane.planned.hint, lane.sizes[-1]}):
             with torch.inference_mode(False), torch.no_grad():
                 calls = {

@@ -25,7 +25,11 @@ log = logging.getLogger("splitpoint")
 
 COLD_BYTES = 48 << 20
 """Weights that the calls of a measurement cycle through, so that each finds its weight in
-memory and not in a cache, as it does in a model."""
+memory and not in a cache, as it does in a model; variants take turns, and each has its own."""
+
+EVICTED_BYTES = 128 << 20
+"""What is read to put a weight out of the cache that variants share: a third-level cache was seen
+to keep 96 MiB."""
 
 MOST_FLOPS = 5e8
 """A probe of all variants is no larger than this: what wins by much at it wins above it too, where
@@ -246,7 +250,13 @@ class Weights:
             own = self.own if layout == "plain" else []
             count = min(self.count, 256) - len(own)
             place = Streamed().placed if layout != "plain" else Tensor.clone
-            copies = [[place(each) for each in packed] for _ in range(count)]
+
+            def copy(weight: Tensor, held: Tensor) -> Tensor:
+                # Placing an opaque tensor copies nothing: what is packed anew is.
+                opaque = weight.layout != torch.strided
+                return LAYOUTS[layout].pack(held) if opaque else place(weight)
+
+            copies = [list(map(copy, packed, self.held)) for _ in range(count)]
             self._copies[layout] = [*own, *copies]
         return self._copies[layout]
 
@@ -284,7 +294,7 @@ class Weights:
         variants that read the same one would find what the last has left."""
         if self.count == 1:
             if self._other is None:
-                self._other = torch.ones(COLD_BYTES, dtype=torch.uint8)
+                self._other = torch.ones(EVICTED_BYTES, dtype=torch.uint8)
             torch.ops.splitpoint.read_memory(self._other)
 
     def _layers(self, name: str, weights: list[Tensor], residual: Tensor | None) -> Layers:
