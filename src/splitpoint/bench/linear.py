@@ -24,10 +24,10 @@ from ..passes.linear_sites import LinearShape
 from ..torch_internals.onednn import prepacked_linear
 from ..tuning.measure import Timing, clock_for, interleave
 
-COLD_BYTES = 128 << 20
+COLD_BYTES = 256 << 20
 """Weights of a variant that calls cycle through, so that each call finds its weight in memory,
 not in a cache: in a model, the other layers' weights have passed through since. Larger than
-the last-level cache of most machines."""
+the last-level cache of most machines; one was seen to keep 96 MiB of 128."""
 
 MOST_ROWS_OF_GEMV = 16
 """Sizes above this are not timed for the row-dot kernel: it is out of its depth there."""
