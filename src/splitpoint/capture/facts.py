@@ -426,6 +426,9 @@ class Checker:
         for code, value, before in loose:
             if not _same((value,), (before,)):
                 yield f"{code} is another object, though like it was"
+        for function, before in self._code.values():
+            if function.__code__ is not before:
+                yield f"{function.__qualname__} was given other code"
 
 
 def _same(values: tuple[Any, ...], known: tuple[Any, ...]) -> bool:

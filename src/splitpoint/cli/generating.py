@@ -61,9 +61,9 @@ def bench_generate(args: argparse.Namespace) -> None:
         show(checked, args.json)
         checked.require()
     elif args.requests:
-        served = continuous.run(
-            *what, requests=args.requests, rate=args.rate or 8.0, rounds=args.rounds, **how
-        )
+        if args.rate:
+            how["rate"] = args.rate
+        served = continuous.run(*what, requests=args.requests, rounds=args.rounds, **how)
         show(served, args.json)
         served.require()
     else:

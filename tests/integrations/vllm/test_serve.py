@@ -35,7 +35,7 @@ def test_servers_answer_the_same_and_end(
         split_points=[[8]],
     )
     assert [start.way for start in report.starts] == report.ways(1) * 2
-    assert report.ways == ["vLLM", "with splitpoint", "with 2 ranges"]
+    assert report.ways(1) == ["vLLM", "with splitpoint", "with 2 ranges"]
     own, ours, ranges, _, _, again = report.starts
     assert own.answers == ours.answers == ranges.answers == again.answers
     assert {len(answer) for answer in own.answers} == {32}
