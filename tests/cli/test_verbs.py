@@ -123,7 +123,8 @@ class TestErrors:
             (("bench", "forward", "smollm2", "--threads", "1000000"), "1000000 threads are more"),
             (("run", "smollm2", "--threads", "1000000"), "1000000 threads are more than 8 for"),
             (("bench", "generate", "smollm2", "--rate", "4"), "give --requests N too"),
-            (("bench", "encode", "smollm2"), "cannot load 'smollm2' as an encoder"),
+            (("bench", "encode", "smollm2"), "'smollm2' is a GGUF file, of which no encoder"),
+            (("bench", "encode", "."), "cannot load '.' as an encoder with its tokenizer"),
             (("plan", "--split-points", "8,,9"), "'8,,9' is not a list of integers such as"),
             (
                 ("bench", "collective", "--hidden", "7", "--tokens", "1", "--quant", "nvfp4"),

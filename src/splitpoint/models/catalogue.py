@@ -149,17 +149,21 @@ def load_encoder(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     transformers = _transformers()
     with _quiet(transformers):
+        choices = (
+            f"give {MINILM!r}, a folder with config.json, weights and tokenizer, or the id of a "
+            f"model on the Hugging Face hub"
+        )
+        # smollm2 too, whether or not a folder was made of its file before.
+        if name == SMOLLM2 or Path(name).suffix == ".gguf":
+            raise ModelNotFound(f"{name!r} is a GGUF file, of which no encoder is loaded: {choices}")
         folder = str(_minilm()) if name == MINILM else _source(name, convert=False).path
-        if Path(name).suffix == ".gguf":
-            raise ModelNotFound(f"{name} is a GGUF file, of which no encoder is loaded")
         try:
             model = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise ModelNotFound(
-                f"cannot load {name!r} as an encoder with its tokenizer ({_one_line(error)}): give "
-                f"{MINILM!r}, a folder with config.json, weights and tokenizer, or the id of a "
-                f"model on the Hugging Face hub"
+                f"cannot load {name!r} as an encoder with its tokenizer ({_one_line(error)}): "
+                f"{choices}"
             ) from error
     return model.eval().requires_grad_(False), tokenizer
 
