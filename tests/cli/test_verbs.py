@@ -93,6 +93,14 @@ class TestPlan:
         assert main(["plan", str(folder), "--split-points", "", "--compile-sizes", ""]) == 0
         assert str(Config(max_size=512).plan()) in capsys.readouterr().out
 
+    def test_an_option_that_inductor_does_not_have(self, folder: Path, tmp_path: Path, capsys):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({"inductor_options": {"max_autotunee": True}}))
+        assert main(["plan", str(folder), "--config", str(file)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "no option 'max_autotunee': did you mean 'max_autotune'" in err
+
     def test_a_pasted_vllm_configuration(self, folder: Path, tmp_path: Path, capsys):
         file = tmp_path / "vllm.json"
         file.write_text(json.dumps({"mode": 3, "compile_ranges_split_points": [16]}))

@@ -167,6 +167,14 @@ def test_more_kinds_than_allowed_are_refused_by_what_changes() -> None:
     check(compiled, {"scale": 0.5}, 9)
 
 
+def test_the_kind_that_was_one_too_many_is_named() -> None:
+    compiled = compile(masked, Config(**{**vars(PLAIN), "max_signatures": 6}))
+    for scale in range(6):
+        check(compiled, {"scale": float(scale)}, 5)
+    with pytest.raises(errors.TooManySignatures, match=r"is 3\.0, \.\.\., now is 77\.0: "):
+        compiled(torch.randn(5, 4), scale=77.0)
+
+
 def test_what_is_wrong_and_not_of_another_kind_stays_an_error() -> None:
     compiled = compile(masked, PLAIN, dynamic_dims={"x": 0, "mask": 0})
     for kind in KINDS[:3]:
@@ -194,7 +202,7 @@ def test_arguments_that_cannot_be_captured_are_told_from_those_that_could() -> N
     compiled = compile(model, PLAIN)
     x = torch.randn(5, 4)
     compiled(x)
-    with pytest.raises(errors.InputError, match="how was 'add'"):
+    with pytest.raises(errors.CaptureError, match="raises NotImplementedError.*subtract"):
         compiled(x, how="subtract")
     torch.testing.assert_close(compiled(x), x + 1)
     assert compiled.stats().kinds == {}

@@ -361,9 +361,10 @@ def changing(signatures: Sequence[Signature]) -> tuple[str, str]:
     ]
     if caches:  # by their class they all look alike
         return f"{caches[0][0]} is another cache", caches[0][1]
-    path = max(seen, key=lambda path: len(seen[path]))
-    more = ", ..." if len(seen[path]) > _SHOWN else ""
-    return f"{path} {', '.join(seen[path][:_SHOWN])}{more}", ""
+    path, kinds_of_it = max(seen.items(), key=lambda each: len(each[1]))
+    first, rest = kinds_of_it[:_SHOWN], kinds_of_it[_SHOWN:]
+    last = ["...", "now " + rest[-1]] if rest else []  # what the call at hand has
+    return f"{path} {', '.join([*first, *last])}", ""
 
 
 _SHOWN = 4

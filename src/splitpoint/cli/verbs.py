@@ -96,8 +96,10 @@ def demo(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """`splitpoint plan`."""
     from ..models.catalogue import describe
+    from ..runtime.dynamo_backend import check_options
 
     config = config_of(args)
+    check_options(config)
     print(describe(args.model, layers=args.layers))
     print(config.plan())
 

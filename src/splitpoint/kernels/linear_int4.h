@@ -353,7 +353,7 @@ inline void int4_many_rows(const LinearArgs& a, const Part& part) {
             const int64_t r0 = (t1 - t0) * tile / tiles, r1 = (t1 - t0) * (tile + 1) / tiles;
             if (ends) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
             run_tile<U>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, unpacked, depth,
-                                  sums[half] + r0 * kBlock, k0 > 0, ahead, 0, 0, 0, nullptr});
+                                  sums[half] + r0 * kBlock, k0 > 0, {ahead, 0, 0, ahead}});
             if (ends) {
               finish_tile<Y>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, r1 - r0,
                              block);

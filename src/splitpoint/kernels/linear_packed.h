@@ -28,6 +28,15 @@ constexpr int unroll_for(int rows) {
   return sets >= 4 ? 4 : sets >= 2 ? 2 : 1;
 }
 
+// What a tile kernel fetches while it multiplies: at every step the lines at `at` and half a `step`
+// after it, which then moves on by `step` bytes; after `steps` of them it goes to `next`.
+struct Ahead {
+  const char* at;
+  int64_t step;
+  int64_t steps;  // 0: all
+  const char* next;
+};
+
 // What a tile kernel is given: sums[rows][kBlock] (+)= x[rows, depth] @ block[kBlock, depth]^T.
 template <class W>
 struct Tile {
@@ -37,14 +46,7 @@ struct Tile {
   int64_t depth;
   float* sums;
   bool accumulate;
-  // At every step two cache lines are fetched, at `ahead` and `ahead_second` bytes after it
-  // (0: one line), and `ahead` moves on by `ahead_step` bytes; after `ahead_steps` of them it
-  // goes to `ahead_next`, where what is read after this panel lies.
-  const char* ahead;
-  int64_t ahead_second;
-  int64_t ahead_step;
-  int64_t ahead_steps;
-  const char* ahead_next;
+  Ahead ahead;
   const int32_t* x_starts;  // of these rows, or null; see LinearArgs
   const float* x_scales;    // of these rows once their sums are whole; until then null
 };
@@ -64,15 +66,20 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
     }
   }
   Rows<typename W::X, kRows> rows(t.x, t.stride);
-  const char* ahead = t.ahead;
-  int64_t ahead_steps = t.ahead_steps;
+  const char* ahead = t.ahead.at;
+  int64_t ahead_steps = t.ahead.steps;
   int64_t steps = t.depth / W::kDepth;
   for (; steps >= kUnroll; steps -= kUnroll) {
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
-      __builtin_prefetch(ahead, 0, 3);
-      if constexpr (kSecondLine) __builtin_prefetch(ahead + t.ahead_second, 0, 3);
-      ahead = --ahead_steps == 0 ? t.ahead_next : ahead + t.ahead_step;
+      const auto* soon = reinterpret_cast<const char*>(w + u * kStored) + kSoonBytes;
+      __builtin_prefetch(ahead, 0, 2);
+      __builtin_prefetch(soon, 0, 3);
+      if constexpr (kSecondLine) {
+        __builtin_prefetch(ahead + t.ahead.step / 2, 0, 2);
+        __builtin_prefetch(soon + 64, 0, 3);
+      }
+      ahead = --ahead_steps == 0 ? t.ahead.next : ahead + t.ahead.step;
       W::template step<kRows, kVecs>(acc, rows, u * W::kDepth, w + u * kStored);
     }
     rows.advance(kUnroll * W::kDepth);
@@ -102,8 +109,8 @@ void tile(const Tile<W>& t) {
   constexpr int64_t kSlice = kPassBytes / (kBlock * sizeof(typename W::Stored));  // of k
   static_assert(kSlice % (4 * W::kDepth) == 0);
   Tile<W> part = t;
-  part.ahead_step = t.ahead_step / kPasses;
-  const int64_t until = t.ahead_steps * kPasses;  // steps of a pass, to where `ahead_next` begins
+  part.ahead.step = t.ahead.step / kPasses;
+  const int64_t until = t.ahead.steps * kPasses;  // steps of a pass, to where `next` begins
   int64_t done = 0;
   int64_t k = 0;
   do {  // once at least, since without any k the sums are zero
@@ -115,9 +122,9 @@ void tile(const Tile<W>& t) {
     part.x_scales = last ? t.x_scales : nullptr;
     for (int v = 0; v < kBlockVecs; v += kVecs) {
       const bool later = until > 0 && done >= until;
-      part.ahead = later ? t.ahead_next + (done - until) * part.ahead_step
-                         : t.ahead + done * part.ahead_step;
-      part.ahead_steps = later ? 0 : until - done;
+      part.ahead.at = later ? t.ahead.next + (done - until) * part.ahead.step
+                            : t.ahead.at + done * part.ahead.step;
+      part.ahead.steps = later ? 0 : until - done;
       tile_columns<W, kRows, kVecs, false>(part, W::columns(part.w, v), t.sums + v * kLanes);
       done += part.depth / W::kDepth;
     }
@@ -139,9 +146,13 @@ SPLITPOINT_INLINE void run_tile(int64_t rows, const Tile<W>& t) {
   TilesUpTo<W, kMaxRows>::run[rows - 1](t);
 }
 
-// Bytes of a block's slice of k: it stays in the second-level cache over the row tiles, beside
-// the next one that is being fetched.
+// Bytes of a slice of k for many row tiles: it stays in the second-level cache over them, beside what
+// is being fetched.
 inline constexpr int64_t kSliceBytes = 256 * 1024;
+
+// Row tiles that go over a slice of kPassBytes together, so that memory is read in order all the time.
+// Of more, keeping the sums between so short slices takes longer than reading the second-level cache.
+inline constexpr int64_t kFewTiles = 4;
 
 // Rows whose fp32 sums are kept between slices of k.
 inline constexpr int64_t kGroupRows = 8 * kMaxRows;
@@ -221,48 +232,65 @@ inline void fetch_for_finish(const LinearArgs& a, int64_t t, int64_t rows, int64
   }
 }
 
-// The panels of a part in the order in which they are read: a block's first and, if gated, its
-// second.
+// The panels of a part: of each block its first and, if gated, its second.
 template <class W>
 struct Panels {
   using Stored = typename W::Stored;
+  static constexpr int64_t kRowBytes = kBlock * sizeof(Stored);  // of one k
   const LinearArgs& a;
   const Part& part;
-  int64_t stored;  // values of a panel
+  int64_t bytes;  // of a panel
 
   Panels(const LinearArgs& a, const Part& part)
-      : a(a), part(part), stored(ceil_div(a.k, W::kDepth) * W::kDepth * kBlock) {}
-  const Stored* at(int64_t block, int half) const {
-    return static_cast<const Stored*>(half ? a.second.values : a.first.values) + block * stored;
+      : a(a), part(part), bytes(ceil_div(a.k, W::kDepth) * W::kDepth * kRowBytes) {}
+  const char* at(int64_t block, int half) const {
+    return static_cast<const char*>(half ? a.second.values : a.first.values) + block * bytes;
   }
+  // What is read next, where each panel is read once.
   const char* after(int64_t block, int half) const {
-    if (a.gated && half == 0) return reinterpret_cast<const char*>(at(block, 1));
-    if (block + 1 < part.block1) return reinterpret_cast<const char*>(at(block + 1, 0));
+    if (a.gated && half == 0) return at(block, 1);
+    if (block + 1 < part.block1) return at(block + 1, 0);
     return static_cast<const char*>(part.next);
+  }
+  // What is read next into this half's place.
+  const char* below(int64_t block, int half) const {
+    if (block + 1 < part.block1) return at(block + 1, half);
+    return half == 0 ? static_cast<const char*>(part.next) : nullptr;
   }
 };
 
-// One row tile or less: the weight is read once, in the order in which it lies.
-template <class W, class Y>
-inline void packed_few_rows(const LinearArgs& a, const Part& part) {
-  constexpr int64_t kStepBytes = W::kDepth * kBlock * sizeof(typename W::Stored);
-  constexpr int64_t kAheadSteps = kAheadBytes / kStepBytes;
-  const auto* x = static_cast<const typename W::X*>(a.x) + part.t0 * a.x_stride;
-  const Panels<W> panels(a, part);
-  const int64_t steps = a.k / W::kDepth, rows = part.t1 - part.t0;
-  float sums[2][kMaxRows * kBlock];
-  for (int64_t block = part.block0; block < part.block1; ++block) {
-    fetch_for_finish<Y>(a, part.t0, rows, block);
-    for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
-      const auto* w = panels.at(block, half);
-      const char* next = panels.after(block, half);
-      run_tile<W>(rows, {x, a.x_stride, w, a.k, sums[half], false,
-                         reinterpret_cast<const char*>(w) + kAheadBytes, kStepBytes / 2, kStepBytes,
-                         next ? steps - kAheadSteps : 0, next, offset(a.x_starts, part.t0),
-                         offset(a.x_scales, part.t0)});
+// Who reads a panel: so many groups of row tiles, slice by slice of k.
+struct Readers {
+  int64_t groups, group, tiles, tile;
+};
+
+// The share of a tile in what is fetched while `bytes` of a panel, from `from` on, are multiplied.
+// What few tiles read lies a little ahead in the same panel; many take so long that it is the next
+// panel, evenly over all tiles and, if it stays in the second-level cache that long, all groups.
+template <class W>
+SPLITPOINT_INLINE Ahead share_of(const Panels<W>& panels, int64_t block, int half, Readers by,
+                                 bool in_order, int64_t from, int64_t bytes) {
+  constexpr int64_t kStepBytes = W::kDepth * Panels<W>::kRowBytes;
+  const char* panel = panels.at(block, half);
+  const int64_t steps = bytes / kStepBytes;
+  if (in_order) {
+    const char* next = panels.after(block, half);
+    const int64_t step = ceil_div(kStepBytes, by.tiles);
+    const int64_t at = from + kAheadBytes + by.tile * steps * step;
+    if (at < panels.bytes) {
+      return {panel + at, step, next ? ceil_div(panels.bytes - at, step) : 0, next};
     }
-    finish_tile<Y>(a, sums[0], sums[1], part.t0, rows, block);
+    if (next) return {next + (at - panels.bytes), step, 0, next};
+  } else if (const char* next = panels.below(block, half)) {
+    const bool in_all = panels.bytes <= kSliceBytes;
+    if (in_all || by.group + 1 == by.groups) {
+      const int64_t shares = in_all ? by.groups : 1, share = in_all ? by.group : 0;
+      const int64_t step = ceil_div(kStepBytes, by.tiles * shares);
+      const int64_t at = (panels.bytes * share + from) / shares + by.tile * steps * step;
+      return {next + at, step, 0, next};
+    }
   }
+  return {panel, 0, 0, panel};
 }
 
 // The loops, from outside in: column blocks, groups of rows, the one or two weights, slices of k,
@@ -272,46 +300,37 @@ template <class W, class Y>
 inline void packed_part(const LinearArgs& a, const Part& part) {
   using Stored = typename W::Stored;
   if (part.t1 == part.t0) return;
-  if (part.t1 - part.t0 <= kMaxRows) return packed_few_rows<W, Y>(a, part);
-  constexpr int64_t kRowBytes = kBlock * sizeof(Stored);  // of one k
-  constexpr int64_t kLines = W::kDepth * kRowBytes / 64;  // of a step
-  constexpr int64_t kMostDepth = kSliceBytes / kRowBytes;
+  constexpr int64_t kTogether = W::kDepth > 2 ? W::kDepth : 2;  // of k, in one slice
   const auto* x = static_cast<const typename W::X*>(a.x);
   const Panels<W> panels(a, part);
-  const int64_t slices = a.k > kMostDepth ? ceil_div(a.k, kMostDepth) : 1;
-  constexpr int64_t kTogether = W::kDepth > 2 ? W::kDepth : 2;  // of k, in one slice
-  const int64_t slice = ceil_div(ceil_div(a.k, slices), kTogether) * kTogether;
   const int64_t height = part.t1 - part.t0;
-  const int64_t row_groups = ceil_div(height, kGroupRows);
+  const int64_t groups = ceil_div(height, kGroupRows);
+  const bool in_order = height <= kFewTiles * kMaxRows;
+  const int64_t most_depth = (in_order ? kPassBytes : kSliceBytes) / Panels<W>::kRowBytes;
+  const int64_t slices = a.k > most_depth ? ceil_div(a.k, most_depth) : 1;
+  const int64_t slice = ceil_div(ceil_div(a.k, slices), kTogether) * kTogether;
   const int halves = a.gated ? 2 : 1;
   float sums[2][kGroupRows * kBlock];
 
   for (int64_t block = part.block0; block < part.block1; ++block) {
-    for (int64_t g = 0; g < row_groups; ++g) {
-      const int64_t t0 = part.t0 + height * g / row_groups;
-      const int64_t t1 = part.t0 + height * (g + 1) / row_groups;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t t0 = part.t0 + height * g / groups;
+      const int64_t t1 = part.t0 + height * (g + 1) / groups;
       const int64_t tiles = ceil_div(t1 - t0, kMaxRows);
       for (int half = 0; half < halves; ++half) {
         for (int64_t s = 0; s < slices; ++s) {
-          const int64_t k0 = s * slice;
+          const int64_t k0 = s * slice, from = k0 * Panels<W>::kRowBytes;
           const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
-          const Stored* w = panels.at(block, half) + k0 * kBlock;
+          const auto* w = reinterpret_cast<const Stored*>(panels.at(block, half) + from);
+          const float* x_scales = s + 1 == slices ? a.x_scales : nullptr;
           const bool ends = s + 1 == slices && half + 1 == halves;
-          // All row tiles but the first run out of the cache, and memory would idle: the first
-          // ones fetch a part each of what comes next.
-          const char* next = reinterpret_cast<const char*>(w) + depth * kRowBytes;
-          if (s + 1 == slices) next = panels.after(block, half);
-          if (ends && g + 1 < row_groups) next = nullptr;
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t r0 = (t1 - t0) * i / tiles, r1 = (t1 - t0) * (i + 1) / tiles;
-            const bool fetches = next && i < kLines;
-            const auto* ahead = reinterpret_cast<const char*>(w);
-            if (fetches) ahead = next + i * (depth * kRowBytes / kLines);
             float* to = sums[half] + r0 * kBlock;
             if (ends) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
-            const float* x_scales = s + 1 == slices ? a.x_scales : nullptr;
             run_tile<W>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth, to, s > 0,
-                                  ahead, 0, fetches ? 64 : 0, 0, nullptr,
+                                  share_of(panels, block, half, {groups, g, tiles, i}, in_order,
+                                           from, depth * Panels<W>::kRowBytes),
                                   offset(a.x_starts, t0 + r0), offset(x_scales, t0 + r0)});
             if (ends) {
               finish_tile<Y>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, r1 - r0,

@@ -155,7 +155,9 @@ def load_encoder(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
         # smollm2 too, whether or not a folder was made of its file before.
         if name == SMOLLM2 or Path(name).suffix == ".gguf":
-            raise ModelNotFound(f"{name!r} is a GGUF file, of which no encoder is loaded: {choices}")
+            raise ModelNotFound(
+                f"{name!r} is a GGUF file, of which no encoder is loaded: {choices}"
+            )
         folder = str(_minilm()) if name == MINILM else _source(name, convert=False).path
         try:
             model = transformers.AutoModel.from_pretrained(folder, dtype=dtype)

@@ -259,7 +259,9 @@ class CompiledModel:
                             raise
                         return self._cut(error, signature, args, kwargs)
                     except CaptureError as error:
-                        if isinstance(found, InputError):  # says more than where tracing stopped
+                        # How a tensor differs says more than where tracing stopped; why the model
+                        # does not take another value, it says itself.
+                        if isinstance(found, InputError) and not isinstance(found, WrongValue):
                             raise found from error
                         raise
                     if self._dynamic is not before:

@@ -67,17 +67,23 @@ class DynamoFailure(Exception):
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+?)_at_\d+")
+_OBSERVED = "Observed exception"
+_RAISED = re.compile(r"^\s*Developer debug context: raised exception (?P<what>.+)$", re.MULTILINE)
 
 
 def _failure(error: Exception) -> DynamoFailure:
-    failure = DynamoFailure(str(error).split("\n\nfrom user code")[0])
+    said = str(error).split("\n\nfrom user code")[0]
+    is_raised = said.startswith(_OBSERVED)
+    if is_raised and (raised := _RAISED.search(said)):
+        said = f"it raises {raised['what']}"
+    failure = DynamoFailure(said)
     failure.details = str(error)
     frames = list(_FRAME.finditer(failure.details.partition("from user code")[2]))
     own = [each for each in frames if not each["file"].startswith(_TORCH)] or frames
     if own:
         failure.line = user_line(own[-1]["file"], int(own[-1]["line"]), own[-1]["name"])
     # An operator that refuses its inputs, and an exception that the model raises, are no breaks.
-    failure.is_break = not failure.details.startswith("Observed exception")
+    failure.is_break = not is_raised
     if fits("what a capture failed with"):
         from torch._dynamo.exc import TorchRuntimeError
 
