@@ -30,7 +30,7 @@ constexpr int unroll_for(int rows) {
 
 // What a tile kernel fetches while it multiplies: at every step the lines at `at` and half a `step`
 // after it, which then moves on by `step` bytes; after `steps` of them it goes to `next`.
-struct Ahead {
+struct TileAhead {
   const char* at;
   int64_t step;
   int64_t steps;  // 0: all
@@ -46,7 +46,7 @@ struct Tile {
   int64_t depth;
   float* sums;
   bool accumulate;
-  Ahead ahead;
+  TileAhead ahead;
   const int32_t* x_starts;  // of these rows, or null; see LinearArgs
   const float* x_scales;    // of these rows once their sums are whole; until then null
 };
@@ -243,18 +243,21 @@ struct Panels {
 
   Panels(const LinearArgs& a, const Part& part)
       : a(a), part(part), bytes(ceil_div(a.k, W::kDepth) * W::kDepth * kRowBytes) {}
-  const char* at(int64_t block, int half) const {
+  const char* bytes_at(int64_t block, int half) const {
     return static_cast<const char*>(half ? a.second.values : a.first.values) + block * bytes;
+  }
+  const Stored* at(int64_t block, int half) const {
+    return reinterpret_cast<const Stored*>(bytes_at(block, half));
   }
   // What is read next, where each panel is read once.
   const char* after(int64_t block, int half) const {
-    if (a.gated && half == 0) return at(block, 1);
-    if (block + 1 < part.block1) return at(block + 1, 0);
+    if (a.gated && half == 0) return bytes_at(block, 1);
+    if (block + 1 < part.block1) return bytes_at(block + 1, 0);
     return static_cast<const char*>(part.next);
   }
   // What is read next into this half's place.
   const char* below(int64_t block, int half) const {
-    if (block + 1 < part.block1) return at(block + 1, half);
+    if (block + 1 < part.block1) return bytes_at(block + 1, half);
     return half == 0 ? static_cast<const char*>(part.next) : nullptr;
   }
 };
@@ -264,15 +267,15 @@ struct Readers {
   int64_t groups, group, tiles, tile;
 };
 
-// The share of a tile in what is fetched while `bytes` of a panel, from `from` on, are multiplied.
+// The share of a tile in what is fetched while k's [k0, k0 + depth) of a panel are multiplied.
 // What few tiles read lies a little ahead in the same panel; many take so long that it is the next
 // panel, evenly over all tiles and, if it stays in the second-level cache that long, all groups.
 template <class W>
-SPLITPOINT_INLINE Ahead share_of(const Panels<W>& panels, int64_t block, int half, Readers by,
-                                 bool in_order, int64_t from, int64_t bytes) {
+SPLITPOINT_INLINE TileAhead share_of(const Panels<W>& panels, int64_t block, int half, Readers by,
+                                 bool in_order, int64_t k0, int64_t depth) {
   constexpr int64_t kStepBytes = W::kDepth * Panels<W>::kRowBytes;
-  const char* panel = panels.at(block, half);
-  const int64_t steps = bytes / kStepBytes;
+  const int64_t from = k0 * Panels<W>::kRowBytes, steps = depth / W::kDepth;
+  const char* panel = panels.bytes_at(block, half);
   if (in_order) {
     const char* next = panels.after(block, half);
     const int64_t step = ceil_div(kStepBytes, by.tiles);
@@ -298,7 +301,6 @@ SPLITPOINT_INLINE Ahead share_of(const Panels<W>& panels, int64_t block, int hal
 // falls with its rows.
 template <class W, class Y>
 inline void packed_part(const LinearArgs& a, const Part& part) {
-  using Stored = typename W::Stored;
   if (part.t1 == part.t0) return;
   constexpr int64_t kTogether = W::kDepth > 2 ? W::kDepth : 2;  // of k, in one slice
   const auto* x = static_cast<const typename W::X*>(a.x);
@@ -319,9 +321,9 @@ inline void packed_part(const LinearArgs& a, const Part& part) {
       const int64_t tiles = ceil_div(t1 - t0, kMaxRows);
       for (int half = 0; half < halves; ++half) {
         for (int64_t s = 0; s < slices; ++s) {
-          const int64_t k0 = s * slice, from = k0 * Panels<W>::kRowBytes;
+          const int64_t k0 = s * slice;
           const int64_t depth = a.k - k0 < slice ? a.k - k0 : slice;
-          const auto* w = reinterpret_cast<const Stored*>(panels.at(block, half) + from);
+          const auto* w = panels.at(block, half) + k0 * kBlock;
           const float* x_scales = s + 1 == slices ? a.x_scales : nullptr;
           const bool ends = s + 1 == slices && half + 1 == halves;
           for (int64_t i = 0; i < tiles; ++i) {
@@ -330,7 +332,7 @@ inline void packed_part(const LinearArgs& a, const Part& part) {
             if (ends) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
             run_tile<W>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth, to, s > 0,
                                   share_of(panels, block, half, {groups, g, tiles, i}, in_order,
-                                           from, depth * Panels<W>::kRowBytes),
+                                           k0, depth),
                                   offset(a.x_starts, t0 + r0), offset(x_scales, t0 + r0)});
             if (ends) {
               finish_tile<Y>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, r1 - r0,
