@@ -81,7 +81,7 @@ inline void int4_values(const Int4Groups& g, const As& as, const char* panel, in
     }
     const char* words = panel + g.head();
     for (int64_t k = 0; k < g.group; k += kWordDepth, words += kWordBytes) {
-      fetched.word(ahead);
+      fetched.word(ahead, words);
 #pragma GCC unroll 2
       for (int v = 0; v < kBlockVecs; ++v) {
         const __m512i packed = (__m512i)int4_words(words, v);

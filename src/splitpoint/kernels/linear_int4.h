@@ -103,9 +103,10 @@ struct Int4Dots {
 
 // --- in registers -------------------------------------------------------------------------
 
-// Rows that share what is unpacked in registers. With bf16 instructions, which leave other units idle,
-// each tile of so many rows unpacks anew; without, more rows have a block unpacked into memory.
-inline constexpr int kInt4Rows = kMaxRows < kMostFewRows ? kMaxRows : kMostFewRows;
+// Rows for which a block is unpacked in registers, once for each row tile, where there are no bf16
+// instructions, which leave other units idle: more have it unpacked into memory.
+inline constexpr int kFewInt4Rows = 2 * kMaxRows;
+static_assert(kFewInt4Rows <= kMostFewRows);
 
 // Multiplications that are summed apart, so that few rows fill the adder's pipeline.
 constexpr int int4_sets(int rows) {
@@ -139,31 +140,34 @@ struct Int4Ahead {
   int64_t bytes, step;
   const char* next;
 
-  // A block's only tile reads from memory what is some way on. Of many tiles the first two fetch a
-  // half each of what the next block has, and the others, which read the cache, nothing.
+  // A block's only tile fetches what is some way on in memory, each of many a share of what the next
+  // block has.
   Int4Ahead(const Int4Panels& panels, int64_t tiles, int64_t tile, int64_t block, int half)
       : at(panels.at(block, half)), bytes(0), step(0), next(nullptr) {
     const int64_t group_bytes = Int4Groups(panels.a).bytes();
+    const char* from = nullptr;
     if (tiles == 1) {
-      at += kAheadBytes, bytes = group_bytes, step = kWordBytes, next = panels.after(block, half);
-    } else if (tile < 2) {
-      const char* from = nullptr;
-      if (block + 1 < panels.part.block1) from = panels.at(block + 1, half);
-      else if (half == 0) from = static_cast<const char*>(panels.part.next);
-      if (from) at = from + tile * (panels.bytes / 2), bytes = group_bytes / 2, step = kWordBytes / 2;
+      next = panels.after(block, half), from = at + kAheadBytes;
+    } else if (block + 1 < panels.part.block1) {
+      from = panels.at(block + 1, half) + tile * (panels.bytes / tiles);
+    } else if (half == 0 && panels.part.next) {
+      from = static_cast<const char*>(panels.part.next) + tile * (panels.bytes / tiles);
     }
+    if (from) at = from, bytes = ceil_div(group_bytes, tiles), step = ceil_div(kWordBytes, tiles);
   }
   // Where the words of a group fetch from, of a panel that ends at `end`.
   SPLITPOINT_INLINE const char* group(const char* end) {
     if (next && at >= end) at = next + (at - end);
     const char* from = at;
-    __builtin_prefetch(from + bytes, 0, 3);
+    __builtin_prefetch(from + bytes, 0, 2);
     at += bytes;
     return from;
   }
-  SPLITPOINT_INLINE void word(const char*& from) const {
-    __builtin_prefetch(from, 0, 3);
-    __builtin_prefetch(from + step / 2, 0, 3);
+  SPLITPOINT_INLINE void word(const char*& from, const char* words) const {
+    __builtin_prefetch(from, 0, 2);
+    __builtin_prefetch(from + step / 2, 0, 2);
+    __builtin_prefetch(words + kSoonBytes, 0, 3);
+    __builtin_prefetch(words + kSoonBytes + 64, 0, 3);
     from += step;
   }
 };
@@ -193,7 +197,7 @@ void int4_tile(const LinearArgs& a, const typename W::X* x, const char* panel, f
       Rows<typename W::X, kRows> rows(x, a.x_stride);
       const char* words = panel + head;
       for (int64_t k = 0; k < g.group; k += kWordDepth, words += kWordBytes) {
-        fetched.word(ahead);
+        fetched.word(ahead, words);
         BitVec packed[kVecs];
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) packed[v] = int4_words(words, v0 + v);
@@ -250,16 +254,16 @@ template <class W, class Y>
 inline void int4_tiles(const LinearArgs& a, const Part& part) {
   const auto* x = static_cast<const typename W::X*>(a.x);
   const Int4Panels panels(a, part);
-  const int64_t height = part.t1 - part.t0, tiles = ceil_div(height, kInt4Rows);
+  const int64_t height = part.t1 - part.t0, tiles = ceil_div(height, kMaxRows);
   const int64_t groups = Int4Groups(a).groups;
-  alignas(64) float sums[2][kInt4Rows * kBlock];
+  alignas(64) float sums[2][kMaxRows * kBlock];
   for (int64_t block = part.block0; block < part.block1; ++block) {
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t t0 = part.t0 + height * i / tiles, t1 = part.t0 + height * (i + 1) / tiles;
       fetch_for_finish<Y>(a, t0, t1 - t0, block);
       for (int half = 0; half < (a.gated ? 2 : 1); ++half) {
         for (int64_t j = 0; j < (t1 - t0) * kBlock; j += kLanes) store(sums[half] + j, Vec{});
-        Int4TilesUpTo<W, kInt4Rows>::run[t1 - t0 - 1](
+        Int4TilesUpTo<W, kMaxRows>::run[t1 - t0 - 1](
             a, x + t0 * a.x_stride, panels.at(block, half), sums[half],
             offset(a.x_sums, t0 * groups), {panels, tiles, i, block, half});
       }
@@ -368,7 +372,7 @@ inline void int4_many_rows(const LinearArgs& a, const Part& part) {
 template <class W, class Y>
 inline void int4_part(const LinearArgs& a, const Part& part) {
   if (part.t1 == part.t0) return;
-  if (!W::kInRegisters && a.k > 0 && part.t1 - part.t0 > kInt4Rows) {
+  if (!W::kInRegisters && a.k > 0 && part.t1 - part.t0 > kFewInt4Rows) {
     return int4_many_rows<W, Y>(a, part);
   }
   int4_tiles<W, Y>(a, part);

@@ -84,7 +84,7 @@ constexpr int64_t int4_chunk(int64_t group) {
 // --- a tile ----------------------------------------------------------------------------
 
 // Rows whose sums, weights and constants fit the registers.
-inline constexpr int kInt4DotRows = kInt4Rows;
+inline constexpr int kInt4DotRows = kMaxRows;
 
 struct Int4DotTile {
   const Int4Bytes::X* x;
@@ -139,7 +139,7 @@ void int4_dot_tile(const LinearArgs& a, const Int4DotTile& t) {
         Rows<W::X, kRows> rows(x, a.x_stride);
         const char* words = words_of_chunk;
         for (int64_t k = 0; k < chunk; k += kWordDepth) {
-          fetched.word(ahead);
+          fetched.word(ahead, words);
           int4_dot_step<kRows, kVecs>(acc, rows, words, v0, 0);
           int4_dot_step<kRows, kVecs>(acc, rows, words, v0, 1);
           if constexpr (W::kParts > 2) {

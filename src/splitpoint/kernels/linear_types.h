@@ -11,7 +11,7 @@ inline constexpr int64_t kBlock = 32;
 
 // Rows of x for which kernels without bf16 instructions unpack a 4-bit weight in registers, at most;
 // of more, they need no sums of x.
-inline constexpr int64_t kMostFewRows = 13;
+inline constexpr int64_t kMostFewRows = 28;
 
 // The least k's of 4-bit weights that share a scale.
 inline constexpr int64_t kLeastGroup = 32;
