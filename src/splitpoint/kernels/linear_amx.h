@@ -19,8 +19,10 @@ inline constexpr int64_t kPanelRowBytes = 4 * kBlock;
 inline constexpr int64_t kFewestRows = 2, kFewestInt8Rows = 3, kFewestRoundedRows = 4;
 
 // Bytes of a slice's weights, at most: they stay in the first-level cache of 48 KiB for all rows of x,
-// which passes by; so do those that are unpacked, beside what they are unpacked from.
-inline constexpr int64_t kTileSliceBytes = 40 * 1024, kUnpackedBytes = 32 * 1024;
+// which passes by, beside the next slice where more than two pairs of row tiles give memory the time to
+// deliver that; so do those that are unpacked, beside what they are unpacked from.
+inline constexpr int64_t kTileSliceBytes = 40 * 1024, kManyRowsSliceBytes = 20 * 1024;
+inline constexpr int64_t kUnpackedBytes = 32 * 1024;
 
 // Bytes of the rows of x that stay in the second-level cache, of 2 MiB on every CPU with AMX,
 // while all weights pass by: 64 rows at a depth of 8,192 in bf16, since for 32 reading the weights
@@ -40,6 +42,7 @@ struct Pair {
   bool accumulate;
   const char* fetch;
   int64_t fetch_step;
+  bool is_first;          // of several that read these weights
 };
 
 // What is left of x and the panel after whole steps, padded with zeros (0 * NaN is not 0, so both
@@ -132,6 +135,10 @@ inline void run_pair(const Pair& p) {
   for (int64_t left = p.depth; left >= kStepBytes; left -= kStepBytes) {
     for (int64_t i = 0; i < p.fetch_step; i += 64) __builtin_prefetch(fetch + i, 0, 2);
     fetch += p.fetch_step;
+    if (p.is_first) {
+      const char* soon = w + kTileRows * kPanelRowBytes;
+      for (int64_t i = 0; i < kTileRows * kPanelRowBytes; i += 64) __builtin_prefetch(soon + i, 0, 3);
+    }
     multiply<Value, kTwo, kPasses>(x, p.stride, w);
     x += kStepBytes;
     w += kTileRows * kPanelRowBytes;
@@ -153,7 +160,7 @@ inline void run_pair(const Pair& p) {
 template <class W, class V>
 struct AsTheyLie {
   using Value = V;
-  static constexpr int64_t kSliceBytes = kTileSliceBytes;
+  static constexpr int64_t kSliceBytes = kTileSliceBytes, kManySliceBytes = kManyRowsSliceBytes;
   static constexpr int64_t kDepthBytes = kBlock * sizeof(V);  // of one k, as it is stored
   Panels<W> panels;
 
@@ -176,7 +183,7 @@ using QuadsSource = AsTheyLie<Int8Fours, int8_t>;
 
 struct Int8Source {
   using Value = Bf16;
-  static constexpr int64_t kSliceBytes = kUnpackedBytes;
+  static constexpr int64_t kSliceBytes = kUnpackedBytes, kManySliceBytes = kUnpackedBytes;
   static constexpr int64_t kDepthBytes = kBlock;
   Panels<Dot<Int8Pairs>> panels;
   alignas(64) Bf16 pairs[kUnpackedBytes / sizeof(Bf16)];
@@ -201,7 +208,7 @@ struct Int8Source {
 
 struct Int4Source {
   using Value = Bf16;
-  static constexpr int64_t kSliceBytes = kUnpackedBytes;
+  static constexpr int64_t kSliceBytes = kUnpackedBytes, kManySliceBytes = kUnpackedBytes;
   static constexpr int64_t kDepthBytes = kBlock / 2;
   Int4Panels panels;
   Int4Groups groups;
@@ -237,8 +244,10 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
   const auto* x = static_cast<const char*>(a.x);
   const int64_t x_stride = a.x_stride * kItem;
   Source source(a, part);
-  constexpr int64_t kMostDepth = Source::kSliceBytes / (kBlock * kItem);
-  const int64_t slices = ceil_div(a.k, kMostDepth);
+  const bool many = part.t1 - part.t0 > 2 * kPairRows;
+  const int64_t most_depth =
+      (many ? Source::kManySliceBytes : Source::kSliceBytes) / (kBlock * kItem);
+  const int64_t slices = ceil_div(a.k, most_depth);
   const int64_t together = kStepBytes / kItem > a.group ? kStepBytes / kItem : a.group;
   const int64_t slice = ceil_div(ceil_div(a.k, slices), together) * together;
   const int64_t fitting = kGroupBytes / (a.k * kItem + 1);
@@ -278,7 +287,8 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
                             of_pair,
                             s > 0,
                             next ? next + fetched : nullptr,
-                            next ? step_bytes : 0};
+                            next ? step_bytes : 0,
+                            i == 0 && pairs > 1};
             if (count <= kTileRows) {
               run_pair<Value, false, false>(pair);
             } else if (pairs == 1) {
