@@ -182,3 +182,21 @@ def test_every_error_is_the_librarys_own_and_explained():
         assert issubclass(kind, errors.SplitpointError)
         assert kind.__module__ == "splitpoint.errors"
         assert kind.__doc__
+
+
+def test_keys_that_hold_no_range_are_said() -> None:
+    config = Config(
+        max_size=64,
+        split_points=[8],
+        linear={"1-4": "packed", "1-8": "packed"},
+        inductor_options={"100-200": {"max_autotune": True}},
+    )
+    assert config.plan().notes == (
+        "linear['1-4'] changes nothing: none of [1,8] [9,64] lies in it",
+        "inductor_options['100-200'] changes nothing: none of [1,8] [9,64] lies in it",
+    )
+
+
+def test_an_unknown_field_is_told_its_neighbour() -> None:
+    with pytest.raises(errors.UnknownField, match="no field 'max_sise': did you mean 'max_size'"):
+        Config.from_dict({"max_sise": 4})

@@ -6,10 +6,11 @@ Longer than 500 lines because each field is checked beside where it is documente
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -119,8 +120,9 @@ class Config:
     backend: Backend = "inductor"
     """What compiles the pieces; "eager" runs them uncompiled, as a reference."""
     inductor_options: Mapping[str, Any] = field(default_factory=dict)
-    """Inductor options for all ranges ({"max_autotune": True}), or for one range when
-    the key is a range ({"1-8": {"max_autotune": True}}); a range's own win."""
+    """Inductor options for all ranges ({"max_autotune": True}), or for those inside a range
+    ({"1-8": {"max_autotune": True}}); a range's own win. Their names are checked when a model is
+    compiled."""
     passes: Sequence[Pass] = (NoopElimination(),)
     """Graph passes, in the order in which they run; each decides which ranges it is for."""
     linear: str | Mapping[str, str] = "auto"
@@ -255,11 +257,20 @@ class Config:
         common = {k: v for k, v in self.inductor_options.items() if not _is_range(k)}
         own: dict[str, Any] = {}
         for key, value in self.inductor_options.items():
-            if _is_range(key):
-                given = Range.parse(key)
-                if given.start <= range_.start and range_.end <= given.end:
-                    own |= value
+            if _is_range(key) and _holds(key, range_):
+                own |= value
         return common | own
+
+    def unused_keys(self, ranges: Iterable[Range]) -> list[str]:
+        """What a plan of these ranges says of the keys of `linear`, `attention` and
+        `inductor_options` that hold none of them whole, and so change nothing."""
+        ranges = sorted(ranges)
+        return [
+            f"{name}[{key!r}] changes nothing: none of {' '.join(map(str, ranges))} lies in it"
+            for name in ("linear", "attention", "inductor_options")
+            for key in (getattr(self, name) if not isinstance(getattr(self, name), str) else ())
+            if _is_range(key) and not any(_holds(key, each) for each in ranges)
+        ]
 
     def linear_for(self, range_: Range) -> str:
         """The kernel named for a range's linear layers, or "auto"."""
@@ -303,6 +314,7 @@ class Config:
             not self.options_for(single).get("max_autotune") for single in singles
         ):
             notes.append(NOT_AUTOTUNED)
+        notes += self.unused_keys(ranges)
         return Plan(self.max_size, tuple(map(self.planned, sorted(ranges))), tuple(notes))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -356,9 +368,9 @@ class Config:
         known = set(cls.__dataclass_fields__)
         for name in data:
             if name not in known:
-                raise UnknownField(
-                    f"Config has no field {name!r}; its fields are {', '.join(sorted(known))}"
-                )
+                near = difflib.get_close_matches(name, known, 1)
+                fields = f"did you mean {near[0]!r}?" if near else ", ".join(sorted(known))
+                raise UnknownField(f"Config has no field {name!r}: {fields}")
         return cls(**data)
 
 
@@ -602,10 +614,14 @@ def _named_for(given: str | Mapping[str, str], range_: Range) -> str:
     if isinstance(given, str):
         return given
     for key, variant in given.items():
-        outer = Range.parse(key)
-        if outer.start <= range_.start and range_.end <= outer.end:
+        if _holds(key, range_):
             return variant
     return "auto"
+
+
+def _holds(key: str, range_: Range) -> bool:
+    outer = Range.parse(key)
+    return outer.start <= range_.start and range_.end <= outer.end
 
 
 def _is_range(key: str) -> bool:

@@ -309,8 +309,18 @@ def test_what_does_not_go_together_is_refused(given: dict[str, Any], said: str) 
 
 def test_a_model_without_such_layers_is_refused() -> None:
     with pytest.raises(
-        NothingToRound, match="the model has none\nexpected weights='int8' or 'int4' beside it"
+        NothingToRound, match="the model has none\ngive weights='int8' or 'int4' beside it"
     ):
         compile(make(), Config(**ASKED | {"weights": None}))(x(4))
     with pytest.raises(NothingToRound, match="in float32 or bfloat16"):
         compile(make(torch.float64), Config(**ASKED))(x(4, torch.float64))
+
+
+def test_the_last_layer_is_int8_beside_int4_and_may_be_all_there_is_to_round() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.Linear(129, 64))
+    compiled = compile(
+        model.eval().requires_grad_(False),
+        Config(max_size=8, weights="int4", activations="int8", cache_dir=""),
+    )
+    given = torch.randn(3, 33)
+    torch.testing.assert_close(compiled(given), model(given), rtol=0.1, atol=0.05)

@@ -71,8 +71,8 @@ def test_autotuned_is_for_devices_with_something_to_choose():
 
 def test_that_static_sizes_are_not_tuned_is_said_on_cpu_alone():
     config = Config(compile_sizes=[1])
-    assert any("not autotuned" in note for note in notes_on(config, CPU))
-    assert not any("not autotuned" in note for note in notes_on(config, CUDA))
+    assert any("not autotuned" in note for note in notes_on(config, CPU, []))
+    assert not any("not autotuned" in note for note in notes_on(config, CUDA, []))
 
 
 def test_a_call_is_refused_before_anything_is_compiled():

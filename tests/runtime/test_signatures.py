@@ -161,7 +161,10 @@ def test_more_kinds_than_allowed_are_refused_by_what_changes() -> None:
     check(compiled, {"mask": KINDS[1]["mask"]}, 5)
     check(compiled, {"scale": 0.25}, 5)
     check(compiled, {"scale": 0.5}, 5)
-    with pytest.raises(errors.TooManySignatures, match=r"3 kinds .* scale is 1\.0, is 0\.25") as e:
+    with pytest.raises(
+        errors.TooManySignatures,
+        match=r"3 kinds .* scale is 1\.0, is 0\.25, is 0\.5, now is 0\.75: ",
+    ) as e:
         compiled(torch.randn(5, 4), scale=0.75)
     assert len(str(e.value).splitlines()) <= 3
     check(compiled, {"scale": 0.5}, 9)
@@ -202,7 +205,7 @@ def test_arguments_that_cannot_be_captured_are_told_from_those_that_could() -> N
     compiled = compile(model, PLAIN)
     x = torch.randn(5, 4)
     compiled(x)
-    with pytest.raises(errors.CaptureError, match="raises NotImplementedError.*subtract"):
+    with pytest.raises(errors.CaptureError, match=r"raises NotImplementedError.*subtract"):
         compiled(x, how="subtract")
     torch.testing.assert_close(compiled(x), x + 1)
     assert compiled.stats().kinds == {}
@@ -263,3 +266,26 @@ def test_calls_that_fail_leave_later_ones_as_they_were() -> None:
     assert len(compiled.stats().kinds) == 2
     with pytest.raises(errors.WrongArguments, match=r": got an unexpected keyword argument 'b'$"):
         compiled(x, b=x)
+
+
+def test_the_first_call_with_a_mask_of_another_length_is_told_so() -> None:
+    compiled = compile(masked, PLAIN)
+    check(compiled, {}, 5)
+    with pytest.raises(errors.InvalidDynamicDims, match=r"x\.shape\[0\] = 5, mask\.shape\[0\] = 6"):
+        compiled(torch.randn(5, 4), mask=torch.randn(6, 4))
+
+
+def test_another_fixed_dimension_is_told_so_where_the_size_would_be_out_of_plan() -> None:
+    model = torch.nn.Linear(33, 7).eval().requires_grad_(False)
+    compiled = compile(model, Config(max_size=64, backend="eager", cache_dir=""))
+    compiled(torch.randn(3, 33))
+    with pytest.raises(errors.WrongDimension, match="expected dimension 1 to be 33"):
+        compiled(torch.randn(3, 32))
+
+
+def test_what_is_new_is_named_although_something_else_differed_more_often() -> None:
+    compiled = compile(masked, Config(**{**vars(PLAIN), "max_signatures": 2}))
+    check(compiled, {"scale": 0.25}, 5)
+    check(compiled, {"scale": 0.5}, 5)
+    with pytest.raises(errors.TooManySignatures, match=r"mask is None, now is float32"):
+        compiled(torch.randn(5, 4), mask=torch.ones(5, 4), scale=0.5)

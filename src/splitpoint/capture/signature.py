@@ -361,10 +361,12 @@ def changing(signatures: Sequence[Signature]) -> tuple[str, str]:
     ]
     if caches:  # by their class they all look alike
         return f"{caches[0][0]} is another cache", caches[0][1]
-    path, kinds_of_it = max(seen.items(), key=lambda each: len(each[1]))
-    first, rest = kinds_of_it[:_SHOWN], kinds_of_it[_SHOWN:]
-    last = ["...", "now " + rest[-1]] if rest else []  # what the call at hand has
-    return f"{path} {', '.join([*first, *last])}", ""
+    latest = {path: kinds[-1].get(path, "is not there") for path in seen}
+    new = [path for path in seen if latest[path] not in (each.get(path) for each in kinds[:-1])]
+    path = max(new or seen, key=lambda path: len(seen[path]))
+    before = [kind for kind in seen[path] if kind != latest[path]]
+    more = ["..."] if len(before) > _SHOWN else []
+    return f"{path} {', '.join([*before[:_SHOWN], *more])}, now {latest[path]}", ""
 
 
 _SHOWN = 4

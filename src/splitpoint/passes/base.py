@@ -97,6 +97,11 @@ class Pass:
         text = json.dumps([kind.__module__, kind.__qualname__, source, dict(self.settings())])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.settings().items())})"
+        )
+
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and isinstance(other, Pass) and other.uuid() == self.uuid()
 

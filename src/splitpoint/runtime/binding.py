@@ -197,6 +197,7 @@ class Binding:
                 )
             raise StateChanged(
                 f"the module, or something global that it reads, is not as it was when it was "
-                f"captured: {graph.state.explain()}. Change it back, or capture and compile "
-                f"anew: reset() of the compiled model, of a transformers model undo() and compile()"
+                f"captured: {graph.state.explain()}\n"
+                f"change it back, or have it captured and compiled anew: call reset() of the "
+                f"compiled model (undo() and compile() of integrations.transformers)"
             )

@@ -74,6 +74,9 @@ _OTHER_LENGTHS = (WrongDimension, SizeMismatch)
 """How they show that other dimensions change, where it was not said which do."""
 
 
+_LENGTHS = (SizeMismatch, InvalidDynamicDims)
+"""How arguments of one call do not agree with each other."""
+
 _PAST_THE_COMPILED = {"generate", "generate_batch"}
 """Methods of transformers' models that call the model, past what was compiled."""
 
@@ -248,6 +251,8 @@ class CompiledModel:
                         return self.module(*args, **kwargs)
                     dims, lengths = signature.dims, signature.lengths
                     if said := out_of_plan(dims, lengths, self.config.max_size):
+                        if isinstance(found, WrongDimension) and self._dynamic is not before:
+                            raise found  # a dimension that was fixed, and makes a size of none
                         self.__dict__["_dynamic"] = before
                         return self._out_of_plan(said, args, kwargs)
                     if self._parts is not None:
@@ -348,8 +353,8 @@ class CompiledModel:
             raise first
         try:
             signature = self._signature(args, kwargs)
-        except InputError:
-            raise first from None
+        except InputError as error:
+            raise (error if isinstance(error, _LENGTHS) else first) from None
         if len(known) >= most:
             changes, advice = changing([*(each.arguments for each in known), signature])
             raise TooManySignatures(
@@ -408,7 +413,8 @@ class CompiledModel:
             lanes = lanes_of(config, regions.owner, graphs, regions.boundaries)
         else:
             lanes = lanes_of_lengths(config, dims, graphs, signature.lengths)
-        notes = [*notes_on(config, device), *(f"refused: {r}" for r in regions.refusals)]
+        ranges = [lane.planned.range for lane in lanes]
+        notes = notes_on(config, device, ranges) + [f"refused: {r}" for r in regions.refusals]
         stand_in = _stand_in(self.module, signature)
         dispatch = program.add(lanes, notes, signature, regions, stand_in)
         dispatch.capture_at = self._captures_at(dispatch, signature, list(regions.captures))

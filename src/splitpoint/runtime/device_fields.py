@@ -12,6 +12,7 @@ from ..capture.signature import Signature
 from ..config import NOT_AUTOTUNED, OWN_KERNELS, Config
 from ..errors import UnsupportedOnDevice
 from ..kernels.devices import Device, common_device, device_row
+from ..ranges import Range
 
 
 def device_of(module: Callable[..., Any], signature: Signature) -> torch.device:
@@ -144,9 +145,12 @@ def _shown(value: object) -> str:
     return repr(dict(value) if isinstance(value, Mapping) else value)
 
 
-def notes_on(config: Config, device: torch.device) -> list[str]:
-    """What a plan says of a configuration on a device."""
-    notes = list(config.plan().notes)
+def notes_on(config: Config, device: torch.device, ranges: Iterable[Range]) -> list[str]:
+    """What a plan of these ranges says of a configuration on a device."""
+    planned = config.plan()
+    before = config.unused_keys(each.range for each in planned.entries)
+    notes = [note for note in planned.notes if note not in before]
+    notes += config.unused_keys(ranges)
     if device_row(device).autotuned:
         notes = [note for note in notes if note != NOT_AUTOTUNED]
     return notes

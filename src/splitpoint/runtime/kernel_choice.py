@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,21 +31,33 @@ def refuse_nothing_to_round(config: Config, graphs: Sequence[Graph]) -> None:
         NothingToRound: where that is so.
     """
     if config.activations is None or any(
-        _can_round(config, site.shape) for graph in graphs for site, _ in graph.linear_sites()
+        _can_round(config, site.shape, site.shape in last)
+        for graph, last in ((graph, _last_layers(config, graph)) for graph in graphs)
+        for site, _ in graph.linear_sites()
     ):
         return
+    beside = "" if config.weights else "give weights='int8' or 'int4' beside it, or "
     raise NothingToRound(
         f"activations={config.activations!r} is for linear layers on CPU in float32 or bfloat16 "
         f"whose weights are int8 with one factor a column or 4 bits, and the model has none\n"
-        f"expected {'None' if config.weights else _ROUNDED}"
+        f"{beside}leave it out"
     )
 
 
-_ROUNDED = "weights='int8' or 'int4' beside it"
+def _last_layers(config: Config, graph: Graph) -> Collection[LinearShape]:
+    """The layers that are made int8 where the others are made int4."""
+    return graph.last_layers() if config.weights == "int4" else ()
 
 
-def _can_round(config: Config, shape: LinearShape) -> bool:
-    weights = "" if shape.is_quantised else config.weights or ""
+def _weights_of(config: Config, shape: LinearShape, is_last: bool) -> str:
+    """What the weights of layers are to be made: a key of `Variant.weights`."""
+    if shape.is_quantised:
+        return ""  # are so already
+    return "int8" if is_last else config.weights or ""
+
+
+def _can_round(config: Config, shape: LinearShape, is_last: bool) -> bool:
+    weights = _weights_of(config, shape, is_last)
     found = linear.admitted(shape, weights, config.activations or "")
     return any(variant.activations for variant in found)
 
@@ -134,9 +146,8 @@ class KernelChoice:
         # The tuner wants all that concerns a kind of layer together; of that the largest sizes
         # come first: they gain most by a copy, which smaller ones then have for nothing.
         last: set[tuple[int, LinearShape]] = set()
-        if self._config.weights == "int4":
-            for graph in {id(lane.graph): lane.graph for lane in lanes}.values():
-                last |= {(id(graph), shape) for shape in graph.last_layers()}
+        for graph in {id(lane.graph): lane.graph for lane in lanes}.values():
+            last |= {(id(graph), shape) for shape in _last_layers(self._config, graph)}
         stays: dict[int, list[str]] = {}
         kinds = list(dict.fromkeys(shape.of_any_rows for shape, _ in asked))
         for shape, index in sorted(
@@ -144,7 +155,7 @@ class KernelChoice:
         ):
             lane = lanes[index]
             assert lane.kernels is not None
-            weights = self._weights_of(shape, (id(lane.graph), shape) in last)
+            weights = _weights_of(self._config, shape, (id(lane.graph), shape) in last)
             given = asked[shape, index]
             lane.kernels[shape] = self._choice(shape, lane.planned.range, given, weights)
             if self._config.weights and lane.kernels[shape] == "inductor":
@@ -170,18 +181,14 @@ class KernelChoice:
             if name in linear.VARIANTS and linear.VARIANTS[name].activations
         ]
         if not found:
-            can = any(_can_round(self._config, shape) for shape in lane.kernels or {})
+            last = _last_layers(self._config, lane.graph)
+            can = any(
+                _can_round(self._config, shape, shape in last) for shape in lane.kernels or {}
+            )
             why = "it is not faster" if can else "no layer has int8 or 4-bit weights"
             return f"no activations in {activations}: {why}"
         off = "within 1/254 of a row's largest value"
         return f"activations in {activations} ({off}): {', '.join(found)}"
-
-    def _weights_of(self, shape: LinearShape, is_last: bool) -> str:
-        """What the weights of layers are to be made: a key of `Variant.weights`."""
-        asked = self._config.weights or ""
-        if shape.is_quantised:
-            return ""  # are so already
-        return "int8" if asked == "int4" and is_last else asked
 
     def _why(self, shape: LinearShape, weights: str) -> str:
         """Why layers keep their weights although something else was asked for."""

@@ -30,6 +30,11 @@ ALL_GUARDS: dict[str, Any] = {
 """Settings of Dynamo under which no guard is left out for speed."""
 
 
+_THREADS = "GLOBAL_STATE changed: num_threads", "torch.set_num_threads() was called"
+"""What Dynamo says of another number of threads, which compiled loops are divided by, and what did
+it."""
+
+
 class Checks:
     """The guards of one capture.
 
@@ -130,9 +135,8 @@ class Checks:
         with no_dispatch_modes(), torch.inference_mode(False), torch.no_grad():
             parts = self._all.check_verbose(self._arguments).verbose_code_parts
         # What Dynamo advises on parameters is for torch.compile.
-        return "; ".join(
-            part.split(" Guard failed on a parameter")[0].rstrip(".") for part in parts
-        )
+        said = (part.split(" Guard failed on a parameter")[0].rstrip(". ") for part in parts)
+        return "; ".join(part.replace(*_THREADS) for part in said)
 
     def _build(self, guards: Iterable[Any] | None) -> Any:
         """Dynamo's manager of some of the guards, or of all. They go by what is there now."""

@@ -53,6 +53,7 @@ class States:
     """What a body returns, of whichever class: hidden states, and nothing else."""
 
     past_key_values = hidden_states = attentions = cross_attentions = router_logits = None
+    cache = None  # what transformers 5.24 calls past_key_values
 
     def __init__(self, last_hidden_state: Any) -> None:
         self.last_hidden_state = last_hidden_state

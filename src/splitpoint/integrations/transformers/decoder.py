@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,14 @@ from .rope import rope_limit
 from .rounding import HEAD, rounding
 
 log = logging.getLogger("splitpoint")
+
+KEYS_AND_VALUES = (
+    "cache"
+    if any(each.name == "cache" for each in dataclasses.fields(CausalLMOutputWithPast))
+    else "past_key_values"
+)
+"""What this version of transformers calls the cache of a forward and of its result: since 5.24 what
+continuous batching calls its own too."""
 
 _UNDERSTOOD = ("cache_position", "return_dict", "output_attentions", "output_hidden_states")
 """Further arguments of a forward; the last two where they are off."""
@@ -97,7 +106,7 @@ class Decoder:
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """As the model's own: logits, and the cache that `past_key_values` is then.
+        """As the model's own: logits, and the cache that `past_key_values` (`cache`) is then.
 
         Calls that need more than logits run the model itself, and the log says so once.
 
@@ -106,17 +115,19 @@ class Decoder:
             UnsupportedModel: when a cache that this filled comes with what only the model
                 itself can do.
         """
-        given = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
+        if past_key_values is None and not is_step(kwargs):
+            past_key_values = kwargs.pop(KEYS_AND_VALUES, None)
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            KEYS_AND_VALUES: past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
             **kwargs,
-        )
+        }
         if is_step(given):
             return self._continuous(given)
         why = self._not_served(given)
@@ -143,7 +154,7 @@ class Decoder:
             layer.reset()
         if kwargs.get("return_dict") is False:
             return (logits, past_key_values) if past_key_values is not None else (logits,)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{KEYS_AND_VALUES: past_key_values})
 
     def _not_served(self, given: dict[str, Any]) -> str | None:
         """Why a call needs the model itself, if it does."""
@@ -446,7 +457,7 @@ _FORWARD = (
     "input_ids",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    KEYS_AND_VALUES,
     "inputs_embeds",
     "labels",
     "use_cache",
