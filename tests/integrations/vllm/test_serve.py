@@ -72,6 +72,6 @@ def test_the_server_of_transformers_is_driven_beside(model: Path) -> None:
     assert report.ways(1)[2:] == ["transformers", "transformers with splitpoint"]
     *_, own, ours = report.starts
     assert own.texts == ours.texts
-    assert {len(text.split()) for text in own.texts} == {32}
+    assert all(0 < len(text.split()) <= 32 for text in own.texts)  # a token may be no word
     assert report.agreement(ours.way, 1) == "4 of 4 equal to those of transformers, as text"
     assert all(each.throughput > 0 for start in report.starts for each in start.served)
