@@ -42,7 +42,7 @@ from ..kernels.devices import common_device
 from ..ranges import NOT_SERVED, Plan
 from ..store import open_store
 from .device_fields import device_of, graph_device, notes_on, refuse_on
-from .dispatch import Dispatch
+from .dispatch import Dispatch, stand_in_for
 from .entry import write_entry
 from .freed_weights import check_whole
 from .kernel_choice import refuse_nothing_to_round
@@ -415,7 +415,7 @@ class CompiledModel:
             lanes = lanes_of_lengths(config, dims, graphs, signature.lengths)
         ranges = [lane.planned.range for lane in lanes]
         notes = notes_on(config, device, ranges) + [f"refused: {r}" for r in regions.refusals]
-        stand_in = _stand_in(self.module, signature)
+        stand_in = stand_in_for(self.module, signature)
         dispatch = program.add(lanes, notes, signature, regions, stand_in)
         dispatch.capture_at = self._captures_at(dispatch, signature, list(regions.captures))
         if not config.lazy:
@@ -474,17 +474,6 @@ def _roots(function: Callable[..., Any]) -> Roots:
         bound_to = getattr(function, "__self__", None)
         owner = bound_to if isinstance(bound_to, torch.nn.Module) else None
     return Roots(owner, forward_of(function))
-
-
-def _stand_in(module: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
-    """The module itself, called as a stitched function is."""
-
-    def run(*given: Any) -> Any:
-        count = len(signature.dims.names)
-        args, kwargs = signature.with_tensors(given[:count], given[count:])
-        return module(*args, **kwargs)
-
-    return run
 
 
 def _graph(captured: Capture, signature: Signature, config: Config) -> Graph:
