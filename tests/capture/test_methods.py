@@ -225,3 +225,17 @@ with torch.no_grad():
         [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_another_number_of_threads_is_said_by_what_sets_it():
+    model = torch.nn.Linear(4, 4).eval().requires_grad_(False)
+    compiled = compile(model, Config(max_size=8, backend="eager", cache_dir=""))
+    x, threads = torch.randn(3, 4), torch.get_num_threads()
+    compiled(x)
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(errors.StateChanged, match=r"torch\.set_num_threads\(\) was called\n"):
+            compiled(x)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(compiled(x), model(x))

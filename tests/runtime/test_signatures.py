@@ -279,8 +279,15 @@ def test_another_fixed_dimension_is_told_so_where_the_size_would_be_out_of_plan(
     model = torch.nn.Linear(33, 7).eval().requires_grad_(False)
     compiled = compile(model, Config(max_size=64, backend="eager", cache_dir=""))
     compiled(torch.randn(3, 33))
-    with pytest.raises(errors.WrongDimension, match="expected dimension 1 to be 33"):
+    with pytest.raises(errors.SizeOutOfPlan, match="expected dimension 1 to be 33") as e:
         compiled(torch.randn(3, 32))
+    assert (
+        str(e.value).splitlines()[1].startswith("where it may change as well: size 96 is outside")
+    )
+    allowed = Config(max_size=64, backend="eager", cache_dir="", on_out_of_plan="eager")
+    either = compile(torch.nn.ReLU(), allowed)
+    either(torch.randn(3, 33))
+    assert either(torch.randn(3, 32)).shape == (3, 32)
 
 
 def test_what_is_new_is_named_although_something_else_differed_more_often() -> None:

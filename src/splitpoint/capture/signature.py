@@ -347,11 +347,11 @@ def more_dims(signature: Signature, arguments: Mapping[str, Any]) -> dict[str, d
 
 
 def changing(signatures: Sequence[Signature]) -> tuple[str, str]:
-    """Of several signatures the argument that differs most often, with some of its kinds; and what
-    to do about it, where that is known."""
+    """Of several signatures the argument that is new in the last one, or else differs most often,
+    with some of its kinds; and what to do about it, where that is known."""
     kinds = [signature.kinds() for signature in signatures]
-    seen = {
-        path: list(dict.fromkeys(each.get(path, "is not there") for each in kinds))
+    table = {
+        path: [each.get(path, "is not there") for each in kinds]
         for path in dict.fromkeys(path for each in kinds for path in each)
     }
     caches = [
@@ -361,12 +361,12 @@ def changing(signatures: Sequence[Signature]) -> tuple[str, str]:
     ]
     if caches:  # by their class they all look alike
         return f"{caches[0][0]} is another cache", caches[0][1]
-    latest = {path: kinds[-1].get(path, "is not there") for path in seen}
-    new = [path for path in seen if latest[path] not in (each.get(path) for each in kinds[:-1])]
-    path = max(new or seen, key=lambda path: len(seen[path]))
-    before = [kind for kind in seen[path] if kind != latest[path]]
+    new = [path for path, (*earlier, now) in table.items() if now not in earlier]
+    path = max(new or table, key=lambda path: len(set(table[path])))
+    *earlier, now = table[path]
+    before = [kind for kind in dict.fromkeys(earlier) if kind != now]
     more = ["..."] if len(before) > _SHOWN else []
-    return f"{path} {', '.join([*before[:_SHOWN], *more])}, now {latest[path]}", ""
+    return f"{path} {', '.join([*before[:_SHOWN], *more])}, now {now}", ""
 
 
 _SHOWN = 4

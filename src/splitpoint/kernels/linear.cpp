@@ -25,6 +25,7 @@ constexpr int64_t kValuesWorthAThread = 65536;  // only copied
 
 // Rows of x that one thread takes at least when rows are split too.
 constexpr int64_t kRowsWorthAThread = 64;
+static_assert(kRowsWorthAThread > kMostFewRows, "a part of many rows has no sums of x");
 
 // Runs layers of the same x: the column blocks of all of them are shared out as one row of work.
 void run_parallel(c10::ArrayRef<LinearArgs> layers,

@@ -42,7 +42,7 @@ struct Pair {
   bool accumulate;
   const char* fetch;
   int64_t fetch_step;
-  bool is_first;          // of several that read these weights
+  bool is_first;          // of several that read these weights: they are in no cache yet
 };
 
 // What is left of x and the panel after whole steps, padded with zeros (0 * NaN is not 0, so both
@@ -154,13 +154,15 @@ inline void run_pair(const Pair& p) {
 }
 
 // Where a product's weights come from: `read` gives a slice of a panel, from k0 on, as the tiles take
-// it, in values of x's type, and `end_of` where it ends as it is stored.
+// it, in values of x's type, and `end_of` where it ends as it is stored. `kInPlace`: the slice is the
+// panel's own memory, and not in a cache yet.
 
 // Bf16 in pairs, or int8 in fours.
 template <class W, class V>
 struct AsTheyLie {
   using Value = V;
-  static constexpr int64_t kSliceBytes = kTileSliceBytes, kManySliceBytes = kManyRowsSliceBytes;
+  static constexpr bool kInPlace = true;
+  static constexpr int64_t kSliceBytes = kTileSliceBytes;
   static constexpr int64_t kDepthBytes = kBlock * sizeof(V);  // of one k, as it is stored
   Panels<W> panels;
 
@@ -183,7 +185,8 @@ using QuadsSource = AsTheyLie<Int8Fours, int8_t>;
 
 struct Int8Source {
   using Value = Bf16;
-  static constexpr int64_t kSliceBytes = kUnpackedBytes, kManySliceBytes = kUnpackedBytes;
+  static constexpr bool kInPlace = false;
+  static constexpr int64_t kSliceBytes = kUnpackedBytes;
   static constexpr int64_t kDepthBytes = kBlock;
   Panels<Dot<Int8Pairs>> panels;
   alignas(64) Bf16 pairs[kUnpackedBytes / sizeof(Bf16)];
@@ -208,7 +211,8 @@ struct Int8Source {
 
 struct Int4Source {
   using Value = Bf16;
-  static constexpr int64_t kSliceBytes = kUnpackedBytes, kManySliceBytes = kUnpackedBytes;
+  static constexpr bool kInPlace = false;
+  static constexpr int64_t kSliceBytes = kUnpackedBytes;
   static constexpr int64_t kDepthBytes = kBlock / 2;
   Int4Panels panels;
   Int4Groups groups;
@@ -244,9 +248,8 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
   const auto* x = static_cast<const char*>(a.x);
   const int64_t x_stride = a.x_stride * kItem;
   Source source(a, part);
-  const bool many = part.t1 - part.t0 > 2 * kPairRows;
-  const int64_t most_depth =
-      (many ? Source::kManySliceBytes : Source::kSliceBytes) / (kBlock * kItem);
+  const bool many = Source::kInPlace && part.t1 - part.t0 > 2 * kPairRows;
+  const int64_t most_depth = (many ? kManyRowsSliceBytes : Source::kSliceBytes) / (kBlock * kItem);
   const int64_t slices = ceil_div(a.k, most_depth);
   const int64_t together = kStepBytes / kItem > a.group ? kStepBytes / kItem : a.group;
   const int64_t slice = ceil_div(ceil_div(a.k, slices), together) * together;
@@ -288,7 +291,7 @@ inline void amx_part(const LinearArgs& a, const Part& part) {
                             s > 0,
                             next ? next + fetched : nullptr,
                             next ? step_bytes : 0,
-                            i == 0 && pairs > 1};
+                            Source::kInPlace && i == 0 && pairs > 1};
             if (count <= kTileRows) {
               run_pair<Value, false, false>(pair);
             } else if (pairs == 1) {

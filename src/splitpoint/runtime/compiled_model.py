@@ -252,7 +252,7 @@ class CompiledModel:
                     dims, lengths = signature.dims, signature.lengths
                     if said := out_of_plan(dims, lengths, self.config.max_size):
                         if isinstance(found, WrongDimension) and self._dynamic is not before:
-                            raise found  # a dimension that was fixed, and makes a size of none
+                            said = f"{found}\nwhere it may change as well: {said}"
                         self.__dict__["_dynamic"] = before
                         return self._out_of_plan(said, args, kwargs)
                     if self._parts is not None:

@@ -115,7 +115,8 @@ class Decoder:
             UnsupportedModel: when a cache that this filled comes with what only the model
                 itself can do.
         """
-        if past_key_values is None and not is_step(kwargs):
+        continuous = is_step(kwargs)
+        if past_key_values is None and not continuous:
             past_key_values = kwargs.pop(KEYS_AND_VALUES, None)
         given = {
             "input_ids": input_ids,
@@ -128,7 +129,7 @@ class Decoder:
             "logits_to_keep": logits_to_keep,
             **kwargs,
         }
-        if is_step(given):
+        if continuous:
             return self._continuous(given)
         why = self._not_served(given)
         if why is None:
