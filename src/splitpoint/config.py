@@ -60,7 +60,7 @@ OWN_KERNELS = ("gemv", "packed", "onednn")
 LINEAR_VARIANTS = ("auto", "inductor", "autotuned", *OWN_KERNELS)
 """What `Config.linear` may name for a range."""
 
-ATTENTION_VARIANTS = ("auto", "torch", "rowwise")
+ATTENTION_VARIANTS = ("auto", "torch", "rowwise", "blockwise")
 """What `Config.attention` may name for a range."""
 
 ATTENTION_OPS = ("aten::scaled_dot_product_attention", "flex_attention")
@@ -134,7 +134,7 @@ class Config:
     attention: str | Mapping[str, str] = "auto"
     """Kernels of scaled dot-product attention on CPU, where it is a splitting op, by range:
     "auto" measures this package's against torch's own when a range is compiled, "torch" leaves it
-    as it is, and a mapping such as {"1-8": "rowwise", "9-64": "torch"} names one
+    as it is, and a mapping such as {"1-8": "rowwise", "9-64": "blockwise"} names one
     (`splitpoint.passes.attention.VARIANTS`) for the ranges inside each; others are measured."""
     weights: Weights | None = None
     """What the weights of linear layers on CPU are rounded to when the model is compiled: "int8",

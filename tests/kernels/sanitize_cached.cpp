@@ -43,7 +43,7 @@ void check(const KernelTable& table, const Shape& s, DType type, int64_t gap) {
     return numbers[position / s.block_tokens] * block_values +
            (head * s.block_tokens + position % s.block_tokens) * s.size;
   };
-  const int64_t first = first_seen(a, s.held);
+  const int64_t first = first_seen(a.window, s.held);
   for (Buffer* each : {&k, &v}) {
     for (int64_t i = 0; i < each->count; ++i) put(*each, i, NAN);
     for (int64_t h = 0; h < s.kv_heads; ++h) {
@@ -62,9 +62,9 @@ void check(const KernelTable& table, const Shape& s, DType type, int64_t gap) {
   float* const partials = floats(partial_floats(a, sequence));
   sequence.partials = partials;
   for (int64_t item = 0; item < sequence.items; ++item) {
-    table.attend_cached(a, sequence, item, reinterpret_cast<char*>(scratch));
+    attend_cached(table, a, sequence, item, reinterpret_cast<char*>(scratch));
   }
-  for (int64_t h = 0; sequence.splits > 1 && h < s.kv_heads; ++h) table.merge_cached(a, sequence, h);
+  for (int64_t h = 0; sequence.splits > 1 && h < s.kv_heads; ++h) table.merge_few(a, sequence, h);
   ::operator delete[](scratch, std::align_val_t{64});
   ::operator delete[](partials, std::align_val_t{64});
 

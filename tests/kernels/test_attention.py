@@ -42,6 +42,7 @@ class Case:
     mask: Tensor | None = None
     causal: bool = False
     scale: float | None = None
+    blockwise: bool = False
 
     def run(self, outside: bool = False) -> Tensor:
         y: Tensor = OPS.attention(
@@ -53,6 +54,7 @@ class Case:
             scale=self.scale,
             enable_gqa=True,
             rows_outside=outside,
+            blockwise=self.blockwise,
         )
         return y
 
@@ -69,7 +71,7 @@ class Case:
 
     def exceeded(self, y: Tensor) -> float:
         given = (self.query, self.key, self.value, self.mask, self.causal)
-        return exceeded(y, *given, scale=self.scale)
+        return exceeded(y, *given, scale=self.scale, blockwise=self.blockwise)
 
 
 def laid_out(values: Tensor, order: tuple[int, ...], gap: int) -> Tensor:
@@ -109,6 +111,7 @@ def make_case(
     turned: bool = False,
     causal: bool = False,
     scale: float | None = None,
+    blockwise: bool = False,
     seed: int = 0,
 ) -> Case:
     rng = torch.Generator().manual_seed(seed)
@@ -128,19 +131,23 @@ def make_case(
         made,
         causal,
         scale,
+        blockwise,
     )
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
+    blockwise = draw(st.booleans())
     sizes = st.one_of(st.integers(1, 40), st.sampled_from([64, 80, 96, 128, 256]))
+    if blockwise:
+        sizes = st.integers(1, 32).map(lambda eights: 8 * eights)
     size = draw(sizes)
     return make_case(
         draw(st.integers(0, 2)),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 4)),
-        draw(st.integers(0, 20)),
-        draw(st.one_of(st.integers(0, 40), st.sampled_from([64, 100]))),
+        draw(st.one_of(st.integers(0, 20), st.sampled_from([48, 130]))),
+        draw(st.one_of(st.integers(0, 40), st.sampled_from([64, 100, 200]))),
         size,
         draw(st.one_of(st.just(size), sizes)),
         draw(st.sampled_from([torch.bfloat16, torch.float32])),
@@ -151,6 +158,7 @@ def cases(draw: st.DrawFn) -> Case:
         turned=draw(st.booleans()),
         causal=draw(st.booleans()),
         scale=draw(st.sampled_from([None, 0.125, -0.3, 2.0])),
+        blockwise=blockwise,
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -190,6 +198,7 @@ def test_agrees_with_torch(case: Case) -> None:
         assert bool((expected[rows] == 0).all())
 
 
+@pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
@@ -204,13 +213,14 @@ def test_matches_float64_at_shapes_of_models(
     queries: int,
     keys: int,
     size: int,
+    blockwise: bool,
 ) -> None:
     torch.set_num_threads(2)
     kernels.use_instruction_set(instruction_set)
     for mask, causal in (("boolean", False), ("none", True), ("none", False)):
         case = make_case(
             1, heads, group, queries, keys, size, size, dtype, mask=mask, causal=causal,
-            order=(0, 2, 1, 3), broadcast=(True, True, False, False),
+            order=(0, 2, 1, 3), broadcast=(True, True, False, False), blockwise=blockwise,
         )  # fmt: skip
         assert case.exceeded(case.run(outside=True)) <= 1
 
@@ -227,14 +237,16 @@ def test_comparing_some_queries_sees_these_and_no_others(case: Case, data: st.Da
     y[:, :, wrong] += 1 + y[:, :, wrong].abs().nan_to_num()
     others = torch.tensor([each for each in range(queries) if each != wrong])
     given = y, case.query, case.key, case.value, case.mask, case.causal
-    assert exceeded(*given, scale=case.scale, only=others) <= 1
-    assert exceeded(*given, scale=case.scale, only=torch.tensor([wrong])) > 1
-    assert exceeded(*given, scale=case.scale) > 1
+    options: Any = {"scale": case.scale, "blockwise": case.blockwise}
+    assert exceeded(*given, **options, only=others) <= 1
+    assert exceeded(*given, **options, only=torch.tensor([wrong])) > 1
+    assert exceeded(*given, **options) > 1
 
 
+@pytest.mark.parametrize("blockwise", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_expanded_heads_are_read_as_they_lie(mask: str) -> None:
-    case = make_case(2, 1, 6, 5, 7, 64, 64, torch.bfloat16, mask=mask)
+def test_expanded_heads_are_read_as_they_lie(mask: str, blockwise: bool) -> None:
+    case = make_case(2, 1, 6, 5, 7, 64, 64, torch.bfloat16, mask=mask, blockwise=blockwise)
     alone = case.run()
     case.key, case.value = case.key.expand(2, 6, 7, 64), case.value.expand(2, 6, 7, 64)
     assert torch.equal(case.run(), alone)
@@ -242,9 +254,12 @@ def test_expanded_heads_are_read_as_they_lie(mask: str) -> None:
 
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_values_that_are_not_finite(instruction_set: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_values_that_are_not_finite(
+    instruction_set: str, dtype: torch.dtype, blockwise: bool
+) -> None:
     kernels.use_instruction_set(instruction_set)
-    case = make_case(1, 1, 1, 6, 20, 64, 64, dtype)
+    case = make_case(1, 1, 1, 6, 20, 64, 64, dtype, blockwise=blockwise)
     case.mask = torch.zeros(6, 20)
     case.mask[1] = torch.inf
     case.mask[2, 3:] = torch.nan
@@ -259,14 +274,16 @@ def test_values_that_are_not_finite(instruction_set: str, dtype: torch.dtype) ->
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02, equal_nan=True)
 
 
-def test_scores_far_apart_do_not_overflow() -> None:
-    case = make_case(1, 2, 1, 4, 33, 64, 64, torch.float32, scale=50.0)
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_scores_far_apart_do_not_overflow(blockwise: bool) -> None:
+    case = make_case(1, 2, 1, 4, 133, 64, 64, torch.float32, scale=50.0, blockwise=blockwise)
     assert bool(case.run().isfinite().all())
     assert case.exceeded(case.run()) <= 1
 
 
-def test_threads_and_neighbours_change_nothing() -> None:
-    case = make_case(2, 8, 2, 40, 60, 64, 64, torch.bfloat16, causal=True)
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_threads_and_neighbours_change_nothing(blockwise: bool) -> None:
+    case = make_case(2, 8, 2, 40, 60, 64, 64, torch.bfloat16, causal=True, blockwise=blockwise)
     alone = case.run()
     torch.set_num_threads(2)
     assert torch.equal(case.run(), alone)
@@ -291,6 +308,11 @@ def good() -> dict[str, Any]:
         ({"query": torch.zeros(1, 4, 3, 16, dtype=torch.bfloat16)}, ValueError, "enable_gqa"),
         ({"attn_mask": torch.ones(3, 4, dtype=torch.bool)}, ValueError, "does not broadcast"),
         ({"attn_mask": torch.ones(3, 5, dtype=torch.float64)}, TypeError, "attn_mask must be"),
+        (
+            {"value": torch.zeros(1, 2, 5, 12, dtype=torch.bfloat16), "blockwise": True},
+            ValueError,
+            "multiple of 8 up to 256, got 16 and 12",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], error: type, says: str) -> None:
@@ -301,10 +323,11 @@ def test_wrong_arguments_are_named(change: dict[str, Any], error: type, says: st
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("outside", [False, True])
-def test_opcheck(mask: str, outside: bool) -> None:
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_opcheck(mask: str, outside: bool, blockwise: bool) -> None:
     case = make_case(2, 2, 3, 5, 7, 16, 24, torch.bfloat16, mask=mask, order=(0, 2, 1, 3))
     arguments = (case.query, case.key, case.value, case.mask, mask == "none")
-    options = {"scale": 0.5, "enable_gqa": True, "rows_outside": outside}
+    options = {"scale": 0.5, "enable_gqa": True, "rows_outside": outside, "blockwise": blockwise}
     torch.library.opcheck(OPS.attention.default, arguments, options)
 
 

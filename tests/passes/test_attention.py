@@ -180,8 +180,8 @@ def test_auto_measures_and_shows_its_choice():
         assert set(entry.attention.values()) <= {*VARIANTS, "torch"}
     # What was measured last is what the program chose by.
     for (shape, _), seconds in tuner._seconds.items():
-        assert seconds.keys() == {"torch", *VARIANTS}
-        assert tuner.choose(shape, Range(1, 1)) in seconds
+        assert {"torch", "rowwise"} <= seconds.keys() <= {"torch", *VARIANTS}
+        assert tuner.choose(shape, Range(1, 1)) in {"torch", "rowwise"}
 
 
 @pytest.mark.parametrize(
@@ -232,14 +232,18 @@ def one_shape(function=attend):
     return shape
 
 
-@given(st.integers(1, 4000), st.integers(0, 8000))
+@given(st.integers(1, 20000), st.integers(0, 8000))
 def test_probes_lie_in_the_range(start, more):
     range_ = Range(start, start + more)
     sizes = probes(SHAPE, range_)
     assert sizes == sorted(set(sizes))
-    assert sizes[0] == start
-    assert all(size in range_ for size in sizes)
-    assert all(products(SHAPE, size) <= MOST_PRODUCTS for size in sizes[1:])
+    if products(SHAPE, start) <= MOST_PRODUCTS:
+        assert sizes[0] == start
+        assert all(size in range_ for size in sizes)
+    else:
+        assert len(sizes) == 1
+        assert start / 16 < sizes[0] < start
+    assert all(products(SHAPE, size) <= MOST_PRODUCTS for size in sizes)
 
 
 def test_a_wrong_variant_is_never_chosen_however_fast(monkeypatch):
@@ -263,7 +267,10 @@ def test_nothing_is_measured_twice_or_without_time():
     assert tuner.choose(SHAPE, Range(1, 8)) == chosen
     assert tuner.budget.spent_s == spent
     assert AttentionTuner(1, Budget(0)).choose(SHAPE, Range(1, 8)) == "torch"
-    assert AttentionTuner(1).choose(SHAPE, Range(5000, 6000)) == "torch"
+    tuner = AttentionTuner(1)
+    odd_heads = one_shape(lambda x: F.scaled_dot_product_attention(*[heads(x, 3, 12)] * 3))
+    assert tuner.choose(odd_heads, Range(200, 300)) == "torch"
+    assert tuner.budget.spent_s == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,7 +286,9 @@ def test_variants_against_float64(name, case, dtype):
         made = [torch.randn(kind.shape_at(size)).to(dtype) for kind in kinds]
         mask = None if shape.mask is None else torch.rand(shape.mask.shape_at(size)) < 0.5
         y = target(*made, mask, **options)
-        assert exceeded(y, *made, mask, shape.causal, scale=shape.scale) <= 1
+        blockwise = VARIANTS[name].blockwise
+        worst = exceeded(y, *made, mask, shape.causal, scale=shape.scale, blockwise=blockwise)
+        assert worst <= 1
 
 
 SHAPE = one_shape()

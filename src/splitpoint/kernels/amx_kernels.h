@@ -1,7 +1,7 @@
 // The kernels of AMX, and those of AVX-512 for what tiles do not serve.
 #pragma once
 
-#include "cached_amx.h"
+#include "attention_amx.h"
 #include "linear_amx.h"
 #include "linear_amx_int4.h"
 
@@ -74,17 +74,19 @@ inline void unpack(const LinearArgs& a, int64_t block0, int64_t block1) {
   kAvx512Bf16.unpack(a, block0, block1);
 }
 inline void attend(const AttentionArgs& a, const AttentionPart& part) { kAvx512Bf16.attend(a, part); }
-inline void attend_cached(const CachedArgs& a, const CachedSequence& of, int64_t item,
-                          char* scratch) {
-  if (a.type == DType::f32 || of.few || a.size % kTileDepth != 0) {
-    return kAvx512Bf16.attend_cached(a, of, item, scratch);
+inline void attend_wide(const WideArgs& a, int64_t item, char* scratch) {
+  if (a.type == DType::f32 || !TilePairs::fits(a.size, a.value_size)) {
+    return kAvx512Bf16.attend_wide(a, item, scratch);
   }
   TileState tiles;
   tiles.use(kPairRows);
-  attend_wide<TilePairs>(a, of, item, scratch);
+  attend_wide_as<TilePairs>(a, item, scratch);
 }
-inline void merge_cached(const CachedArgs& a, const CachedSequence& of, int64_t kv_head) {
-  kAvx512Bf16.merge_cached(a, of, kv_head);
+inline void attend_few(const CachedArgs& a, const CachedSequence& of, int64_t item, char* scratch) {
+  kAvx512Bf16.attend_few(a, of, item, scratch);
+}
+inline void merge_few(const CachedArgs& a, const CachedSequence& of, int64_t kv_head) {
+  kAvx512Bf16.merge_few(a, of, kv_head);
 }
 
 }  // namespace splitpoint::SPLITPOINT_ISA::tiles

@@ -4,12 +4,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <optional>
 
-#include "attention_types.h"
+#include "attention_wide_types.h"
 #include "glue.h"
+#include "kept_memory.h"
 
 namespace splitpoint {
 namespace {
@@ -48,9 +50,52 @@ void set_mask(AttentionArgs& a, const Tensor& query, const Tensor& mask) {
   a.mask_stride = strides[3];
 }
 
+double products_of(const AttentionArgs& a) {
+  return static_cast<double>(a.batches) * a.kv_heads * a.group * a.queries *
+         std::max<int64_t>(a.keys, 1) * (a.size + a.value_size);
+}
+
+// Each block of rows with all of its keys.
+void run_rowwise(const AttentionArgs& a) {
+  const int64_t items = attention_items(a);
+  const double worth = std::max(1.0, products_of(a) / kProductsWorthAThread);
+  const KernelTable* table = kernels_in_use();
+  parallel(items, std::max<int64_t>(1, static_cast<int64_t>(items / worth)),
+           [&](int64_t begin, int64_t end) {
+             const std::unique_ptr<float[]> scores(new float[kQueryRows * score_stride(a.keys)]);
+             table->attend(a, {begin, end, scores.get()});
+           });
+}
+
+thread_local KeptMemory kept_scratch;
+
+// Block by block of keys, with what is kept between them.
+void run_blockwise(const AttentionArgs& a) {
+  const KernelTable* table = kernels_in_use();
+  const int64_t each = wide_items(wide_args(a, 0)), items = a.batches * each;
+  const int64_t bytes = wide_floats(a.size, a.value_size) * static_cast<int64_t>(sizeof(float));
+  const double worth = products_of(a) / kProductsWorthAThread;
+  uint32_t threads = 1;
+  if (items > 1 && worth >= 2) torch_get_num_threads(&threads);
+  const int64_t workers = std::min({static_cast<int64_t>(threads), items, int64_t(worth) + 1});
+  // Items differ in length where they are causal: each thread takes the next one when it is done,
+  // the longest first.
+  std::atomic<int64_t> taken{0};
+  const auto work = [&](int64_t, int64_t) {
+    char* scratch = kept_scratch.bytes(bytes);
+    while (true) {
+      const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+      if (item >= items) return;
+      table->attend_wide(wide_args(a, item % a.batches), item / a.batches, scratch);
+    }
+  };
+  if (workers == 1) return work(0, 1);
+  parallel(workers, 1, work);
+}
+
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value,
                  const std::optional<Tensor>& mask, bool is_causal, std::optional<double> scale,
-                 bool enable_gqa, bool rows_outside) {
+                 bool enable_gqa, bool rows_outside, bool blockwise) {
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                     "query, key and value must be [batch, heads, tokens, size], got ",
                     query.sizes(), ", ", key.sizes(), " and ", value.sizes());
@@ -69,6 +114,12 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value,
   TORCH_CHECK_VALUE(heads == kv_heads || (enable_gqa && kv_heads > 0 && heads % kv_heads == 0),
                     heads, " heads of query cannot share ", kv_heads, " of key",
                     enable_gqa ? "" : ": set enable_gqa");
+
+  TORCH_CHECK_VALUE(!blockwise || (fits_wide(query.size(3)) && fits_wide(value.size(3))),
+                    "blockwise attention takes heads of a multiple of 8 up to ", kMostHeadSize,
+                    ", got ", query.size(3), " and ", value.size(3));
+  TORCH_CHECK_VALUE(!blockwise || std::max(query.size(2), key.size(2)) < INT32_MAX,
+                    "blockwise attention takes fewer than 2^31 tokens");
 
   const auto q = with_even_rows(query), k = with_even_rows(key), v = with_even_rows(value);
   AttentionArgs a{};
@@ -94,18 +145,9 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value,
   const int64_t sizes[] = {a.batches, heads, a.queries, e};
   const int64_t strides[] = {a.y_strides.batch, a.y_strides.head, a.y_strides.row, 1};
   Tensor y = at::empty_strided(sizes, strides, query.options());
-  const int64_t items = y.numel() ? attention_items(a) : 0;
-  if (items == 0) return y;
+  if (y.numel() == 0) return y;
   a.y = y.mutable_data_ptr();
-  const double products = static_cast<double>(a.batches) * heads * a.queries *
-                          std::max<int64_t>(a.keys, 1) * (a.size + e);
-  const double worth = std::max(1.0, products / kProductsWorthAThread);
-  const KernelTable* table = kernels_in_use();
-  parallel(items, std::max<int64_t>(1, static_cast<int64_t>(items / worth)),
-           [&](int64_t begin, int64_t end) {
-             const std::unique_ptr<float[]> scores(new float[kQueryRows * score_stride(a.keys)]);
-             table->attend(a, {begin, end, scores.get()});
-           });
+  blockwise ? run_blockwise(a) : run_rowwise(a);
   return y;
 }
 
@@ -115,7 +157,7 @@ TORCH_LIBRARY_FRAGMENT(splitpoint, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
       "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
-      "bool rows_outside=False) -> Tensor",
+      "bool rows_outside=False, bool blockwise=False) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 

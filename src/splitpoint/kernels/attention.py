@@ -38,6 +38,7 @@ def bounds(
     is_causal: bool = False,
     *,
     scale: float | None = None,
+    blockwise: bool = False,
 ) -> Tensor:
     """The largest error of each output, for sums in float32 in any order.
 
@@ -45,9 +46,11 @@ def bounds(
     roundings of scaling, adding the mask and taking the row's largest score off. A weight is e to
     that, to 2 ulp; with d the row's largest error of a score, weights and their sum are off by
     factors within e^d, so that the output is off by at most e^(2 d) - 1, and what summing rounds,
-    of the weighted sum of |value|.
+    of the weighted sum of |value|. Where the softmax is made block by block, each block rounds what
+    was summed before by one more factor, of which there are fewer than keys / 4, and weights of
+    bfloat16 inputs may be rounded to bfloat16 before they meet the values.
     """
-    return _exact_and_bounds(query, key, value, attn_mask, is_causal, scale, None)[1]
+    return _exact_and_bounds(query, key, value, attn_mask, is_causal, scale, None, blockwise)[1]
 
 
 def _exact_and_bounds(
@@ -58,6 +61,7 @@ def _exact_and_bounds(
     is_causal: bool,
     scale: float | None,
     only: Tensor | None,
+    blockwise: bool,
 ) -> tuple[Tensor, Tensor]:
     """The reference and its bounds, of the queries `only`."""
     scores, magnitude = _scores(query, key, mask, is_causal, scale, only)
@@ -73,6 +77,9 @@ def _exact_and_bounds(
     # The largest score and what it is taken off round once.
     most = most + U32 * 2 * finite.amax(-1, keepdim=True)
     share = torch.expm1(2 * most) + (2 * keys + 16) * U32
+    if blockwise:
+        share = share + (2 * keys + 16) * U32
+        share = share + (ROUNDOFF[query.dtype] if query.dtype == torch.bfloat16 else 0)
     error = share * (weights @ values.abs()) + keys * TINY * (1 + values.abs().amax(-2, True))
     return exact, error + ROUNDOFF[query.dtype] * (exact.abs() + error)
 
@@ -87,6 +94,7 @@ def exceeded(
     *,
     scale: float | None = None,
     only: Tensor | None = None,
+    blockwise: bool = False,
 ) -> float:
     """The worst error of an output as a multiple of its bound; infinite where it is no number.
 
@@ -95,7 +103,9 @@ def exceeded(
     shape = (*query.shape[:3], value.shape[3])
     assert y.shape == shape, f"{tuple(y.shape)} is not {shape}"
     assert y.dtype == query.dtype, f"{y.dtype} is not {query.dtype}"
-    exact, most = _exact_and_bounds(query, key, value, attn_mask, is_causal, scale, only)
+    exact, most = _exact_and_bounds(
+        query, key, value, attn_mask, is_causal, scale, only, blockwise
+    )
     y = y if only is None else y[:, :, only]
     share = ((y.double() - exact).abs() / most).nan_to_num(nan=torch.inf)
     return float(share.amax()) if share.numel() else 0.0

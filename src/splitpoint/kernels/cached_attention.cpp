@@ -9,40 +9,19 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cached_attention_types.h"
 #include "glue.h"
+#include "kept_memory.h"
 
 namespace splitpoint {
 namespace {
 
 using at::Tensor;
 
-// Memory that a thread keeps from call to call, at a cache line.
-class Kept {
- public:
-  char* bytes(int64_t count) {
-    if (count > size_) {
-      data_.reset(static_cast<char*>(::operator new[](count, kAlignment)));
-      size_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(char* data) const { ::operator delete[](data, kAlignment); }
-  };
-  std::unique_ptr<char[], Free> data_;
-  int64_t size_ = 0;
-};
-
 thread_local std::vector<CachedSequence> planned;
-thread_local Kept kept_partials, kept_scratch;
+thread_local KeptMemory kept_partials, kept_scratch;
 
 c10::MaybeOwned<Tensor> with_whole_rows(const Tensor& tensor) {
   if (tensor.stride(3) == 1) return c10::MaybeOwned<Tensor>::borrowed(tensor);
@@ -69,7 +48,7 @@ void check_shapes(const Tensor& query, const Tensor& key, const Tensor& value, c
   const int64_t heads = query.size(1), kv_heads = key.size(1), size = query.size(3);
   TORCH_CHECK_VALUE(kv_heads > 0 && heads > 0 && heads % kv_heads == 0, heads,
                     " heads of query cannot share ", kv_heads, " of key");
-  TORCH_CHECK_VALUE(size > 0 && size <= kMostHeadSize && size % 8 == 0,
+  TORCH_CHECK_VALUE(fits_wide(size),
                     "the size of a head must be a multiple of 8 up to ", kMostHeadSize, ", got ",
                     size);
   TORCH_CHECK_VALUE(cache.dim() == 6 && cache.size(1) == 2 && cache.size(3) == kv_heads &&
@@ -111,7 +90,7 @@ void read_steps(const CachedArgs& a, const Tensor& steps, const Tensor& tables, 
     CachedSequence s{};
     s.first = starts[i], s.tokens = count, s.held = held, s.blocks = numbers + row_of[i] * width;
     if (count == 0) continue;
-    for (int64_t b = first_seen(a, held) / a.block_tokens; b * a.block_tokens < held + count; ++b) {
+    for (int64_t b = first_seen(a.window, held) / a.block_tokens; b * a.block_tokens < held + count; ++b) {
       TORCH_CHECK_VALUE(s.blocks[b] >= 0 && s.blocks[b] < blocks, "block ", b, " of sequence ", i,
                         " is ", s.blocks[b], ", which is none of the cache's ", blocks);
     }
@@ -157,7 +136,7 @@ int64_t workers_for(const CachedArgs& a, int64_t item_bytes) {
   double bytes = 0, products = 0;
   int64_t items = 0;
   for (const CachedSequence& s : planned) {
-    const double seen = static_cast<double>(s.held + s.tokens - first_seen(a, s.held));
+    const double seen = static_cast<double>(s.held + s.tokens - first_seen(a.window, s.held));
     const double pairs = static_cast<double>(s.rows) * std::max(seen - s.tokens / 2.0, 1.0);
     items += s.items;
     products += 2.0 * a.kv_heads * pairs * a.size;
@@ -186,7 +165,7 @@ void attend(const CachedArgs& a, int64_t item_bytes) {
   if (workers == 1) {
     char* scratch = kept_scratch.bytes(scratch_bytes);
     for (const CachedSequence& s : planned) {
-      for (int64_t item = 0; item < s.items; ++item) table->attend_cached(a, s, item, scratch);
+      for (int64_t item = 0; item < s.items; ++item) attend_cached(*table, a, s, item, scratch);
     }
   } else {
     // Items differ in length: each thread takes the next one when it is done.
@@ -199,13 +178,13 @@ void attend(const CachedArgs& a, int64_t item_bytes) {
         const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
         while (i < count && item - before >= sequences[i].items) before += sequences[i++].items;
         if (i == count) break;
-        table->attend_cached(a, sequences[i], item - before, scratch);
+        attend_cached(*table, a, sequences[i], item - before, scratch);
       }
     });
   }
   for (const CachedSequence& s : planned) {
     if (s.splits <= 1) continue;
-    for (int64_t h = 0; h < a.kv_heads; ++h) table->merge_cached(a, s, h);
+    for (int64_t h = 0; h < a.kv_heads; ++h) table->merge_few(a, s, h);
   }
 }
 

@@ -4,16 +4,9 @@
 
 #include <cstdint>
 
-#include "attention_types.h"
+#include "attention_wide_types.h"
 
 namespace splitpoint {
-
-// Keys that are scored before their values are summed; a block of the cache is read in pieces of at
-// most this many.
-inline constexpr int64_t kChunkKeys = 64;
-
-// A block of the cache holds a multiple of this many tokens, so that pieces can start at one.
-inline constexpr int64_t kTokenStep = 16;
 
 // Rows (queries times the heads that share keys) of a sequence that are few: each key is read once
 // for all of them, and the keys are cut into splits, whose results are merged. Where a split ends
@@ -21,12 +14,6 @@ inline constexpr int64_t kTokenStep = 16;
 inline constexpr int64_t kFewRows = 8;
 inline constexpr int64_t kLeastSplit = 256;
 inline constexpr int64_t kMostSplits = 32;
-
-// Rows of an item where there are many: a multiple of three registers of every instruction set.
-inline constexpr int64_t kWideRows = 144;
-inline constexpr int64_t kStripRows = 48;
-
-inline constexpr int64_t kMostHeadSize = 256;
 
 // All strides count elements. y[i, h] = sum over j of softmax(q[h, i] . k[h', j] * scale)[j]
 // v[h', j] with h' = h / group, over the positions j that the query's own lets it see.
@@ -53,10 +40,22 @@ struct CachedSequence {
   float* partials;        // partial_floats() of its own, if any
 };
 
-// The first position that its first query sees, at a multiple of kTokenStep.
-SPLITPOINT_SHARED int64_t first_seen(const CachedArgs& a, int64_t position) {
-  if (a.window == 0 || position < a.window) return 0;
-  return (position - a.window + 1) / kTokenStep * kTokenStep;
+SPLITPOINT_SHARED WideArgs wide_args(const CachedArgs& a, const CachedSequence& s) {
+  const int64_t item = a.type == DType::f32 ? 4 : 2, heads = a.kv_heads * a.group;
+  const int64_t head = a.block_tokens * a.size;
+  WideArgs wide{};
+  wide.q = static_cast<const char*>(a.q) + s.first * a.q_row * item;
+  wide.q_head = a.q_head, wide.q_row = a.q_row;
+  wide.y = static_cast<char*>(a.y) + s.first * heads * a.size * item;
+  wide.y_head = a.size, wide.y_row = heads * a.size;
+  wide.k = {a.keys, a.kv_heads * head, head, a.size};
+  wide.v = {a.values, a.kv_heads * head, head, a.size};
+  wide.blocks = s.blocks, wide.block_tokens = a.block_tokens;
+  wide.kv_heads = a.kv_heads, wide.group = a.group, wide.tokens = s.tokens, wide.held = s.held;
+  wide.keys = s.held + s.tokens, wide.size = wide.value_size = a.size;
+  wide.window = a.window, wide.scale = a.scale, wide.softcap = a.softcap, wide.type = a.type;
+  wide.mask_type = Mask::none, wide.causal = true;
+  return wide;
 }
 
 SPLITPOINT_SHARED void plan(const CachedArgs& a, CachedSequence& s) {
@@ -66,12 +65,12 @@ SPLITPOINT_SHARED void plan(const CachedArgs& a, CachedSequence& s) {
   s.partials = nullptr;
   if (s.rows == 0) return;
   if (s.few) {
-    const int64_t first = first_seen(a, s.held), end = s.held + s.tokens;
+    const int64_t first = first_seen(a.window, s.held), end = s.held + s.tokens;
     s.split_keys = kLeastSplit * ceil_div(end - first, kLeastSplit * kMostSplits);
     s.first_split = first / s.split_keys;
     s.splits = s.items = ceil_div(end, s.split_keys) - s.first_split;
   } else {
-    s.items = a.kv_heads * ceil_div(s.rows, kWideRows);
+    s.items = wide_items(wide_args(a, s));
   }
 }
 
@@ -87,9 +86,15 @@ SPLITPOINT_SHARED int64_t partial_floats(const CachedArgs& a, const CachedSequen
 // What an item needs to work in, at a multiple of 64 bytes.
 SPLITPOINT_SHARED int64_t scratch_floats(const CachedArgs& a) {
   const int64_t size = padded_size(a.size);
-  const int64_t few = a.kv_heads * kFewRows * (2 * size + 8);
-  return few + 2 * kChunkKeys * size + 2 * kChunkKeys * kStripRows + 2 * kWideRows * size +
-         4 * kWideRows + 256;
+  const int64_t few = a.kv_heads * kFewRows * (2 * size + 8) + 2 * kChunkKeys * (size + kFewRows);
+  const int64_t wide = wide_floats(a.size, a.size);
+  return (few > wide ? few : wide) + 256;
+}
+
+SPLITPOINT_SHARED void attend_cached(const KernelTable& table, const CachedArgs& a,
+                                     const CachedSequence& s, int64_t item, char* scratch) {
+  if (s.few) return table.attend_few(a, s, item, scratch);
+  table.attend_wide(wide_args(a, s), item, scratch);
 }
 
 }  // namespace splitpoint

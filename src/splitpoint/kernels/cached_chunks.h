@@ -2,8 +2,8 @@
 // are multiplied.
 #pragma once
 
-#include "cached_vector.h"
-#include "linear_kernels.h"
+#include "attention_vector.h"
+#include "cached_attention_types.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
@@ -53,18 +53,6 @@ struct Ahead {
     for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
   }
 };
-
-// Rows side by side as they are multiplied, copied to `room` only if they are stored otherwise.
-template <class F>
-SPLITPOINT_INLINE const typename F::Work* as_work(const typename F::T* from, int64_t count,
-                                                  typename F::Work* room) {
-  if constexpr (F::kWidens) {
-    widen(from, room, count);
-    return room;
-  } else {
-    return from;
-  }
-}
 
 // Rows of `size` values with zeros behind them.
 template <class T>

@@ -341,9 +341,9 @@ SPLITPOINT_INLINE int64_t few_chunk(int64_t size) {
 
 // One split of the keys, for all heads: those of a block lie together.
 template <class F>
-inline void attend_few(const CachedArgs& a, const CachedSequence& s, int64_t item, char* scratch) {
+inline void attend_few_as(const CachedArgs& a, const CachedSequence& s, int64_t item, char* scratch) {
   using T = typename F::T;
-  const int64_t seen = first_seen(a, s.held);
+  const int64_t seen = first_seen(a.window, s.held);
   int64_t begin = (s.first_split + item) * s.split_keys, end = begin + s.split_keys;
   if (begin < seen) begin = seen;
   if (end > s.held + s.tokens) end = s.held + s.tokens;
@@ -379,7 +379,7 @@ inline void attend_few(const CachedArgs& a, const CachedSequence& s, int64_t ite
 
 // The splits of a head to one result.
 template <class F>
-inline void merge_few(const CachedArgs& a, const CachedSequence& s, int64_t kv_head) {
+inline void merge_few_as(const CachedArgs& a, const CachedSequence& s, int64_t kv_head) {
   using T = typename F::T;
   const int64_t stride = partial_stride(a.size), padded = padded_size(a.size);
   for (int64_t row = 0; row < s.rows; ++row) {

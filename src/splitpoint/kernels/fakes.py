@@ -69,6 +69,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     rows_outside: bool = False,
+    blockwise: bool = False,
 ) -> Tensor:
     batch, heads, rows, _ = query.shape
     if rows_outside:

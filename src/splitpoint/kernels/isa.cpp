@@ -26,7 +26,8 @@ const KernelTable SPLITPOINT_TABLE = {
     SPLITPOINT_KERNELS::run_pack,      SPLITPOINT_KERNELS::sum_groups,
     SPLITPOINT_KERNELS::unpack,        SPLITPOINT_KERNELS::read,
     SPLITPOINT_KERNELS::multiply,      SPLITPOINT_KERNELS::quantise,
-    SPLITPOINT_KERNELS::attend_cached, SPLITPOINT_KERNELS::merge_cached,
+    SPLITPOINT_KERNELS::attend_wide,   SPLITPOINT_KERNELS::attend_few,
+    SPLITPOINT_KERNELS::merge_few,
 };
 
 }  // namespace splitpoint

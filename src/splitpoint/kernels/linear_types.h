@@ -98,6 +98,7 @@ struct QuantiseArgs {
 
 struct AttentionArgs;
 struct AttentionPart;
+struct WideArgs;
 struct CachedArgs;
 struct CachedSequence;
 
@@ -119,8 +120,9 @@ struct KernelTable {
   uint32_t (*read)(const char* from, int64_t bytes);
   int64_t (*multiply)(DType type, int64_t steps, float* sum);
   void (*quantise)(const QuantiseArgs&, int64_t t0, int64_t t1);
-  void (*attend_cached)(const CachedArgs&, const CachedSequence&, int64_t item, char* scratch);
-  void (*merge_cached)(const CachedArgs&, const CachedSequence&, int64_t kv_head);
+  void (*attend_wide)(const WideArgs&, int64_t item, char* scratch);
+  void (*attend_few)(const CachedArgs&, const CachedSequence&, int64_t item, char* scratch);
+  void (*merge_few)(const CachedArgs&, const CachedSequence&, int64_t kv_head);
 };
 
 extern const KernelTable kPortable;

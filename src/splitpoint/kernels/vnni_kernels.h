@@ -48,12 +48,14 @@ inline void unpack(const LinearArgs& a, int64_t block0, int64_t block1) {
 inline void attend(const AttentionArgs& a, const AttentionPart& part) {
   SPLITPOINT_BELOW.attend(a, part);
 }
-inline void attend_cached(const CachedArgs& a, const CachedSequence& of, int64_t item,
-                          char* scratch) {
-  SPLITPOINT_BELOW.attend_cached(a, of, item, scratch);
+inline void attend_wide(const WideArgs& a, int64_t item, char* scratch) {
+  SPLITPOINT_BELOW.attend_wide(a, item, scratch);
 }
-inline void merge_cached(const CachedArgs& a, const CachedSequence& of, int64_t kv_head) {
-  SPLITPOINT_BELOW.merge_cached(a, of, kv_head);
+inline void attend_few(const CachedArgs& a, const CachedSequence& of, int64_t item, char* scratch) {
+  SPLITPOINT_BELOW.attend_few(a, of, item, scratch);
+}
+inline void merge_few(const CachedArgs& a, const CachedSequence& of, int64_t kv_head) {
+  SPLITPOINT_BELOW.merge_few(a, of, kv_head);
 }
 
 }  // namespace splitpoint::SPLITPOINT_ISA::dots

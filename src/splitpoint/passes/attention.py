@@ -1,8 +1,9 @@
 """Give the attention between a graph's pieces the kernel that fits a range.
 
-torch's own operator divides long inputs into blocks and calls a GEMM for each, which is what most
-of its time goes to where there are few tokens. Which is faster where is measured
-(`tuning.attention`); what is replaced is a step between pieces, so that no piece changes.
+torch's own operator divides long inputs into blocks and calls a GEMM for each: where there are few
+tokens most of its time goes to these calls, and where there are many to what lies between them.
+Which is faster where is measured (`tuning.attention`); what is replaced is a step between pieces,
+so that no piece changes.
 """
 
 from __future__ import annotations
@@ -66,19 +67,30 @@ class AttentionVariant:
     call: Callable[[AttentionShape], tuple[Any, dict[str, Any]]]
     """The operator and its keyword arguments beside query, key, value and mask, which it takes in
     this order."""
+    blockwise: bool = False
+    """Whether the softmax is made block by block: see `kernels.attention.bounds`."""
     batch_invariant: bool = False
     """Whether a query's result has the same bits beside other queries, and with masked keys behind
     its own."""
 
 
-def _rowwise(shape: AttentionShape) -> tuple[Any, dict[str, Any]]:
+def _call(shape: AttentionShape, blockwise: bool) -> tuple[Any, dict[str, Any]]:
     options = {
         "is_causal": shape.causal,
         "scale": shape.scale,
         "enable_gqa": shape.query.shape[1] != shape.key.shape[1],
         "rows_outside": shape.rows_outside,
+        "blockwise": blockwise,
     }
     return torch.ops.splitpoint.attention.default, options
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _fits_blockwise(shape: AttentionShape) -> bool:
+    sizes = (shape.query.shape[3], shape.value.shape[3])
+    return shape.query.dtype in DTYPES and all(size % 8 == 0 for size in sizes)
 
 
 VARIANTS: dict[str, AttentionVariant] = {
@@ -86,10 +98,17 @@ VARIANTS: dict[str, AttentionVariant] = {
     for v in (
         AttentionVariant(
             "rowwise",
-            lambda s: s.query.dtype in (torch.float32, torch.bfloat16),
-            lambda s, r: s.query.shape_at(r.start)[2] <= 1024,
-            _rowwise,
+            lambda s: s.query.dtype in DTYPES,
+            lambda s, r: s.query.shape_at(r.start)[2] <= 128,
+            lambda s: _call(s, blockwise=False),
             batch_invariant=True,
+        ),
+        AttentionVariant(
+            "blockwise",
+            _fits_blockwise,
+            lambda s, r: s.query.shape_at(r.end)[2] > 8,
+            lambda s: _call(s, blockwise=True),
+            blockwise=True,
         ),
     )
 }

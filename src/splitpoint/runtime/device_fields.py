@@ -71,7 +71,7 @@ NEEDS: Mapping[str, Needs] = {
         "'auto', 'inductor' or, where Inductor has something to choose among, 'autotuned'",
     ),
     "attention": Needs(
-        lambda config: _names(config.attention, ("rowwise",)),
+        lambda config: _names(config.attention, ("rowwise", "blockwise")),
         lambda device: device.own_kernels,
         "kernels for attention",
         "'auto' or 'torch'",

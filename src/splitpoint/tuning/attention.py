@@ -21,10 +21,9 @@ log = logging.getLogger("splitpoint")
 
 TORCH = "torch"
 
-MOST_PRODUCTS = 6e8
-"""A probe takes no more multiplications than this, unless the range starts there: larger ones take
-long to check. It is a text of some hundred tokens, from where torch's kernel, where it multiplies
-in tiles, is ahead of one that does not."""
+MOST_PRODUCTS = 1.5e9
+"""A probe takes no more multiplications than this: larger ones take long. It is a text of some
+hundred tokens, from where what is faster stays so."""
 
 
 CHECKED_QUERIES = 48
@@ -79,11 +78,13 @@ class AttentionTuner:
 
 def probes(shape: AttentionShape, range_: Range) -> list[int]:
     """The sizes that attention is measured at: the first, the (geometric) middle and the last, as
-    far as they are not too large to be measured in a moment."""
-    end = range_.end
-    while end > range_.start and products(shape, end) > MOST_PRODUCTS:
-        end = max(range_.start, end // 2)
-    return sorted({range_.start, round(math.sqrt(range_.start * end)), end})
+    far as they are not too large to be measured in a moment; a smaller one where the first is."""
+    start, end = range_.start, range_.end
+    while end > start and products(shape, end) > MOST_PRODUCTS:
+        end = max(start, end // 2)
+    while products(shape, start) > MOST_PRODUCTS and products(shape, start // 2) > 0:
+        start = end = start // 2
+    return sorted({start, round(math.sqrt(start * end)), end})
 
 
 def _calls(
@@ -105,10 +106,11 @@ def _calls(
             options = {"is_causal": shape.causal, "scale": shape.scale, "enable_gqa": shared}
             calls[name] = _call(F.scaled_dot_product_attention, tensors, options)
             continue
-        target, options = VARIANTS[name].call(shape)
+        variant = VARIANTS[name]
+        target, options = variant.call(shape)
         made: Tensor = target(*tensors, **options)
         given = (made, query, key, value, mask, shape.causal)
-        worst = exceeded(*given, scale=shape.scale, only=only)
+        worst = exceeded(*given, scale=shape.scale, only=only, blockwise=variant.blockwise)
         if worst > 1:
             log.warning("attention variant %r is wrong for %s and is not used", name, shape)
             continue

@@ -1,9 +1,10 @@
-// Registers as attention over a paged cache uses them: how fp32 and bf16 are multiplied, sums within
-// quarters of a register, the softmax's exponential, and turning squares of registers around.
+// Registers as attention uses them where it goes from piece to piece of the keys: how fp32 and bf16
+// are multiplied, sums within quarters of a register, the softmax's exponential, and turning squares
+// of registers around.
 #pragma once
 
 #include "attention.h"
-#include "cached_attention_types.h"
+#include "linear_kernels.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
@@ -173,6 +174,18 @@ SPLITPOINT_INLINE void turn(Vec (&square)[kLanes]) {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) square[i] = next[i];
+  }
+}
+
+// Rows side by side as they are multiplied, copied to `room` only if they are stored otherwise.
+template <class F>
+SPLITPOINT_INLINE const typename F::Work* as_work(const typename F::T* from, int64_t count,
+                                                  typename F::Work* room) {
+  if constexpr (F::kWidens) {
+    widen(from, room, count);
+    return room;
+  } else {
+    return from;
   }
 }
 

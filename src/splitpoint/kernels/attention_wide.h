@@ -1,9 +1,12 @@
-// Attention of many rows over a paged cache, as in prefilling: everything is turned around, so that
-// a register holds the same for 4 to 16 rows. Then keys are multiplied as they lie, the softmax needs
-// no sums across a register, and weights come out as the next product takes them.
+// Attention of many rows, as in prefilling: keys and values in blocks, with a softmax that goes from
+// piece to piece (Milakov and Gimelshein, Online normalizer calculation for softmax; Dao et al.,
+// FlashAttention). Everything is turned around, so that a register holds the same for 4 to 16 rows.
+// Then keys are multiplied as they lie, the softmax needs no sums across a register, and weights come
+// out as the next product takes them.
 #pragma once
 
-#include "cached_few.h"
+#include "attention_vector.h"
+#include "attention_wide_types.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
@@ -14,16 +17,22 @@ inline constexpr int64_t kStrip = kStripVecs * kLanes;
 inline constexpr int64_t kTileKeys = 32;  // a row of a tile of weights
 static_assert(kStrip <= kStripRows && kWideRows % kStrip == 0 && kChunkKeys % kTile == 0);
 
+// Keys, or values, that lie `stride` elements apart.
+template <class T>
+struct WideRows {
+  const T* data;
+  int64_t stride;
+};
+
 template <class F>
 struct Wide {
   using T = typename F::T;
   using Work = typename F::Work;
 
-  const CachedArgs& a;
-  const CachedSequence& s;
-  int64_t kv_head, first_row, rows, size, unit_count;
+  const WideArgs& a;
+  int64_t kv_head, first_row, rows, size, value_size, unit_count;
   Work* q;        // [strips][size / kDepth][kStrip units]
-  float* out;     // [strips][size][kStrip]
+  float* out;     // [strips][value_size][kStrip]
   float* scores;  // [keys][kStrip]
   Work* weights;  // [keys / kDepth][kStrip units]
   Work* k_room;
@@ -31,36 +40,46 @@ struct Wide {
   float* tops;    // of each row, as the next two
   float* totals;
   int32_t* last;  // position
+  int64_t* mask_at;  // where its mask starts
 
-  SPLITPOINT_INLINE Wide(const CachedArgs& a, const CachedSequence& s, int64_t item, char* memory)
-      : a(a), s(s), size(a.size), unit_count(a.size / F::kDepth) {
+  SPLITPOINT_INLINE Wide(const WideArgs& a, int64_t item, char* memory)
+      : a(a), size(a.size), value_size(a.value_size), unit_count(a.size / F::kDepth) {
     // The last rows have the most to do and come first, so that threads end together.
-    const int64_t blocks = ceil_div(s.rows, kWideRows);
+    const int64_t all_rows = a.tokens * a.group, blocks = ceil_div(all_rows, kWideRows);
     kv_head = item % a.kv_heads;
     first_row = (blocks - 1 - item / a.kv_heads) * kWideRows;
-    rows = s.rows - first_row < kWideRows ? s.rows - first_row : kWideRows;
+    rows = all_rows - first_row < kWideRows ? all_rows - first_row : kWideRows;
     Scratch scratch{memory};
     q = scratch.take<Work>(kWideRows * size);
-    out = scratch.take<float>(kWideRows * size);
+    out = scratch.take<float>(kWideRows * value_size);
     scores = scratch.take<float>(kChunkKeys * kStrip);
     weights = F::kDepth == 2 ? scratch.take<Work>(kChunkKeys * kStrip)
                              : reinterpret_cast<Work*>(scores);
     k_room = scratch.take<Work>(kChunkKeys * size);
-    v_room = scratch.take<Work>(kChunkKeys * size);
+    v_room = scratch.take<Work>(kChunkKeys * value_size);
     tops = scratch.take<float>(kWideRows);
     totals = scratch.take<float>(kWideRows);
     last = scratch.take<int32_t>(kWideRows);
+    mask_at = scratch.take<int64_t>(kWideRows);
   }
 
+  // Where there are no more rows the last one stands again.
+  SPLITPOINT_INLINE int64_t row_at(int64_t row) const {
+    return first_row + (row < rows ? row : rows - 1);
+  }
+  SPLITPOINT_INLINE int64_t head_of(int64_t row) const {
+    return kv_head * a.group + row_at(row) % a.group;
+  }
+  SPLITPOINT_INLINE int64_t token_of(int64_t row) const { return row_at(row) / a.group; }
   SPLITPOINT_INLINE int64_t position(int64_t row) const {
-    return s.held + (first_row + (row < rows ? row : rows - 1)) / a.group;
+    return a.causal ? a.held + token_of(row) : a.keys - 1;
   }
   SPLITPOINT_INLINE int64_t vecs_of(int64_t strip) const {
     const int64_t left = ceil_div(rows - strip * kStrip, kLanes);
     return left < kStripVecs ? left : kStripVecs;
   }
 
-  // Queries turned around. Where there are no more rows the last one stands again.
+  // Queries turned around.
   SPLITPOINT_INLINE void start() {
     const T* queries = static_cast<const T*>(a.q);
     const int64_t vecs = ceil_div(rows, kLanes);
@@ -68,11 +87,10 @@ struct Wide {
       const Work* row[kLanes];
       alignas(64) Work wide[F::kWidens ? kLanes * kMostHeadSize : 1];
       for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t r = v * kLanes + i;
-        const int64_t at = first_row + (r < rows ? r : rows - 1);
-        const int64_t head = kv_head * a.group + at % a.group, token = s.first + at / a.group;
+        const int64_t r = v * kLanes + i, head = head_of(r), token = token_of(r);
         row[i] = as_work<F>(queries + head * a.q_head + token * a.q_row, size, wide + i * size);
         last[r] = static_cast<int32_t>(position(r));
+        mask_at[r] = head * a.mask_head + token * a.mask_row;
         tops[r] = kMinusInfinity;
         totals[r] = 0;
       }
@@ -94,7 +112,7 @@ struct Wide {
         }
       }
     }
-    __builtin_memset(out, 0, ceil_div(rows, kStrip) * kStrip * size * sizeof(float));
+    __builtin_memset(out, 0, ceil_div(rows, kStrip) * kStrip * value_size * sizeof(float));
   }
 
   // Keys that are scored and weighed: weights of those that are not there come out as zero.
@@ -104,11 +122,13 @@ struct Wide {
 
   // Products of a strip's rows with kTile keys from j on.
   template <int kVecs>
-  SPLITPOINT_INLINE void products(const Work* queries, const Work* keys, int64_t j, int64_t count,
-                                  Vec (&acc)[kTile][kVecs]) {
+  SPLITPOINT_INLINE void products(const Work* queries, const WideRows<Work>& keys, int64_t j,
+                                  int64_t count, Vec (&acc)[kTile][kVecs]) {
     const Work* key[kTile];
 #pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i) key[i] = keys + (j + i < count ? j + i : count - 1) * size;
+    for (int i = 0; i < kTile; ++i) {
+      key[i] = keys.data + (j + i < count ? j + i : count - 1) * keys.stride;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 3
@@ -129,12 +149,39 @@ struct Wide {
     }
   }
 
+  // What the mask adds to the scores of a register of rows with one key.
+  SPLITPOINT_INLINE Vec added(const int64_t* rows_at, int64_t key) const {
+    const auto* bytes = static_cast<const int8_t*>(a.mask);
+    const auto* floats = static_cast<const float*>(a.mask);
+    const auto* halves = static_cast<const Bf16*>(a.mask);
+    const int64_t by = key * a.mask_key;
+    float lanes[kLanes];
+    Bf16 short_lanes[kLanes];
+    switch (a.mask_type) {
+      case Mask::none: return Vec{};
+      case Mask::boolean:
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) lanes[i] = bytes[rows_at[i] + by] ? 0.0f : kMinusInfinity;
+        return load(lanes);
+      case Mask::f32:
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) lanes[i] = floats[rows_at[i] + by];
+        return load(lanes);
+      case Mask::bf16:
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) short_lanes[i] = halves[rows_at[i] + by];
+        return load(short_lanes);
+    }
+    return Vec{};
+  }
+
   // Scores of a strip's rows with `count` keys; returns their largest.
   template <int kVecs>
-  SPLITPOINT_INLINE void score(int64_t strip, const Work* keys, int64_t begin, int64_t count,
-                               bool masked, Vec (&top)[kVecs]) {
+  SPLITPOINT_INLINE void score(int64_t strip, const WideRows<Work>& keys, int64_t begin,
+                               int64_t count, bool masked, Vec (&top)[kVecs]) {
     const Work* queries = q + strip * unit_count * kStrip * F::kDepth;
     const int32_t* positions = last + strip * kStrip;
+    const int64_t* masks = mask_at + strip * kStrip;
     if constexpr (F::kTiles) F::template scores<kVecs>(queries, keys, count, size, scores);
     for (int64_t j = 0; j < padded_keys(count); j += kTile) {
       Vec acc[kTile][kVecs];
@@ -153,6 +200,9 @@ struct Wide {
         for (int v = 0; v < kVecs; ++v) {
           Vec value = acc[i][v] * a.scale;
           if (a.softcap > 0) value = capped(value, a.softcap);
+          if (a.mask_type != Mask::none && j + i < count) {
+            value += added(masks + v * kLanes, begin + j + i);
+          }
           if (masked || j + i >= count) {
             const IntVec own = load_bits<IntVec>(positions + v * kLanes);
             const auto at = static_cast<int32_t>(begin + j + i);
@@ -213,22 +263,22 @@ struct Wide {
 
   // Adds a chunk's weighted values to a strip's result.
   template <int kVecs>
-  SPLITPOINT_INLINE void add_values(int64_t strip, const Work* values, int64_t count,
+  SPLITPOINT_INLINE void add_values(int64_t strip, const WideRows<Work>& values, int64_t count,
                                     const Vec (&factor)[kVecs]) {
-    float* sums = out + strip * kStrip * size;
+    float* sums = out + strip * kStrip * value_size;
     if constexpr (F::kTiles) {
-      for (int64_t c = 0; c < size; ++c) {
+      for (int64_t c = 0; c < value_size; ++c) {
 #pragma GCC unroll 3
         for (int v = 0; v < kVecs; ++v) {
           float* sum = sums + c * kStrip + v * kLanes;
           store(sum, load(sum) * factor[v]);
         }
       }
-      F::template add_values<kVecs>(values, weights, padded_keys(count), size, sums);
+      F::template add_values<kVecs>(values.data, weights, padded_keys(count), value_size, sums);
       return;
     }
     const int64_t steps = ceil_div(count, F::kDepth);
-    for (int64_t c = 0; c < size; c += kTile) {
+    for (int64_t c = 0; c < value_size; c += kTile) {
       Vec acc[kTile][kVecs];
 #pragma GCC unroll 8
       for (int i = 0; i < kTile; ++i) {
@@ -237,7 +287,7 @@ struct Wide {
           acc[i][v] = load(sums + (c + i) * kStrip + v * kLanes) * factor[v];
         }
       }
-      const Work* value = values + c * F::kDepth;
+      const Work* value = values.data + c * F::kDepth;
       const Work* weight = weights;
       for (int64_t j = 0; j < steps; ++j) {
         Vec x[kVecs];
@@ -249,7 +299,7 @@ struct Wide {
 #pragma GCC unroll 3
           for (int v = 0; v < kVecs; ++v) acc[i][v] = F::add(acc[i][v], x[v], unit);
         }
-        value += size * F::kDepth;
+        value += values.stride;
         weight += kStrip * F::kDepth;
       }
 #pragma GCC unroll 8
@@ -262,37 +312,53 @@ struct Wide {
     }
   }
 
-  // Values as they are multiplied: pairs of keys side by side where pairs are; turned around, with
-  // zeros for keys that are not there, for tiles.
-  SPLITPOINT_INLINE const Work* values_of(const Chunk<T>& c) {
-    if constexpr (F::kTiles) {
-      F::turn_values(c.v, c.count, size, v_room);
-      return v_room;
-    } else if constexpr (F::kDepth == 1) {
-      return as_work<F>(c.v, c.count * size, v_room);
+  // Rows as they are multiplied: where they lie, or in `room` if they are stored otherwise, lie far
+  // apart, where lines of many of them would share a place in a cache, or end before a tile does.
+  SPLITPOINT_INLINE WideRows<Work> as_multiplied(const WideRows<T>& from, int64_t count,
+                                                 int64_t width, bool whole, Work* room) {
+    if constexpr (F::kWidens) {
+      for (int64_t j = 0; j < count; ++j) widen(from.data + j * from.stride, room + j * width, width);
     } else {
-      for (int64_t j = 0; j < c.count; j += 2) {
-        const T* even = c.v + j * size;
-        const T* odd = j + 1 < c.count ? even + size : nullptr;
-        Work* to = v_room + j * size;
+      if (from.stride == width && whole) return {from.data, width};
+      for (int64_t j = 0; j < count; ++j) {
+        __builtin_memcpy(room + j * width, from.data + j * from.stride, width * sizeof(T));
+      }
+    }
+    return {room, width};
+  }
+
+  // Values as they are multiplied: pairs of keys side by side where pairs are; turned around, with
+  // zeros for keys that are not there, for tiles. The stride is that of what is multiplied together.
+  SPLITPOINT_INLINE WideRows<Work> values_of(const WideRows<T>& v, int64_t count) {
+    if constexpr (F::kTiles) {
+      F::turn_values(v, count, value_size, v_room);
+      return {v_room, 0};
+    } else if constexpr (F::kDepth == 1) {
+      return as_multiplied(v, count, value_size, true, v_room);
+    } else {
+      for (int64_t j = 0; j < count; j += 2) {
+        const T* even = v.data + j * v.stride;
+        const T* odd = j + 1 < count ? even + v.stride : nullptr;
+        Work* to = v_room + j * value_size;
         int64_t i = 0;
-        for (; i + kLanes <= size; i += kLanes) {
+        for (; i + kLanes <= value_size; i += kLanes) {
           const BitVec low = widened(load_bits<HalfVec>(even + i));
           const BitVec high = odd ? widened(load_bits<HalfVec>(odd + i)) << 16 : BitVec{};
           const BitVec pairs = low | high;
           __builtin_memcpy(to + 2 * i, &pairs, sizeof(pairs));
         }
-        for (; i < size; ++i) {
+        for (; i < value_size; ++i) {
           to[2 * i] = even[i];
           to[2 * i + 1] = odd ? odd[i] : T{};
         }
       }
-      return v_room;
+      return {v_room, 2 * value_size};
     }
   }
 
   template <int kVecs>
-  void strip_of(int64_t strip, const Work* keys, const Work* values, int64_t begin, int64_t count) {
+  void strip_of(int64_t strip, const WideRows<Work>& keys, const WideRows<Work>& values,
+                int64_t begin, int64_t count) {
     const int64_t first = position(strip * kStrip);
     const int64_t final = position(strip * kStrip + kVecs * kLanes - 1);
     if (begin > final || (a.window > 0 && begin + count + a.window <= first + 1)) return;
@@ -306,33 +372,50 @@ struct Wide {
     add_values<kVecs>(strip, values, count, factor);
   }
 
-  SPLITPOINT_INLINE void chunk(const Chunk<T>& c) {
-    const Work* keys = as_work<F>(c.k, c.count * size, k_room);
-    const Work* values = values_of(c);
+  // The rows of one block from a position on.
+  SPLITPOINT_INLINE WideRows<T> rows_from(const WideKeys& of, int64_t block, int64_t inside) const {
+    return {static_cast<const T*>(of.data) + block * of.block + kv_head * of.head + inside * of.row,
+            of.row};
+  }
+
+  // Attends to the keys from `begin` on, to `end` or as many as lie together; returns how many.
+  SPLITPOINT_INLINE int64_t chunk(int64_t begin, int64_t end) {
+    const auto position = static_cast<uint32_t>(begin);
+    const auto tokens = static_cast<uint32_t>(a.block_tokens);
+    const int64_t block = a.blocks[position / tokens], inside = position % tokens;
+    int64_t count = a.block_tokens - inside;
+    if (count > end - begin) count = end - begin;
+    if (count > kChunkKeys) count = kChunkKeys;
+    const bool whole = !F::kTiles || inside + ceil_div(count, 16) * 16 <= a.block_tokens;
+    const WideRows<Work> keys =
+        as_multiplied(rows_from(a.k, block, inside), count, size, whole, k_room);
+    const WideRows<Work> values = values_of(rows_from(a.v, block, inside), count);
     for (int64_t strip = 0; strip * kStrip < rows; ++strip) {
       switch (vecs_of(strip)) {
-        case 1: strip_of<1>(strip, keys, values, c.begin, c.count); break;
-        case 2: strip_of<2>(strip, keys, values, c.begin, c.count); break;
-        default: strip_of<3>(strip, keys, values, c.begin, c.count); break;
+        case 1: strip_of<1>(strip, keys, values, begin, count); break;
+        case 2: strip_of<2>(strip, keys, values, begin, count); break;
+        default: strip_of<3>(strip, keys, values, begin, count); break;
       }
     }
+    return count;
   }
 
   SPLITPOINT_INLINE void finish() {
     T* y = static_cast<T*>(a.y);
     const int64_t vecs = ceil_div(rows, kLanes);
     for (int64_t v = 0; v < vecs; ++v) {
-      const float* sums = out + v / kStripVecs * kStrip * size + v % kStripVecs * kLanes;
+      const float* sums = out + v / kStripVecs * kStrip * value_size + v % kStripVecs * kLanes;
       const Vec total = load(totals + v * kLanes);
       const Vec factor = total == 0.0f ? Vec{} : 1.0f / total;
       T* to[kLanes];
       int64_t count = rows - v * kLanes;
       if (count > kLanes) count = kLanes;
       for (int64_t i = 0; i < count; ++i) {
-        to[i] = y + row_of_result(a, s, kv_head, first_row + v * kLanes + i);
+        const int64_t row = v * kLanes + i;
+        to[i] = y + head_of(row) * a.y_head + token_of(row) * a.y_row;
       }
-      for (int64_t c = 0; c < size; c += kLanes) {
-        const int64_t columns = size - c < kLanes ? size - c : kLanes;
+      for (int64_t c = 0; c < value_size; c += kLanes) {
+        const int64_t columns = value_size - c < kLanes ? value_size - c : kLanes;
         Vec square[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
@@ -355,18 +438,30 @@ struct Wide {
 
 // One block of rows of one head.
 template <class F>
-inline void attend_wide(const CachedArgs& a, const CachedSequence& s, int64_t item, char* scratch) {
-  using T = typename F::T;
-  Wide<F> wide(a, s, item, scratch);
+inline void attend_wide_as(const WideArgs& a, int64_t item, char* scratch) {
+  Wide<F> wide(a, item, scratch);
   wide.start();
-  const int64_t end = wide.position(wide.rows - 1) + 1;
-  int64_t at = first_seen(a, wide.position(0));
-  while (at < end) {
-    const Chunk<T> chunk = chunk_at<T>(a, s, at, end, kChunkKeys);
-    wide.chunk(of_head(a, chunk, wide.kv_head));
-    at += chunk.count;
-  }
+  int64_t end = wide.position(wide.rows - 1) + 1;
+  if (end > a.keys) end = a.keys;
+  int64_t at = first_seen(a.window, wide.position(0));
+  while (at < end) at += wide.chunk(at, end);
   wide.finish();
 }
+
+#if defined(__AVX512BF16__)
+
+inline void attend_wide(const WideArgs& a, int64_t item, char* scratch) {
+  if (a.type == DType::f32) return kAvx512.attend_wide(a, item, scratch);
+  attend_wide_as<Pairs>(a, item, scratch);
+}
+
+#else
+
+inline void attend_wide(const WideArgs& a, int64_t item, char* scratch) {
+  if (a.type == DType::f32) return attend_wide_as<Exact<float>>(a, item, scratch);
+  attend_wide_as<Exact<Bf16>>(a, item, scratch);
+}
+
+#endif
 
 }  // namespace splitpoint::SPLITPOINT_ISA

@@ -1,28 +1,33 @@
-// The products of attention of many rows over a paged cache, on tiles.
+// The products of attention of many rows, on tiles.
 #pragma once
 
 #include "amx_tiles.h"
-#include "cached_wide.h"
+#include "attention_wide.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
 // All tiles are 16 rows of 64 bytes: 0 to 2 hold results, 4 to 6 what differs between registers of
-// rows, 3 what they share. Heads are of a multiple of kTileDepth.
+// rows, 3 what they share.
 struct TilePairs : Pairs {
   static constexpr bool kTiles = true;
   static constexpr int64_t kStripBytes = kStrip * sizeof(float);
 
+  // Sizes of the heads of queries and of values that tiles serve.
+  static SPLITPOINT_INLINE bool fits(int64_t size, int64_t value_size) {
+    return size % kTileDepth == 0 && value_size % kTileRows == 0;
+  }
+
   // to[keys, kStrip] = keys[keys, size] @ queries^T, whose pairs lie [size / 2][kStrip]. Whole
-  // tiles of keys: chunks start at a multiple of 16 in a block that holds one.
+  // tiles of keys are read.
   template <int kVecs>
-  static SPLITPOINT_INLINE void scores(const Bf16* queries, const Bf16* keys, int64_t count,
-                                       int64_t size, float* to) {
-    const int64_t row_bytes = size * static_cast<int64_t>(sizeof(Bf16));
+  static SPLITPOINT_INLINE void scores(const Bf16* queries, const WideRows<Bf16>& keys,
+                                       int64_t count, int64_t size, float* to) {
+    const int64_t row_bytes = keys.stride * static_cast<int64_t>(sizeof(Bf16));
     written();
     for (int64_t j = 0; j < count; j += kTileRows) {
       zero<kVecs>();
       for (int64_t k = 0; k < size; k += kTileDepth) {
-        _tile_loadd(3, keys + j * size + k, row_bytes);
+        _tile_loadd(3, keys.data + j * keys.stride + k, row_bytes);
         multiply<kVecs>(queries + k * kStrip);
       }
       keep<kVecs>(to + j * kStrip);
@@ -49,18 +54,18 @@ struct TilePairs : Pairs {
 
   // to[size][kChunkKeys] = values[count, size]^T, zeros for keys up to the next multiple of
   // kTileKeys.
-  static SPLITPOINT_INLINE void turn_values(const Bf16* values, int64_t count, int64_t size,
-                                            Bf16* to) {
+  static SPLITPOINT_INLINE void turn_values(const WideRows<Bf16>& values, int64_t count,
+                                            int64_t size, Bf16* to) {
     for (int64_t j = 0; j < count; j += kTileKeys) {
       for (int64_t c = 0; c < size; c += kLanes) {
         Vec square[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           const int64_t key = j + 2 * i;
-          const Bf16* even = values + key * size + c;
+          const Bf16* even = values.data + key * values.stride + c;
           const BitVec low = key < count ? widened(load_bits<HalfVec>(even)) : BitVec{};
           const BitVec high =
-              key + 1 < count ? widened(load_bits<HalfVec>(even + size)) << 16 : BitVec{};
+              key + 1 < count ? widened(load_bits<HalfVec>(even + values.stride)) << 16 : BitVec{};
           square[i] = (Vec)(low | high);
         }
         turn(square);
