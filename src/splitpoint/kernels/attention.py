@@ -103,9 +103,7 @@ def exceeded(
     shape = (*query.shape[:3], value.shape[3])
     assert y.shape == shape, f"{tuple(y.shape)} is not {shape}"
     assert y.dtype == query.dtype, f"{y.dtype} is not {query.dtype}"
-    exact, most = _exact_and_bounds(
-        query, key, value, attn_mask, is_causal, scale, only, blockwise
-    )
+    exact, most = _exact_and_bounds(query, key, value, attn_mask, is_causal, scale, only, blockwise)
     y = y if only is None else y[:, :, only]
     share = ((y.double() - exact).abs() / most).nan_to_num(nan=torch.inf)
     return float(share.amax()) if share.numel() else 0.0
