@@ -18,7 +18,7 @@ from splitpoint.graph.pieces import CallOp, split
 from splitpoint.kernels.attention import exceeded
 from splitpoint.passes import attention
 from splitpoint.passes.attention import VARIANTS, products
-from splitpoint.tuning.attention import MOST_PRODUCTS, AttentionTuner, probes
+from splitpoint.tuning.attention import MOST_PRODUCTS, AttentionTuner, probes, typical_mask
 from splitpoint.tuning.measure import Budget
 
 NAMES = sorted(VARIANTS)
@@ -256,6 +256,25 @@ def test_a_wrong_variant_is_never_chosen_however_fast(monkeypatch):
     tuner = AttentionTuner(1)
     assert tuner.choose(SHAPE, Range(1, 4)) != "wrong"
     assert tuner.seconds(SHAPE, 1, ["wrong"]) == {"wrong": float("inf")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, F32, BF16])
+@pytest.mark.parametrize(
+    ("shape", "strides", "shown"),
+    [
+        ((2, 1, 3, 5), (15, 15, 5, 1), 2 * (3 + 4 + 5)),
+        ((2, 4, 5, 3), (0, 0, 3, 1), 8 * (0 + 0 + 1 + 2 + 3)),
+        ((4, 3, 5), (0, 0, 1), 4 * 3 * 5),
+        ((1, 1, 1, 5), (5, 5, 5, 1), 5),
+        ((3, 4), (1, 3), 2 + 3 + 4),
+    ],
+)
+def test_masks_that_are_timed_show_what_models_show(dtype, shape, strides, shown):
+    mask = typical_mask(torch.empty_strided(shape, strides, dtype=dtype))
+    assert (mask.shape, mask.stride(), mask.dtype) == (shape, strides, dtype)
+    seen = mask if dtype == torch.bool else mask == 0
+    assert int(seen.sum()) == shown
+    assert bool(seen[..., -1, :].all())
 
 
 def test_nothing_is_measured_twice_or_without_time():

@@ -86,13 +86,15 @@ SPLITPOINT_INLINE Vec dots_with_keys(const T* q, const T* const (&keys)[kLanes],
   return sums_of<kLanes>(acc);
 }
 
-// What a mask adds to the scores of `count` keys; a boolean one takes away those where it is false.
-SPLITPOINT_INLINE Vec masked(const AttentionArgs& a, const char* mask, int64_t j, int64_t count) {
-  const auto* bytes = reinterpret_cast<const int8_t*>(mask);
-  const auto* floats = reinterpret_cast<const float*>(mask);
-  const auto* halves = reinterpret_cast<const Bf16*>(mask);
-  if (a.mask_stride == 1 && count == kLanes) {
-    switch (a.mask_type) {
+// What a mask, whose values lie `stride` apart, adds to the scores of `count` keys from j on; a
+// boolean one takes away those where it is false.
+SPLITPOINT_INLINE Vec masked(Mask type, int64_t stride, const void* mask, int64_t j,
+                             int64_t count) {
+  const auto* bytes = static_cast<const int8_t*>(mask);
+  const auto* floats = static_cast<const float*>(mask);
+  const auto* halves = static_cast<const Bf16*>(mask);
+  if (stride == 1 && count == kLanes) {
+    switch (type) {
       case Mask::boolean:
         return widened(load_bits<ByteVec>(bytes + j)) != 0 ? Vec{} : splat(kMinusInfinity);
       case Mask::f32: return load(floats + j);
@@ -103,12 +105,12 @@ SPLITPOINT_INLINE Vec masked(const AttentionArgs& a, const char* mask, int64_t j
   float lanes[kLanes] = {};
   Bf16 short_lanes[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = (j + i) * a.mask_stride;
-    if (a.mask_type == Mask::boolean) lanes[i] = bytes[at] ? 0.0f : kMinusInfinity;
-    if (a.mask_type == Mask::f32) lanes[i] = floats[at];
-    if (a.mask_type == Mask::bf16) short_lanes[i] = halves[at];
+    const int64_t at = (j + i) * stride;
+    if (type == Mask::boolean) lanes[i] = bytes[at] ? 0.0f : kMinusInfinity;
+    if (type == Mask::f32) lanes[i] = floats[at];
+    if (type == Mask::bf16) short_lanes[i] = halves[at];
   }
-  return a.mask_type == Mask::bf16 ? load(short_lanes) : load(lanes);
+  return type == Mask::bf16 ? load(short_lanes) : load(lanes);
 }
 
 // Scores of a block of rows against all keys that one of them sees.
@@ -130,7 +132,9 @@ SPLITPOINT_INLINE void score(const AttentionArgs& a, const QueryRow<T>* rows, in
       if (left > 0) {
         const int64_t lanes = left < kLanes ? left : kLanes;
         Vec dots = dots_with_keys<R>(rows[r].q, keys, a.size) * a.scale;
-        if (a.mask_type != Mask::none) dots += masked(a, rows[r].mask, j, lanes);
+        if (a.mask_type != Mask::none) {
+          dots += masked(a.mask_type, a.mask_stride, rows[r].mask, j, lanes);
+        }
         s = numbers < static_cast<int32_t>(lanes) ? dots : s;
       }
       store(scores + r * stride + j, s);

@@ -17,6 +17,18 @@ inline constexpr int64_t kStrip = kStripVecs * kLanes;
 inline constexpr int64_t kTileKeys = 32;  // a row of a tile of weights
 static_assert(kStrip <= kStripRows && kWideRows % kStrip == 0 && kChunkKeys % kTile == 0);
 
+// What of a piece a mask shows.
+enum class Shown { none, some, all };
+
+template <class B>
+SPLITPOINT_INLINE bool any_bit(const B& bits) {
+  int64_t words[sizeof(B) / 8], all = 0;
+  __builtin_memcpy(words, &bits, sizeof(B));
+#pragma GCC unroll 8
+  for (int64_t word : words) all |= word;
+  return all != 0;
+}
+
 // Keys, or values, that lie `stride` elements apart.
 template <class T>
 struct WideRows {
@@ -41,6 +53,7 @@ struct Wide {
   float* totals;
   int32_t* last;  // position
   int64_t* mask_at;  // where its mask starts
+  float* mask_room;  // [keys][kStrip]
 
   SPLITPOINT_INLINE Wide(const WideArgs& a, int64_t item, char* memory)
       : a(a), size(a.size), value_size(a.value_size), unit_count(a.size / F::kDepth) {
@@ -61,6 +74,7 @@ struct Wide {
     totals = scratch.take<float>(kWideRows);
     last = scratch.take<int32_t>(kWideRows);
     mask_at = scratch.take<int64_t>(kWideRows);
+    mask_room = scratch.take<float>(kChunkKeys * kStrip);
   }
 
   // Where there are no more rows the last one stands again.
@@ -149,39 +163,70 @@ struct Wide {
     }
   }
 
-  // What the mask adds to the scores of a register of rows with one key.
-  SPLITPOINT_INLINE Vec added(const int64_t* rows_at, int64_t key) const {
-    const auto* bytes = static_cast<const int8_t*>(a.mask);
-    const auto* floats = static_cast<const float*>(a.mask);
-    const auto* halves = static_cast<const Bf16*>(a.mask);
-    const int64_t by = key * a.mask_key;
-    float lanes[kLanes];
-    Bf16 short_lanes[kLanes];
-    switch (a.mask_type) {
-      case Mask::none: return Vec{};
-      case Mask::boolean:
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) lanes[i] = bytes[rows_at[i] + by] ? 0.0f : kMinusInfinity;
-        return load(lanes);
-      case Mask::f32:
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) lanes[i] = floats[rows_at[i] + by];
-        return load(lanes);
-      case Mask::bf16:
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) short_lanes[i] = halves[rows_at[i] + by];
-        return load(short_lanes);
+  // Where the mask of a strip's row starts at a position.
+  SPLITPOINT_INLINE const char* mask_from(int64_t strip, int64_t row, int64_t begin) const {
+    const int64_t bytes = a.mask_type == Mask::boolean ? 1 : a.mask_type == Mask::f32 ? 4 : 2;
+    const int64_t at = mask_at[strip * kStrip + row] + begin * a.mask_key;
+    return static_cast<const char*>(a.mask) + at * bytes;
+  }
+
+  // Which of `count` keys a strip's rows are shown by the mask. Triangles, bands and blocks along
+  // the diagonal leave most pieces out or as they are.
+  SPLITPOINT_INLINE Shown shown(int64_t strip, int64_t vecs, int64_t begin, int64_t count) const {
+    const bool bytes = a.mask_type == Mask::boolean && a.mask_key == 1 && count == kChunkKeys;
+    typedef int8_t Bytes __attribute__((vector_size(kChunkKeys)));
+    Bytes some{}, hidden{};
+    IntVec any{}, changed{};
+    for (int64_t r = 0; r < vecs * kLanes; ++r) {
+      const int64_t* at = mask_at + strip * kStrip + r;
+      if (r > 0 && at[0] == at[-1]) continue;
+      const char* row = mask_from(strip, r, begin);
+      if (bytes) {
+        const auto piece = load_bits<Bytes>(row);
+        some |= piece;
+        hidden |= piece == 0;
+        continue;
+      }
+      for (int64_t j = 0; j < count; j += kLanes) {
+        const int64_t lanes = count - j < kLanes ? count - j : kLanes;
+        const Vec added = masked(a.mask_type, a.mask_key, row, j, lanes);
+        any |= lane_numbers() < static_cast<int32_t>(lanes) ? added != kMinusInfinity : IntVec{};
+        changed |= added != 0.0f;
+      }
     }
-    return Vec{};
+    if (bytes) {
+      if (!any_bit(some)) return Shown::none;
+      return any_bit(hidden) ? Shown::some : Shown::all;
+    }
+    if (!any_bit(any)) return Shown::none;
+    return any_bit(changed) ? Shown::some : Shown::all;
+  }
+
+  // What the mask adds to the scores of a strip's rows, turned around as scores are.
+  template <int kVecs>
+  SPLITPOINT_INLINE void turn_mask(int64_t strip, int64_t begin, int64_t count) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+      const int64_t lanes = count - j < kLanes ? count - j : kLanes;
+      for (int64_t v = 0; v < kVecs; ++v) {
+        Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const char* row = mask_from(strip, v * kLanes + i, begin);
+          square[i] = masked(a.mask_type, a.mask_key, row, j, lanes);
+        }
+        turn(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(mask_room + (j + i) * kStrip + v * kLanes, square[i]);
+      }
+    }
   }
 
   // Scores of a strip's rows with `count` keys; returns their largest.
   template <int kVecs>
   SPLITPOINT_INLINE void score(int64_t strip, const WideRows<Work>& keys, int64_t begin,
-                               int64_t count, bool masked, Vec (&top)[kVecs]) {
+                               int64_t count, bool added, bool hides, Vec (&top)[kVecs]) {
     const Work* queries = q + strip * unit_count * kStrip * F::kDepth;
     const int32_t* positions = last + strip * kStrip;
-    const int64_t* masks = mask_at + strip * kStrip;
     if constexpr (F::kTiles) F::template scores<kVecs>(queries, keys, count, size, scores);
     for (int64_t j = 0; j < padded_keys(count); j += kTile) {
       Vec acc[kTile][kVecs];
@@ -200,10 +245,8 @@ struct Wide {
         for (int v = 0; v < kVecs; ++v) {
           Vec value = acc[i][v] * a.scale;
           if (a.softcap > 0) value = capped(value, a.softcap);
-          if (a.mask_type != Mask::none && j + i < count) {
-            value += added(masks + v * kLanes, begin + j + i);
-          }
-          if (masked || j + i >= count) {
+          if (added) value += load(mask_room + (j + i) * kStrip + v * kLanes);
+          if (hides || j + i >= count) {
             const IntVec own = load_bits<IntVec>(positions + v * kLanes);
             const auto at = static_cast<int32_t>(begin + j + i);
             const int32_t seen = j + i < count ? at : INT32_MAX;
@@ -363,11 +406,15 @@ struct Wide {
     const int64_t final = position(strip * kStrip + kVecs * kLanes - 1);
     if (begin > final || (a.window > 0 && begin + count + a.window <= first + 1)) return;
     if (count > final + 1 - begin) count = final + 1 - begin;
-    const bool masked = begin + count > first + 1 || (a.window > 0 && begin + a.window <= final);
+    const bool hides = begin + count > first + 1 || (a.window > 0 && begin + a.window <= final);
+    Shown seen = Shown::all;
+    if (a.mask_type != Mask::none) seen = shown(strip, kVecs, begin, count);
+    if (seen == Shown::none) return;
+    if (seen == Shown::some) turn_mask<kVecs>(strip, begin, count);
     Vec top[kVecs], factor[kVecs];
 #pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v) top[v] = load(tops + strip * kStrip + v * kLanes);
-    score<kVecs>(strip, keys, begin, count, masked, top);
+    score<kVecs>(strip, keys, begin, count, seen == Shown::some, hides, top);
     weigh<kVecs>(strip, count, top, factor);
     add_values<kVecs>(strip, values, count, factor);
   }

@@ -93,7 +93,7 @@ SPLITPOINT_SHARED int64_t wide_items(const WideArgs& a) {
 
 // What an item needs to work in, at a multiple of 64 bytes.
 SPLITPOINT_SHARED int64_t wide_floats(int64_t size, int64_t value_size) {
-  return (kWideRows + kChunkKeys) * (size + value_size) + 2 * kChunkKeys * kStripRows +
+  return (kWideRows + kChunkKeys) * (size + value_size) + 3 * kChunkKeys * kStripRows +
          5 * kWideRows + 256;
 }
 

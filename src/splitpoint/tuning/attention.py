@@ -90,13 +90,15 @@ def probes(shape: AttentionShape, range_: Range) -> list[int]:
 def _calls(
     shape: AttentionShape, size: int, names: Sequence[str]
 ) -> dict[str, Callable[[], object]]:
-    """A call of each variant that is right, over random tensors that lie as they will."""
+    """A call of each variant that is right, over random tensors that lie as they will, and a mask
+    as models make it."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         _tensor(kind, size, generator) for kind in (shape.query, shape.key, shape.value)
     )
     mask = None if shape.mask is None else _tensor(shape.mask, size, generator)
-    tensors = (query, key, value, mask)
+    typical = None if mask is None else typical_mask(mask)
+    tensors = (query, key, value, typical)
     queries = query.shape[2]
     only = torch.linspace(0, queries - 1, min(queries, CHECKED_QUERIES)).long()
     calls: dict[str, Callable[[], object]] = {}
@@ -108,7 +110,7 @@ def _calls(
             continue
         variant = VARIANTS[name]
         target, options = variant.call(shape)
-        made: Tensor = target(*tensors, **options)
+        made: Tensor = target(query, key, value, mask, **options)
         given = (made, query, key, value, mask, shape.causal)
         worst = exceeded(*given, scale=shape.scale, only=only, blockwise=variant.blockwise)
         if worst > 1:
@@ -122,6 +124,20 @@ def _call(
     target: Callable[..., object], args: Sequence[object], options: dict[str, object]
 ) -> Callable[[], object]:
     return lambda: target(*args, **options)
+
+
+def typical_mask(mask: Tensor) -> Tensor:
+    """A mask of the same kind that lets each query see the keys up to its own, or all of them where
+    every query sees the same: what models give, and kernels leave work out for."""
+    dims = zip(mask.shape, mask.stride(), strict=True)
+    stored = [1 if stride == 0 else size for size, stride in dims]
+    queries, keys = stored[-2:]
+    seen = torch.ones(queries, keys, dtype=torch.bool)
+    if queries > 1:
+        seen = seen.tril(keys - queries)
+    made = seen if mask.dtype == torch.bool else torch.where(seen, 0.0, -torch.inf)
+    held = torch.empty_strided(stored, mask.stride(), dtype=mask.dtype).copy_(made)
+    return held.expand(mask.shape)
 
 
 def _tensor(kind: TensorKind, size: int, generator: torch.Generator) -> Tensor:
