@@ -255,12 +255,13 @@ def test_expanded_heads_are_read_as_they_lie(mask: str, blockwise: bool) -> None
 @pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("blockwise", [False, True])
+@pytest.mark.parametrize("keys", [20, 200])
 def test_values_that_are_not_finite(
-    instruction_set: str, dtype: torch.dtype, blockwise: bool
+    instruction_set: str, dtype: torch.dtype, keys: int, blockwise: bool
 ) -> None:
     kernels.use_instruction_set(instruction_set)
-    case = make_case(1, 1, 1, 6, 20, 64, 64, dtype, blockwise=blockwise)
-    case.mask = torch.zeros(6, 20)
+    case = make_case(1, 1, 1, 6, keys, 64, 64, dtype, blockwise=blockwise)
+    case.mask = torch.zeros(6, keys)
     case.mask[1] = torch.inf
     case.mask[2, 3:] = torch.nan
     case.mask[3] = -torch.inf
@@ -279,6 +280,30 @@ def test_scores_far_apart_do_not_overflow(blockwise: bool) -> None:
     case = make_case(1, 2, 1, 4, 133, 64, 64, torch.float32, scale=50.0, blockwise=blockwise)
     assert bool(case.run().isfinite().all())
     assert case.exceeded(case.run()) <= 1
+
+
+@pytest.mark.parametrize("instruction_set", kernels.instruction_sets())
+@pytest.mark.parametrize("mask", ["boolean", "additive", "float32"])
+@pytest.mark.parametrize("kind", ["triangle", "band", "blocks", "padding", "corner"])
+def test_pieces_that_a_mask_leaves_out(instruction_set: str, mask: str, kind: str) -> None:
+    """Masks that leave out, or show, whole pieces of keys: those that models make."""
+    kernels.use_instruction_set(instruction_set)
+    rows, keys = torch.arange(150)[:, None], torch.arange(330)[None]
+    shown = {
+        "triangle": keys <= rows + 180,
+        "band": (keys <= rows + 180) & (keys > rows + 20),
+        "blocks": keys // 128 == rows // 64,
+        "padding": (keys > 70) & (keys < 257) & (rows >= 0),
+        "corner": (keys < 64) | (keys == 329) & (rows == 149),
+    }[kind]
+    for dtype in (torch.bfloat16, torch.float32):
+        case = make_case(1, 2, 2, 150, 330, 64, 32, dtype, blockwise=True)
+        added = torch.where(shown, 0.0, -torch.inf)
+        made = {"boolean": shown, "float32": added, "additive": added.to(dtype)}[mask]
+        case.mask = made[None, None].expand(1, 4, 150, 330)
+        assert case.exceeded(case.run()) <= 1
+        case.mask = made.t().contiguous().t()
+        assert case.exceeded(case.run()) <= 1
 
 
 @pytest.mark.parametrize("blockwise", [False, True])

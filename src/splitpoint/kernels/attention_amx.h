@@ -10,6 +10,8 @@ namespace splitpoint::SPLITPOINT_ISA {
 // rows, 3 what they share.
 struct TilePairs : Pairs {
   static constexpr bool kTiles = true;
+  // Sums come to the tiles and go once for each piece.
+  static constexpr int64_t kChunk = 128;
   static constexpr int64_t kStripBytes = kStrip * sizeof(float);
 
   // Sizes of the heads of queries and of values that tiles serve.
@@ -17,21 +19,19 @@ struct TilePairs : Pairs {
     return size % kTileDepth == 0 && value_size % kTileRows == 0;
   }
 
-  // to[keys, kStrip] = keys[keys, size] @ queries^T, whose pairs lie [size / 2][kStrip]. Whole
-  // tiles of keys are read.
+  // to[j to j + 16, kStrip] = keys[j to j + 16, size] @ queries^T, whose pairs lie
+  // [size / 2][kStrip].
   template <int kVecs>
   static SPLITPOINT_INLINE void scores(const Bf16* queries, const WideRows<Bf16>& keys,
-                                       int64_t count, int64_t size, float* to) {
+                                       int64_t j, int64_t size, float* to) {
     const int64_t row_bytes = keys.stride * static_cast<int64_t>(sizeof(Bf16));
     written();
-    for (int64_t j = 0; j < count; j += kTileRows) {
-      zero<kVecs>();
-      for (int64_t k = 0; k < size; k += kTileDepth) {
-        _tile_loadd(3, keys.data + j * keys.stride + k, row_bytes);
-        multiply<kVecs>(queries + k * kStrip);
-      }
-      keep<kVecs>(to + j * kStrip);
+    zero<kVecs>();
+    for (int64_t k = 0; k < size; k += kTileDepth) {
+      _tile_loadd(3, keys.data + j * keys.stride + k, row_bytes);
+      multiply<kVecs>(queries + k * kStrip);
     }
+    keep<kVecs>(to + j * kStrip);
   }
 
   // sums[size, kStrip] += values^T @ weights, whose pairs lie [keys / 2][kStrip].
@@ -45,14 +45,14 @@ struct TilePairs : Pairs {
       if (kVecs > 1) _tile_loadd(1, to + kLanes, kStripBytes);
       if (kVecs > 2) _tile_loadd(2, to + 2 * kLanes, kStripBytes);
       for (int64_t j = 0; j < keys; j += kTileDepth) {
-        _tile_loadd(3, values + c * kChunkKeys + j, kChunkKeys * sizeof(Bf16));
+        _tile_loadd(3, values + c * kChunk + j, kChunk * sizeof(Bf16));
         multiply<kVecs>(weights + j * kStrip);
       }
       keep<kVecs>(to);
     }
   }
 
-  // to[size][kChunkKeys] = values[count, size]^T, zeros for keys up to the next multiple of
+  // to[size][kChunk] = values[count, size]^T, zeros for keys up to the next multiple of
   // kTileKeys.
   static SPLITPOINT_INLINE void turn_values(const WideRows<Bf16>& values, int64_t count,
                                             int64_t size, Bf16* to) {
@@ -71,7 +71,7 @@ struct TilePairs : Pairs {
         turn(square);
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          __builtin_memcpy(to + (c + i) * kChunkKeys + j, &square[i], sizeof(Vec));
+          __builtin_memcpy(to + (c + i) * kChunk + j, &square[i], sizeof(Vec));
         }
       }
     }

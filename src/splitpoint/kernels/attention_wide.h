@@ -5,29 +5,13 @@
 // out as the next product takes them.
 #pragma once
 
-#include "attention_vector.h"
-#include "attention_wide_types.h"
+#include "attention_masks.h"
 
 namespace splitpoint::SPLITPOINT_ISA {
 
-// Registers of rows that are multiplied side by side, and keys, or columns of values.
-inline constexpr int kStripVecs = 3;
+// Keys, or columns of values, that are multiplied side by side.
 inline constexpr int kTile = kLanes == 16 ? 8 : 4;
-inline constexpr int64_t kStrip = kStripVecs * kLanes;
 inline constexpr int64_t kTileKeys = 32;  // a row of a tile of weights
-static_assert(kStrip <= kStripRows && kWideRows % kStrip == 0 && kChunkKeys % kTile == 0);
-
-// What of a piece a mask shows.
-enum class Shown { none, some, all };
-
-template <class B>
-SPLITPOINT_INLINE bool any_bit(const B& bits) {
-  int64_t words[sizeof(B) / 8], all = 0;
-  __builtin_memcpy(words, &bits, sizeof(B));
-#pragma GCC unroll 8
-  for (int64_t word : words) all |= word;
-  return all != 0;
-}
 
 // Keys, or values, that lie `stride` elements apart.
 template <class T>
@@ -40,6 +24,8 @@ template <class F>
 struct Wide {
   using T = typename F::T;
   using Work = typename F::Work;
+  static constexpr int64_t kChunk = F::kChunk;
+  static_assert(kChunk <= kMostChunkKeys && kChunk % kTileKeys == 0);
 
   const WideArgs& a;
   int64_t kv_head, first_row, rows, size, value_size, unit_count;
@@ -65,16 +51,16 @@ struct Wide {
     Scratch scratch{memory};
     q = scratch.take<Work>(kWideRows * size);
     out = scratch.take<float>(kWideRows * value_size);
-    scores = scratch.take<float>(kChunkKeys * kStrip);
-    weights = F::kDepth == 2 ? scratch.take<Work>(kChunkKeys * kStrip)
+    scores = scratch.take<float>(kChunk * kStrip);
+    weights = F::kDepth == 2 ? scratch.take<Work>(kChunk * kStrip)
                              : reinterpret_cast<Work*>(scores);
-    k_room = scratch.take<Work>(kChunkKeys * size);
-    v_room = scratch.take<Work>(kChunkKeys * value_size);
+    k_room = scratch.take<Work>(kChunk * size);
+    v_room = scratch.take<Work>(kChunk * value_size);
     tops = scratch.take<float>(kWideRows);
     totals = scratch.take<float>(kWideRows);
     last = scratch.take<int32_t>(kWideRows);
     mask_at = scratch.take<int64_t>(kWideRows);
-    mask_room = scratch.take<float>(kChunkKeys * kStrip);
+    mask_room = scratch.take<float>(kChunk * kStrip);
   }
 
   // Where there are no more rows the last one stands again.
@@ -87,6 +73,9 @@ struct Wide {
   SPLITPOINT_INLINE int64_t token_of(int64_t row) const { return row_at(row) / a.group; }
   SPLITPOINT_INLINE int64_t position(int64_t row) const {
     return a.causal ? a.held + token_of(row) : a.keys - 1;
+  }
+  SPLITPOINT_INLINE StripMask mask(int64_t strip) const {
+    return {static_cast<const char*>(a.mask), a.mask_type, a.mask_key, mask_at + strip * kStrip};
   }
   SPLITPOINT_INLINE int64_t vecs_of(int64_t strip) const {
     const int64_t left = ceil_div(rows - strip * kStrip, kLanes);
@@ -163,74 +152,26 @@ struct Wide {
     }
   }
 
-  // Where the mask of a strip's row starts at a position.
-  SPLITPOINT_INLINE const char* mask_from(int64_t strip, int64_t row, int64_t begin) const {
-    const int64_t bytes = a.mask_type == Mask::boolean ? 1 : a.mask_type == Mask::f32 ? 4 : 2;
-    const int64_t at = mask_at[strip * kStrip + row] + begin * a.mask_key;
-    return static_cast<const char*>(a.mask) + at * bytes;
-  }
-
-  // Which of `count` keys a strip's rows are shown by the mask. Triangles, bands and blocks along
-  // the diagonal leave most pieces out or as they are.
-  SPLITPOINT_INLINE Shown shown(int64_t strip, int64_t vecs, int64_t begin, int64_t count) const {
-    const bool bytes = a.mask_type == Mask::boolean && a.mask_key == 1 && count == kChunkKeys;
-    typedef int8_t Bytes __attribute__((vector_size(kChunkKeys)));
-    Bytes some{}, hidden{};
-    IntVec any{}, changed{};
-    for (int64_t r = 0; r < vecs * kLanes; ++r) {
-      const int64_t* at = mask_at + strip * kStrip + r;
-      if (r > 0 && at[0] == at[-1]) continue;
-      const char* row = mask_from(strip, r, begin);
-      if (bytes) {
-        const auto piece = load_bits<Bytes>(row);
-        some |= piece;
-        hidden |= piece == 0;
-        continue;
-      }
-      for (int64_t j = 0; j < count; j += kLanes) {
-        const int64_t lanes = count - j < kLanes ? count - j : kLanes;
-        const Vec added = masked(a.mask_type, a.mask_key, row, j, lanes);
-        any |= lane_numbers() < static_cast<int32_t>(lanes) ? added != kMinusInfinity : IntVec{};
-        changed |= added != 0.0f;
-      }
-    }
-    if (bytes) {
-      if (!any_bit(some)) return Shown::none;
-      return any_bit(hidden) ? Shown::some : Shown::all;
-    }
-    if (!any_bit(any)) return Shown::none;
-    return any_bit(changed) ? Shown::some : Shown::all;
-  }
-
-  // What the mask adds to the scores of a strip's rows, turned around as scores are.
+  // Scores of a strip's rows with `count` keys, and their largest; whether they still lack the scale
+  // is returned.
   template <int kVecs>
-  SPLITPOINT_INLINE void turn_mask(int64_t strip, int64_t begin, int64_t count) {
-    for (int64_t j = 0; j < count; j += kLanes) {
-      const int64_t lanes = count - j < kLanes ? count - j : kLanes;
-      for (int64_t v = 0; v < kVecs; ++v) {
-        Vec square[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const char* row = mask_from(strip, v * kLanes + i, begin);
-          square[i] = masked(a.mask_type, a.mask_key, row, j, lanes);
-        }
-        turn(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(mask_room + (j + i) * kStrip + v * kLanes, square[i]);
-      }
-    }
-  }
-
-  // Scores of a strip's rows with `count` keys; returns their largest.
-  template <int kVecs>
-  SPLITPOINT_INLINE void score(int64_t strip, const WideRows<Work>& keys, int64_t begin,
-                               int64_t count, bool added, bool hides, Vec (&top)[kVecs]) {
+  SPLITPOINT_INLINE bool score(int64_t strip, const WideRows<Work>& keys, int64_t begin,
+                                int64_t count, bool added, bool hides, Vec (&top)[kVecs]) {
     const Work* queries = q + strip * unit_count * kStrip * F::kDepth;
-    const int32_t* positions = last + strip * kStrip;
-    if constexpr (F::kTiles) F::template scores<kVecs>(queries, keys, count, size, scores);
-    for (int64_t j = 0; j < padded_keys(count); j += kTile) {
+    const int64_t all = padded_keys(count);
+    const bool plain = !added && !hides && a.softcap == 0 && a.scale > 0 && count % kTile == 0 &&
+                       count == all;
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) top[v] = splat(kMinusInfinity);
+    if constexpr (F::kTiles) F::template scores<kVecs>(queries, keys, 0, size, scores);
+    for (int64_t j = 0; j < all; j += kTile) {
       Vec acc[kTile][kVecs];
       if constexpr (F::kTiles) {
+        // One tile ahead, as it takes as long as what is done with the one before.
+        const int64_t next = j + 16;
+        if (j % 16 == 0 && next < count) {
+          F::template scores<kVecs>(queries, keys, next, size, scores);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 3
@@ -239,47 +180,80 @@ struct Wide {
       } else {
         products<kVecs>(queries, keys, j, count, acc);
       }
+      if (plain) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) {
+        for (int i = 0; i < kTile; ++i) {
 #pragma GCC unroll 3
-        for (int v = 0; v < kVecs; ++v) {
-          Vec value = acc[i][v] * a.scale;
-          if (a.softcap > 0) value = capped(value, a.softcap);
-          if (added) value += load(mask_room + (j + i) * kStrip + v * kLanes);
-          if (hides || j + i >= count) {
-            const IntVec own = load_bits<IntVec>(positions + v * kLanes);
-            const auto at = static_cast<int32_t>(begin + j + i);
-            const int32_t seen = j + i < count ? at : INT32_MAX;
-            value = own >= seen ? value : splat(kMinusInfinity);
-            if (a.window > 0) {
-              const auto window = static_cast<int32_t>(a.window);
-              value = own - at < window ? value : splat(kMinusInfinity);
-            }
+          for (int v = 0; v < kVecs; ++v) {
+            if (!F::kTiles) store(scores + (j + i) * kStrip + v * kLanes, acc[i][v]);
+            top[v] = larger(acc[i][v], top[v]);
           }
-          store(scores + (j + i) * kStrip + v * kLanes, value);
-          top[v] = value > top[v] ? value : top[v];
         }
+      } else {
+        finish_scores<kVecs>(strip, j, begin, count, added, hides, acc, top);
+      }
+    }
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) top[v] = plain ? top[v] * a.scale : top[v];
+    return plain;
+  }
+
+  // Products of kTile keys from j on to scores.
+  template <int kVecs>
+  SPLITPOINT_INLINE void finish_scores(int64_t strip, int64_t j, int64_t begin, int64_t count,
+                                       bool added, bool hides, const Vec (&acc)[kTile][kVecs],
+                                       Vec (&top)[kVecs]) {
+    const int32_t* positions = last + strip * kStrip;
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kVecs; ++v) {
+        Vec value = acc[i][v] * a.scale;
+        if (a.softcap > 0) value = capped(value, a.softcap);
+        if (added) value += load(mask_room + (j + i) * kStrip + v * kLanes);
+        if (hides || j + i >= count) {
+          const IntVec own = load_bits<IntVec>(positions + v * kLanes);
+          const auto at = static_cast<int32_t>(begin + j + i);
+          const int32_t seen = j + i < count ? at : INT32_MAX;
+          value = own >= seen ? value : splat(kMinusInfinity);
+          if (a.window > 0) {
+            const auto window = static_cast<int32_t>(a.window);
+            value = own - at < window ? value : splat(kMinusInfinity);
+          }
+        }
+        store(scores + (j + i) * kStrip + v * kLanes, value);
+        top[v] = larger(value, top[v]);
       }
     }
   }
 
   // Scores to weights, and to the factors of the result so far.
-  template <int kVecs>
-  SPLITPOINT_INLINE void weigh(int64_t strip, int64_t count, const Vec (&top)[kVecs],
+  template <bool kScales, int kVecs>
+  SPLITPOINT_INLINE void weigh(int64_t strip, int64_t count, const Vec (&chunk_top)[kVecs],
                                Vec (&factor)[kVecs]) {
-    Vec shift[kVecs], total[kVecs];
+    constexpr int kTerms = sizeof(T) == 2 ? 4 : 6;
+    const float scale = a.scale * kLog2e;
+    Vec top[kVecs], shift[kVecs], total[kVecs];
+    const auto weight_of = [&](const float* from, int v) __attribute__((always_inline)) {
+      // Scores of the lowest numbers there are, as masks have them, are no powers of two.
+      return exp2_below<kTerms>(kScales ? load(from) * scale - shift[v]
+                                        : (load(from) - shift[v]) * kLog2e);
+    };
 #pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v) {
       const int64_t at = strip * kStrip + v * kLanes;
+      const Vec before = load(tops + at);
+      top[v] = larger(chunk_top[v], before);
       shift[v] = top[v] == kMinusInfinity ? Vec{} : top[v];
-      factor[v] = exp_below(load(tops + at) - shift[v]);
+      factor[v] = exp2_below<kTerms>((before - shift[v]) * kLog2e);
       total[v] = load(totals + at) * factor[v];
+      if (kScales) shift[v] *= kLog2e;
     }
     for (int64_t j = 0; j < padded_keys(count); j += F::kDepth) {
 #pragma GCC unroll 3
       for (int v = 0; v < kVecs; ++v) {
         const float* from = scores + j * kStrip + v * kLanes;
-        const Vec weight = exp_below(load(from) - shift[v]);
+        const Vec weight = weight_of(from, v);
         total[v] += weight;
         Work* to = weights + j * kStrip + v * kLanes * F::kDepth;
         if constexpr (F::kDepth == 1) {
@@ -287,7 +261,7 @@ struct Wide {
         } else {
 #if defined(__AVX512BF16__)
           // A tile's rows past the last key have weights of zero.
-          const Vec second = exp_below(load(from + kStrip) - shift[v]);
+          const Vec second = weight_of(from + kStrip, v);
           total[v] += second;
           const BitVec low = widened((HalfVec)_mm512_cvtneps_pbh((__m512)weight));
           const BitVec high = widened((HalfVec)_mm512_cvtneps_pbh((__m512)second));
@@ -310,7 +284,10 @@ struct Wide {
                                     const Vec (&factor)[kVecs]) {
     float* sums = out + strip * kStrip * value_size;
     if constexpr (F::kTiles) {
-      for (int64_t c = 0; c < value_size; ++c) {
+      IntVec changed{};
+#pragma GCC unroll 3
+      for (int v = 0; v < kVecs; ++v) changed |= factor[v] != 1.0f;
+      for (int64_t c = 0; c < value_size && any_bit(changed); ++c) {
 #pragma GCC unroll 3
         for (int v = 0; v < kVecs; ++v) {
           float* sum = sums + c * kStrip + v * kLanes;
@@ -408,14 +385,15 @@ struct Wide {
     if (count > final + 1 - begin) count = final + 1 - begin;
     const bool hides = begin + count > first + 1 || (a.window > 0 && begin + a.window <= final);
     Shown seen = Shown::all;
-    if (a.mask_type != Mask::none) seen = shown(strip, kVecs, begin, count);
+    if (a.mask_type != Mask::none) seen = mask(strip).shown(kVecs, begin, count);
     if (seen == Shown::none) return;
-    if (seen == Shown::some) turn_mask<kVecs>(strip, begin, count);
+    if (seen == Shown::some) mask(strip).template turn<kVecs>(begin, count, mask_room);
     Vec top[kVecs], factor[kVecs];
-#pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) top[v] = load(tops + strip * kStrip + v * kLanes);
-    score<kVecs>(strip, keys, begin, count, seen == Shown::some, hides, top);
-    weigh<kVecs>(strip, count, top, factor);
+    if (score<kVecs>(strip, keys, begin, count, seen == Shown::some, hides, top)) {
+      weigh<true, kVecs>(strip, count, top, factor);
+    } else {
+      weigh<false, kVecs>(strip, count, top, factor);
+    }
     add_values<kVecs>(strip, values, count, factor);
   }
 
@@ -432,7 +410,7 @@ struct Wide {
     const int64_t block = a.blocks[position / tokens], inside = position % tokens;
     int64_t count = a.block_tokens - inside;
     if (count > end - begin) count = end - begin;
-    if (count > kChunkKeys) count = kChunkKeys;
+    if (count > kChunk) count = kChunk;
     const bool whole = !F::kTiles || inside + ceil_div(count, 16) * 16 <= a.block_tokens;
     const WideRows<Work> keys =
         as_multiplied(rows_from(a.k, block, inside), count, size, whole, k_room);

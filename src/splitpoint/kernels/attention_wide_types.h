@@ -7,9 +7,8 @@
 
 namespace splitpoint {
 
-// Keys that are scored before their values are summed; a block is read in pieces of at most this
-// many.
-inline constexpr int64_t kChunkKeys = 64;
+// Keys that are scored before their values are summed, at most.
+inline constexpr int64_t kMostChunkKeys = 128;
 
 // A block that is one of several holds a multiple of this many tokens, so that pieces can start at
 // one.
@@ -17,7 +16,7 @@ inline constexpr int64_t kTokenStep = 16;
 
 // Rows (queries times the heads that share keys) of an item: a multiple of three registers of every
 // instruction set.
-inline constexpr int64_t kWideRows = 144;
+inline constexpr int64_t kWideRows = 192;
 inline constexpr int64_t kStripRows = 48;
 
 inline constexpr int64_t kMostHeadSize = 256;
@@ -93,7 +92,7 @@ SPLITPOINT_SHARED int64_t wide_items(const WideArgs& a) {
 
 // What an item needs to work in, at a multiple of 64 bytes.
 SPLITPOINT_SHARED int64_t wide_floats(int64_t size, int64_t value_size) {
-  return (kWideRows + kChunkKeys) * (size + value_size) + 3 * kChunkKeys * kStripRows +
+  return (kWideRows + kMostChunkKeys) * (size + value_size) + 3 * kMostChunkKeys * kStripRows +
          5 * kWideRows + 256;
 }
 

@@ -8,6 +8,10 @@
 
 namespace splitpoint {
 
+// Keys that few rows are scored with before their values are summed; a block is read in pieces of at
+// most this many.
+inline constexpr int64_t kChunkKeys = 64;
+
 // Rows (queries times the heads that share keys) of a sequence that are few: each key is read once
 // for all of them, and the keys are cut into splits, whose results are merged. Where a split ends
 // depends on the sequence alone, so that results depend on nothing else either.
