@@ -51,7 +51,10 @@ struct Tile {
   const float* x_scales;    // of these rows once their sums are whole; until then null
 };
 
-template <class W, int kRows, int kVecs, bool kSecondLine>
+// Lines of a step that are fetched while it is multiplied.
+enum class Lines { none, one, two };
+
+template <class W, int kRows, int kVecs, Lines kLines>
 SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* w, float* sums) {
   constexpr int kUnroll = unroll_for(kRows);
   constexpr int64_t kStored = W::kDepth * kBlock;
@@ -73,13 +76,17 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
 #pragma GCC unroll 4
     for (int u = 0; u < kUnroll; ++u) {
       const auto* soon = reinterpret_cast<const char*>(w + u * kStored) + kSoonBytes;
-      __builtin_prefetch(ahead, 0, 2);
-      __builtin_prefetch(soon, 0, 3);
-      if constexpr (kSecondLine) {
+      if constexpr (kLines != Lines::none) {
+        __builtin_prefetch(ahead, 0, 2);
+        __builtin_prefetch(soon, 0, 3);
+      }
+      if constexpr (kLines == Lines::two) {
         __builtin_prefetch(ahead + t.ahead.step / 2, 0, 2);
         __builtin_prefetch(soon + 64, 0, 3);
       }
-      ahead = --ahead_steps == 0 ? t.ahead.next : ahead + t.ahead.step;
+      if constexpr (kLines != Lines::none) {
+        ahead = --ahead_steps == 0 ? t.ahead.next : ahead + t.ahead.step;
+      }
       W::template step<kRows, kVecs>(acc, rows, u * W::kDepth, w + u * kStored);
     }
     rows.advance(kUnroll * W::kDepth);
@@ -96,16 +103,18 @@ SPLITPOINT_INLINE void tile_columns(const Tile<W>& t, const typename W::Stored* 
   W::keep(t, acc, sums);
 }
 
-// Bytes of a block that are read once for each pass over its columns: they stay in the first-level
-// cache.
+// Bytes of a block that are read once for each pass over its columns, and those of kManyRows: they
+// stay in the first-level cache.
 inline constexpr int64_t kPassBytes = 16 * 1024;
+inline constexpr int64_t kManyPassBytes = 24 * 1024;
+inline constexpr int64_t kManyRows = 64;
 
 // Where the registers are too few for all columns, there are several passes over them, slice by
 // slice of k. What is fetched ahead is shared out among the passes, so that memory idles in none.
 template <class W, int kRows>
 void tile(const Tile<W>& t) {
   constexpr int kVecs = vecs_for(kRows), kPasses = kBlockVecs / kVecs;
-  if constexpr (kPasses == 1) return tile_columns<W, kRows, kVecs, true>(t, W::columns(t.w, 0), t.sums);
+  if constexpr (kPasses == 1) return tile_columns<W, kRows, kVecs, Lines::two>(t, W::columns(t.w, 0), t.sums);
   constexpr int64_t kSlice = kPassBytes / (kBlock * sizeof(typename W::Stored));  // of k
   static_assert(kSlice % (4 * W::kDepth) == 0);
   Tile<W> part = t;
@@ -125,16 +134,31 @@ void tile(const Tile<W>& t) {
       part.ahead.at = later ? t.ahead.next + (done - until) * part.ahead.step
                             : t.ahead.at + done * part.ahead.step;
       part.ahead.steps = later ? 0 : until - done;
-      tile_columns<W, kRows, kVecs, false>(part, W::columns(part.w, v), t.sums + v * kLanes);
+      tile_columns<W, kRows, kVecs, Lines::one>(part, W::columns(part.w, v), t.sums + v * kLanes);
       done += part.depth / W::kDepth;
     }
   } while ((k += kSlice) < t.depth);
+}
+
+// One of these passes over a slice, whose columns are in the first-level cache or, with `fetches`, on
+// their way to it.
+template <class W, int kRows>
+void tile_pass(const Tile<W>& t, int pass, bool fetches) {
+  constexpr int kVecs = vecs_for(kRows);
+  if constexpr (kVecs < kBlockVecs) {
+    const int v = pass * kVecs;
+    const auto* w = W::columns(t.w, v);
+    float* sums = t.sums + v * kLanes;
+    if (fetches) return tile_columns<W, kRows, kVecs, Lines::one>(t, w, sums);
+    tile_columns<W, kRows, kVecs, Lines::none>(t, w, sums);
+  }
 }
 
 // The kernel for each number of rows, from 1 on.
 template <class W, int... kRow>
 struct Tiles {
   static constexpr void (*run[])(const Tile<W>&) = {tile<W, kRow>...};
+  static constexpr void (*run_pass[])(const Tile<W>&, int, bool) = {tile_pass<W, kRow>...};
 };
 template <class W, int kRows, int... kRow>
 struct TilesUpTo : TilesUpTo<W, kRows - 1, kRows, kRow...> {};
@@ -144,6 +168,15 @@ struct TilesUpTo<W, 0, kRow...> : Tiles<W, kRow...> {};
 template <class W>
 SPLITPOINT_INLINE void run_tile(int64_t rows, const Tile<W>& t) {
   TilesUpTo<W, kMaxRows>::run[rows - 1](t);
+}
+
+// What is fetched ahead is fetched before: between the steps it would take as long as it saves.
+template <class W>
+SPLITPOINT_INLINE void run_pass(int64_t rows, Tile<W>& t, int pass, bool fetches) {
+  const int64_t bytes = t.ahead.step * (t.depth / W::kDepth);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(t.ahead.at + at, 0, 2);
+  t.ahead = {reinterpret_cast<const char*>(t.w), 0, 0, nullptr};
+  TilesUpTo<W, kMaxRows>::run_pass[rows - 1](t, pass, fetches);
 }
 
 // Bytes of a slice of k for many row tiles: it stays in the second-level cache over them, beside what
@@ -156,6 +189,13 @@ inline constexpr int64_t kFewTiles = 4;
 
 // Rows whose fp32 sums are kept between slices of k.
 inline constexpr int64_t kGroupRows = 8 * kMaxRows;
+
+// Bytes of x that go over all blocks before what follows does: they stay in the second-level cache.
+// For fewer than kLeastBandRows, reading all weights again would take longer than reading x does;
+// where these have more than kMostBandBytes there is one band.
+inline constexpr int64_t kBandBytes = 384 * 1024;
+inline constexpr int64_t kLeastBandRows = 96;
+inline constexpr int64_t kMostBandBytes = 1024 * 1024;
 
 // All columns of a block, for a row tile: what belongs to a column is loaded once for all rows.
 // Without a scale or bias, times one and plus zero change nothing.
@@ -296,19 +336,25 @@ SPLITPOINT_INLINE TileAhead share_of(const Panels<W>& panels, int64_t block, int
   return {panel, 0, 0, panel};
 }
 
-// The loops, from outside in: column blocks, groups of rows, the one or two weights, slices of k,
-// row tiles. Row tiles are evened out (15 rows are 8 and 7, not 14 and 1), as a tile's cost per row
-// falls with its rows.
+// The loops, from outside in: bands of rows (in packed_part), column blocks, groups of rows, the one
+// or two weights, slices of k, row tiles. Row tiles are evened out (15 rows are 8 and 7, not 14 and 1),
+// as a tile's cost per row falls with its rows.
 template <class W, class Y>
-inline void packed_part(const LinearArgs& a, const Part& part) {
-  if (part.t1 == part.t0) return;
+inline void packed_band(const LinearArgs& a, const Part& part) {
   constexpr int64_t kTogether = W::kDepth > 2 ? W::kDepth : 2;  // of k, in one slice
   const auto* x = static_cast<const typename W::X*>(a.x);
   const Panels<W> panels(a, part);
   const int64_t height = part.t1 - part.t0;
   const int64_t groups = ceil_div(height, kGroupRows);
   const bool in_order = height <= kFewTiles * kMaxRows;
-  const int64_t most_depth = (in_order ? kPassBytes : kSliceBytes) / Panels<W>::kRowBytes;
+  // The columns of a pass stay in the first-level cache over all row tiles. Those that are unpacked
+  // while they are multiplied gain nothing by it.
+  constexpr int kPasses = kBlockVecs / vecs_for(kMaxRows);
+  const bool by_pass = kPasses > 1 && sizeof(typename W::Stored) == sizeof(float) && !in_order;
+  const int64_t most_bytes = !in_order && !by_pass   ? kSliceBytes
+                             : height < kManyRows ? kPassBytes
+                                                  : kManyPassBytes;
+  const int64_t most_depth = most_bytes / Panels<W>::kRowBytes;
   const int64_t slices = a.k > most_depth ? ceil_div(a.k, most_depth) : 1;
   const int64_t slice = ceil_div(ceil_div(a.k, slices), kTogether) * kTogether;
   const int halves = a.gated ? 2 : 1;
@@ -326,22 +372,50 @@ inline void packed_part(const LinearArgs& a, const Part& part) {
           const auto* w = panels.at(block, half) + k0 * kBlock;
           const float* x_scales = s + 1 == slices ? a.x_scales : nullptr;
           const bool ends = s + 1 == slices && half + 1 == halves;
-          for (int64_t i = 0; i < tiles; ++i) {
-            const int64_t r0 = (t1 - t0) * i / tiles, r1 = (t1 - t0) * (i + 1) / tiles;
-            float* to = sums[half] + r0 * kBlock;
-            if (ends) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
-            run_tile<W>(r1 - r0, {x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth, to, s > 0,
-                                  share_of(panels, block, half, {groups, g, tiles, i}, in_order,
-                                           k0, depth),
-                                  offset(a.x_starts, t0 + r0), offset(x_scales, t0 + r0)});
-            if (ends) {
-              finish_tile<Y>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, r1 - r0,
-                             block);
+          for (int pass = 0; pass < (by_pass ? kPasses : 1); ++pass) {
+            const bool whole = ends && (pass + 1 == kPasses || !by_pass);
+            for (int64_t i = 0; i < tiles; ++i) {
+              const int64_t r0 = (t1 - t0) * i / tiles, r1 = (t1 - t0) * (i + 1) / tiles;
+              const Readers by{groups, g, by_pass ? kPasses * tiles : tiles, pass * tiles + i};
+              Tile<W> tile{x + (t0 + r0) * a.x_stride + k0, a.x_stride, w, depth,
+                           sums[half] + r0 * kBlock, s > 0,
+                           share_of(panels, block, half, by, in_order, k0, depth),
+                           offset(a.x_starts, t0 + r0), offset(x_scales, t0 + r0)};
+              if (whole) fetch_for_finish<Y>(a, t0 + r0, r1 - r0, block);
+              if (by_pass) {
+                run_pass<W>(r1 - r0, tile, pass, i == 0);
+              } else {
+                run_tile<W>(r1 - r0, tile);
+              }
+              if (whole) {
+                finish_tile<Y>(a, sums[0] + r0 * kBlock, sums[1] + r0 * kBlock, t0 + r0, r1 - r0,
+                               block);
+              }
             }
           }
         }
       }
     }
+  }
+}
+
+template <class W, class Y>
+inline void packed_part(const LinearArgs& a, const Part& part) {
+  const int64_t height = part.t1 - part.t0;
+  const int64_t row_bytes = a.k * static_cast<int64_t>(sizeof(typename W::X));
+  int64_t rows = height;
+  if (height * row_bytes > kBandBytes && kLeastBandRows * row_bytes <= kMostBandBytes) {
+    const int64_t fitting = kBandBytes / row_bytes;
+    rows = fitting > kLeastBandRows ? fitting : kLeastBandRows;
+  }
+  const int64_t bands = height > 0 ? ceil_div(height, rows) : 0;
+  Part band = part;
+  for (int64_t b = 0; b < bands; ++b) {
+    band.t0 = part.t0 + height * b / bands;
+    band.t1 = part.t0 + height * (b + 1) / bands;
+    const bool last = b + 1 == bands;
+    band.next = last ? part.next : Panels<W>(a, part).bytes_at(part.block0, 0);
+    packed_band<W, Y>(a, band);
   }
 }
 
