@@ -192,6 +192,7 @@ def test_matches_float64_where_columns_take_several_passes(
         (20, 35, 1024),  # rows of x would compete for cache lines
         (200, 70, 301),  # rows are split between threads too
         (61, 40, 9001),  # k is taken in slices
+        (430, 70, 577),  # rows are taken in bands
         (3, 4100, 33),
     ],
 )
