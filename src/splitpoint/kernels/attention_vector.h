@@ -122,23 +122,6 @@ SPLITPOINT_INLINE Vec quarter_totals(Vec value) {
   return low_halves(even, even) + high_halves(even, even);
 }
 
-// e^x for x <= 0, to 2 ulp as exp; zero from where that stops, and for minus infinity.
-SPLITPOINT_INLINE Vec exp_below(Vec x) {
-  constexpr float kShift = 12582912.0f;
-  const Vec shifted = x * 1.44269504088896341f + kShift;
-  const Vec n = shifted - kShift;
-  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Vec result = p * (Vec)(((BitVec)shifted + 127u) << 23);
-  return x < -87.3f ? Vec{} : result;
-}
-
 // a where it is larger, else b, also where one is no number.
 SPLITPOINT_INLINE Vec larger(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -178,6 +161,9 @@ SPLITPOINT_INLINE Vec exp2_below(Vec t) {
   }
   return p * (Vec)(((BitVec)shifted + 127u) << 23);
 }
+
+// e^x for x up to 0, as exp2_below of degree 6.
+SPLITPOINT_INLINE Vec exp_below(Vec x) { return exp2_below<6>(x * kLog2e); }
 
 // cap tanh(x / cap).
 SPLITPOINT_INLINE Vec capped(Vec x, float cap) {

@@ -99,7 +99,7 @@ VARIANTS: dict[str, AttentionVariant] = {
         AttentionVariant(
             "rowwise",
             lambda s: s.query.dtype in DTYPES,
-            lambda s, r: s.query.shape_at(r.start)[2] <= 128,
+            lambda s, r: s.query.shape_at(r.start)[2] <= (128 if _fits_blockwise(s) else 1024),
             lambda s: _call(s, blockwise=False),
             batch_invariant=True,
         ),

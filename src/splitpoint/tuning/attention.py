@@ -82,9 +82,15 @@ def probes(shape: AttentionShape, range_: Range) -> list[int]:
     start, end = range_.start, range_.end
     while end > start and products(shape, end) > MOST_PRODUCTS:
         end = max(start, end // 2)
-    while products(shape, start) > MOST_PRODUCTS and products(shape, start // 2) > 0:
+    while products(shape, start) > MOST_PRODUCTS and _is_there(shape, start // 2):
         start = end = start // 2
     return sorted({start, round(math.sqrt(start * end)), end})
+
+
+def _is_there(shape: AttentionShape, size: int) -> bool:
+    """Whether a size, which may lie below the range, leaves something of every tensor."""
+    kinds = (shape.query, shape.key, shape.value)
+    return all(length > 0 for kind in kinds for length in kind.shape_at(size))
 
 
 def _calls(
